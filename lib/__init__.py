@@ -1,0 +1,1 @@
+"""The machinery of esm-ledger. Nothing in it parses arguments or prints, console.py apart."""

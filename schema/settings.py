@@ -1,0 +1,189 @@
+"""The shape of config.ini: its sections, options, types, bounds and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from marshmallow import Schema, fields, post_load, validate
+
+__all__ = [
+    "INCLUDES",
+    "SECTIONS",
+    "ComputeSettings",
+    "DatabaseSettings",
+    "InputSettings",
+    "ModelSettings",
+    "OutputSettings",
+    "SettingsSchema",
+    "SettingsSections",
+]
+
+INCLUDES = ("mean", "bos", "per_tok")
+_POSITIVE = validate.Range(min=1)
+
+
+class Words(fields.List):
+    """A list that config.ini writes as words between spaces or commas, and JSON as a list."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """[model]: which weights, and what may not be detected but said."""
+
+    esm_model: str
+    weights_directory: str | None
+    download_url: str
+    repr_layers: list[int] | None
+    num_layers: int | None
+    hidden_dim: int | None
+    attention_heads: int | None
+    token_dropout: bool | None
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """[input]: the FASTA file and what is done about letters, lengths and repeated ids."""
+
+    fasta: str | None
+    max_residues: int
+    long_sequences: str
+    unknown_residues: str
+    duplicate_ids: str
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """[compute]: how it is calculated; precision alone is part of a run's identity."""
+
+    device: str
+    precision: str
+    tokens_per_pack: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """[output]: what is kept of each record, where, and how often work is committed."""
+
+    folder: str
+    include: list[str]
+    per_tok_dtype: str
+    checkpoint_seconds: float
+    checkpoint_records: int
+
+
+@dataclass(frozen=True)
+class DatabaseSettings:
+    """[database]: where the run database lies."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class SettingsSections:
+    """All sections of config.ini."""
+
+    model: ModelSettings
+    input: InputSettings
+    compute: ComputeSettings
+    output: OutputSettings
+    database: DatabaseSettings
+
+
+class ModelSchema(Schema):
+    """Options of [model]."""
+
+    esm_model = fields.String(load_default="esm2_t36_3B_UR50D")
+    weights_directory = fields.String(load_default=None, allow_none=True)
+    download_url = fields.String(
+        load_default="https://dl.fbaipublicfiles.com/fair-esm/models",
+        validate=validate.Regexp(r"https?://\S+\Z", error="not an http or https address"),
+    )
+    repr_layers = Words(fields.Integer(), load_default=None, allow_none=True)
+    num_layers = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
+    hidden_dim = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
+    attention_heads = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
+    token_dropout = fields.Boolean(load_default=None, allow_none=True)
+
+
+class InputSchema(Schema):
+    """Options of [input]."""
+
+    fasta = fields.String(load_default=None, allow_none=True)
+    max_residues = fields.Integer(load_default=1022, validate=_POSITIVE)
+    long_sequences = fields.String(
+        load_default="truncate", validate=validate.OneOf(["truncate", "error", "whole"])
+    )
+    unknown_residues = fields.String(
+        load_default="error", validate=validate.OneOf(["error", "x"])
+    )
+    duplicate_ids = fields.String(
+        load_default="error", validate=validate.OneOf(["error", "keep"])
+    )
+
+
+class ComputeSchema(Schema):
+    """Options of [compute]."""
+
+    device = fields.String(
+        load_default="auto",
+        validate=validate.Regexp(r"(auto|cpu|cuda(:\d+)?)\Z", error="not auto, cpu or cuda[:N]"),
+    )
+    precision = fields.String(load_default="float32", validate=validate.OneOf(["float32"]))
+    tokens_per_pack = fields.Integer(load_default=4096, validate=validate.Range(min=3))
+    threads = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
+
+
+class OutputSchema(Schema):
+    """Options of [output]."""
+
+    folder = fields.String(load_default="embeddings")
+    include = Words(
+        fields.String(validate=validate.OneOf(INCLUDES)),
+        load_default=["mean"],
+        validate=validate.Length(min=1),
+    )
+    per_tok_dtype = fields.String(
+        load_default="float32", validate=validate.OneOf(["float16", "float32"])
+    )
+    checkpoint_seconds = fields.Float(
+        load_default=60.0, allow_nan=False, validate=validate.Range(min=0)
+    )
+    checkpoint_records = fields.Integer(load_default=20_000, validate=_POSITIVE)
+
+
+class DatabaseSchema(Schema):
+    """Options of [database]."""
+
+    url = fields.String(load_default="runs.sqlite")
+
+
+SECTIONS: dict[str, tuple[type[Schema], type[Any]]] = {
+    "model": (ModelSchema, ModelSettings),
+    "input": (InputSchema, InputSettings),
+    "compute": (ComputeSchema, ComputeSettings),
+    "output": (OutputSchema, OutputSettings),
+    "database": (DatabaseSchema, DatabaseSettings),
+}
+
+
+class SettingsSchema(Schema):
+    """All of config.ini; also the JSON in which a run keeps its settings."""
+
+    model = fields.Nested(ModelSchema, load_default=lambda: ModelSchema().load({}))
+    input = fields.Nested(InputSchema, load_default=lambda: InputSchema().load({}))
+    compute = fields.Nested(ComputeSchema, load_default=lambda: ComputeSchema().load({}))
+    output = fields.Nested(OutputSchema, load_default=lambda: OutputSchema().load({}))
+    database = fields.Nested(DatabaseSchema, load_default=lambda: DatabaseSchema().load({}))
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: object) -> SettingsSections:
+        return SettingsSections(
+            **{name: made(**data[name]) for name, (_schema, made) in SECTIONS.items()}
+        )

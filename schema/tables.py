@@ -1,0 +1,178 @@
+"""Tables of the run database (SQLite); what is done with them is in lib.runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, UniqueConstraint
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.schema import CreateColumn
+from sqlalchemy.sql.compiler import DDLCompiler
+
+__all__ = [
+    "APPLICATION_ID",
+    "SCHEMA_VERSION",
+    "Attempt",
+    "Base",
+    "Checkpoint",
+    "Model",
+    "Run",
+    "SchemaVersion",
+]
+
+APPLICATION_ID = 0x45534D4C  # "ESML", as PRAGMA application_id shows it to file(1)
+SCHEMA_VERSION = 1
+
+
+@compiles(CreateColumn, "sqlite")
+def _column_with_comment(element: CreateColumn, compiler: DDLCompiler, **kw: Any) -> str:  # noqa: ANN401
+    # SQLite keeps no column comments, but it keeps the text of CREATE TABLE: written there,
+    # they are what `.schema` shows.
+    text = compiler.visit_create_column(element, **kw)
+    return f"{text} /* {element.element.comment} */" if text else text
+
+
+class Base(DeclarativeBase):
+    """Base of every table; JSON columns hold dictionaries and lists."""
+
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
+        dict[str, Any]: JSON(none_as_null=True),
+        list[int]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
+    }
+
+
+class SchemaVersion(Base):
+    """One row: the version of these tables."""
+
+    __tablename__ = "schema_version"
+
+    version: Mapped[int] = mapped_column(primary_key=True, comment="version of these tables")
+    created_at: Mapped[str] = mapped_column(comment="when the database was made, UTC ISO 8601")
+    writer: Mapped[str] = mapped_column(comment="the program and version that made it")
+
+
+class Model(Base):
+    """Weights that some run used; one row per digest and name."""
+
+    __tablename__ = "models"
+    __table_args__ = (UniqueConstraint("sha256", "name", "token_dropout", "attention_heads"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the model")
+    name: Mapped[str] = mapped_column(comment="released name, or name of the file or folder")
+    num_layers: Mapped[int | None] = mapped_column(comment="transformer layers")
+    hidden_dim: Mapped[int | None] = mapped_column(comment="width of a vector")
+    attention_heads: Mapped[int | None] = mapped_column(comment="attention heads per layer")
+    token_dropout: Mapped[bool | None] = mapped_column(
+        comment="1 if embeddings are scaled by 0.88, as trained with token dropout"
+    )
+    parameters: Mapped[int | None] = mapped_column(
+        comment="numbers in the embedding trunk (no language-model head)"
+    )
+    weights_format: Mapped[str | None] = mapped_column(comment="fair-esm or huggingface")
+    dtype: Mapped[str | None] = mapped_column(comment="type of the stored numbers")
+    sha256: Mapped[str | None] = mapped_column(comment="SHA-256 of the weights on disk")
+    untrained: Mapped[bool | None] = mapped_column(
+        comment="1 if the weights say that they were made by scripts/make_model.py"
+    )
+
+
+class Run(Base):
+    """One model, one input, one set of outputs."""
+
+    __tablename__ = "runs"
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012 (a number is never used again)
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the run")
+    uuid: Mapped[str] = mapped_column(unique=True, comment="the run's name in Parquet footers")
+    model_id: Mapped[int | None] = mapped_column(
+        ForeignKey("models.id"), comment="the model; NULL is refused by resume"
+    )
+    esm2_config: Mapped[dict[str, Any] | None] = mapped_column(
+        comment="JSON snapshot of the model (ESM2Config); NULL is refused by resume"
+    )
+    repr_layers: Mapped[list[int]] = mapped_column(comment="JSON list of the layers kept")
+    include: Mapped[list[str]] = mapped_column(comment="JSON list: mean, bos, per_tok")
+    precision: Mapped[str] = mapped_column(comment="arithmetic of the network: float32")
+    per_tok_dtype: Mapped[str] = mapped_column(comment="type of per_tok values")
+    max_residues: Mapped[int] = mapped_column(comment="residues above which a sequence is long")
+    long_sequences: Mapped[str] = mapped_column(comment="truncate, error or whole")
+    unknown_residues: Mapped[str] = mapped_column(comment="error, or x: mapped to X")
+    duplicate_ids: Mapped[str] = mapped_column(comment="error or keep")
+    input_path: Mapped[str] = mapped_column(comment="the FASTA file, absolute")
+    input_bytes: Mapped[int] = mapped_column(comment="size of the FASTA file, bytes")
+    input_sha256: Mapped[str] = mapped_column(comment="SHA-256 of the FASTA file")
+    records_total: Mapped[int] = mapped_column(comment="records in the input")
+    sequences_total: Mapped[int] = mapped_column(
+        comment="different sequences in the input: what is computed"
+    )
+    residues_total: Mapped[int] = mapped_column(comment="residues of those sequences, embedded")
+    records_truncated: Mapped[int] = mapped_column(comment="records embedded in part only")
+    residues_mapped: Mapped[int] = mapped_column(comment="letters read as X")
+    output_folder: Mapped[str] = mapped_column(comment="the folder of its checkpoints, absolute")
+    settings: Mapped[dict[str, Any]] = mapped_column(
+        comment="JSON of every setting it was started with"
+    )
+    status: Mapped[str] = mapped_column(
+        comment="running, interrupted, failed or finished; running with an old heartbeat is dead"
+    )
+    started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
+    finished_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL if unfinished")
+
+    attempts: Mapped[list[Attempt]] = relationship(back_populates="run", order_by="Attempt.id")
+    checkpoints: Mapped[list[Checkpoint]] = relationship(
+        back_populates="run", order_by="Checkpoint.first_position"
+    )
+
+
+class Attempt(Base):
+    """One process that worked on a run."""
+
+    __tablename__ = "attempts"
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the attempt")
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), index=True, comment="its run")
+    host: Mapped[str] = mapped_column(comment="name of the machine")
+    pid: Mapped[int] = mapped_column(comment="process number on that machine")
+    weights_path: Mapped[str] = mapped_column(comment="where the weights lay, absolute")
+    device: Mapped[str] = mapped_column(comment="cpu or cuda:N")
+    device_name: Mapped[str] = mapped_column(comment="what the processor calls itself")
+    threads: Mapped[int] = mapped_column(comment="CPU threads")
+    tokens_per_pack: Mapped[int] = mapped_column(comment="tokens that go through at once")
+    versions: Mapped[dict[str, Any]] = mapped_column(comment="JSON of library versions")
+    started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
+    heartbeat_at: Mapped[str] = mapped_column(comment="when it last said it was alive")
+    ended_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL while it lives")
+    outcome: Mapped[str | None] = mapped_column(
+        comment="finished, interrupted, failed, or lost (it died without a word)"
+    )
+    error: Mapped[str | None] = mapped_column(comment="the line that a failed attempt printed")
+
+    run: Mapped[Run] = relationship(back_populates="attempts")
+
+
+class Checkpoint(Base):
+    """A stretch of a run's work that is safely on disk: one Parquet file, one row."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("run_id", "first_position"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the checkpoint")
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), index=True, comment="its run")
+    attempt_id: Mapped[int] = mapped_column(ForeignKey("attempts.id"), comment="who made it")
+    path: Mapped[str] = mapped_column(comment="file name in the run's output folder")
+    first_position: Mapped[int] = mapped_column(comment="first place in the plan, 0-based")
+    stop_position: Mapped[int] = mapped_column(comment="place in the plan after the last")
+    records: Mapped[int] = mapped_column(comment="rows in the file")
+    residues: Mapped[int] = mapped_column(comment="residues that were computed for it")
+    seconds: Mapped[float] = mapped_column(comment="wall time from the checkpoint before, s")
+    bytes: Mapped[int] = mapped_column(comment="size of the file")
+    sha256: Mapped[str] = mapped_column(comment="SHA-256 of the file")
+    esm2_config: Mapped[dict[str, Any] | None] = mapped_column(
+        comment="JSON snapshot of the model (ESM2Config); NULL is refused by resume"
+    )
+    committed_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
+
+    run: Mapped[Run] = relationship(back_populates="checkpoints")
+    attempt: Mapped[Attempt] = relationship()
