@@ -1,0 +1,148 @@
+"""Settings: config.ini, overridden by flags, checked against schema.settings."""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from marshmallow import ValidationError
+
+from lib.catalog import RELEASED
+from lib.errors import SettingsError
+from schema.settings import SECTIONS, SettingsSchema, SettingsSections
+
+__all__ = ["DEFAULT_CONFIG", "Settings", "from_snapshot", "load_settings", "snapshot"]
+
+Settings = SettingsSections
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.ini"
+
+_PATHS = (
+    ("model", "esm_model"),
+    ("model", "weights_directory"),
+    ("input", "fasta"),
+    ("output", "folder"),
+    ("database", "url"),
+)
+
+
+def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = {}) -> Settings:  # noqa: B006 (never written to)
+    """Read config.ini, lay `overrides` ("section.option" to text) over it and check every option.
+
+    Relative paths in config.ini start at its folder, relative paths in overrides at the current
+    folder; all come out absolute. An empty value means that nothing is said.
+
+    Raises SettingsError that names section, option and value.
+    """
+    values = _resolve(_read_config(config), config.resolve().parent, str(config))
+    said: dict[str, dict[str, str]] = {}
+    for key, value in overrides.items():
+        section, _, option = key.partition(".")
+        said.setdefault(section, {})[option] = value
+    _refuse_unknown(said, "flags")
+    for section, options in _resolve(said, Path.cwd(), "flags").items():
+        values.setdefault(section, {}).update(options)
+    return _check(values)
+
+
+def snapshot(settings: Settings) -> dict[str, Any]:
+    """Return the JSON-ready dictionary that a run keeps of its settings."""
+    dumped: dict[str, Any] = SettingsSchema().dump(settings)
+    return dumped
+
+
+def from_snapshot(stored: object) -> Settings:
+    """Read what `snapshot` made; raises SettingsError on anything else."""
+    if not isinstance(stored, dict):
+        raise SettingsError(f"stored settings are {type(stored).__name__}, not an object")
+    return _check(stored)
+
+
+def _read_config(config: Path) -> dict[str, dict[str, str]]:
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        delimiters=("=",),
+        default_section="\0",  # a [DEFAULT] section is as unknown as any other
+    )
+    try:
+        with config.open(encoding="utf-8") as lines:
+            parser.read_file(lines, source=str(config))
+    except FileNotFoundError:
+        raise SettingsError(f"{config}: no such file") from None
+    except OSError as error:
+        raise SettingsError(f"{config}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{config}: not UTF-8 at byte {error.start}") from None
+    except configparser.Error as error:
+        raise SettingsError(" ".join(str(error).split())) from None
+    values = {section: dict(parser.items(section)) for section in parser.sections()}
+    _refuse_unknown(values, str(config))
+    return values
+
+
+def _refuse_unknown(values: Mapping[str, Mapping[str, str]], source: str) -> None:
+    for section, options in values.items():
+        if section not in SECTIONS:
+            raise SettingsError(f"{source}: unknown section [{section}]")
+        known = SECTIONS[section][0]().fields
+        for option in options:
+            if option not in known:
+                raise SettingsError(f"{source}: unknown option {option!r} in [{section}]")
+
+
+def _resolve(
+    values: Mapping[str, Mapping[str, str]], folder: Path, source: str
+) -> dict[str, dict[str, Any]]:
+    """Drop options with nothing said and make paths absolute, relative to `folder`."""
+    resolved: dict[str, dict[str, Any]] = {
+        section: {option: value for option, value in options.items() if value.strip()}
+        for section, options in values.items()
+    }
+    for section, option in _PATHS:
+        value = resolved.get(section, {}).get(option)
+        if value is None:
+            continue
+        if "\0" in value:
+            raise SettingsError(f"{source}: [{section}] {option} has a NUL byte")
+        is_path = "://" not in value if option == "url" else value not in RELEASED
+        if is_path:
+            try:
+                resolved[section][option] = str((folder / Path(value).expanduser()).absolute())
+            except RuntimeError as error:  # ~user without such a user
+                raise SettingsError(f"{source}: [{section}] {option} = {value}: {error}") from None
+    return resolved
+
+
+def _check(values: Mapping[str, Any]) -> Settings:
+    # Defaults that are paths start at the project's folder, like those of its config.ini.
+    filled = {section: dict(values.get(section) or {}) for section in (*SECTIONS, *values)}
+    filled["output"].setdefault("folder", str(DEFAULT_CONFIG.parent / "embeddings"))
+    filled["database"].setdefault("url", str(DEFAULT_CONFIG.parent / "runs.sqlite"))
+    try:
+        settings: Settings = SettingsSchema().load(filled)
+    except ValidationError as error:
+        raise SettingsError(_first_fault(error, filled)) from None
+    layers = settings.model.repr_layers
+    if layers is not None and len(set(layers)) < len(layers):
+        twice = next(layer for layer in layers if layers.count(layer) > 1)
+        raise SettingsError(f"[model] repr_layers: {twice} is repeated")
+    include = settings.output.include
+    if len(set(include)) < len(include):
+        twice_kept = next(word for word in include if include.count(word) > 1)
+        raise SettingsError(f"[output] include: {twice_kept} is repeated")
+    return settings
+
+
+def _first_fault(error: ValidationError, values: Mapping[str, Mapping[str, Any]]) -> str:
+    section, faults = next(iter(error.normalized_messages().items()))
+    if not isinstance(faults, dict):
+        return f"[{section}]: {faults[0]}"
+    option, messages = next(iter(faults.items()))
+    while isinstance(messages, dict):  # a list option: {index: [messages]}
+        messages = next(iter(messages.values()))
+    value = values.get(section, {}).get(option)
+    said = " ".join(map(str, value)) if isinstance(value, list) else value
+    fact = str(messages[0]).rstrip(".").replace("Must be", "must be").replace("Not a", "not a")
+    return f"[{section}] {option} = {said}: {fact}"
