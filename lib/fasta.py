@@ -27,11 +27,23 @@ from lib.alphabet import LETTERS
 from lib.errors import InputError, MachineError
 from schema.settings import InputSettings
 
-__all__ = ["Inventory", "Record", "Sequence", "Window", "preflight", "read_records", "read_windows"]
+__all__ = [
+    "PLAN",
+    "Inventory",
+    "Owner",
+    "Record",
+    "Sequence",
+    "Window",
+    "input_sha256",
+    "preflight",
+    "read_records",
+    "read_windows",
+]
 
-# Part of every plan: a run that was started with other bounds cannot be continued.
 WINDOW_RECORDS = 65_536
 WINDOW_RESIDUES = 32 * 1024 * 1024
+# Part of a run's identity: work that was planned with other bounds cannot be continued.
+PLAN = f"windows of {WINDOW_RECORDS} records or {WINDOW_RESIDUES} residues, longest first"
 
 # What `unknown_residues = x` reads as X. Digits and blanks stay errors: they are numbering or a
 # broken file, and would add residues that are not there.
@@ -120,7 +132,7 @@ def preflight(rules: InputSettings) -> Inventory:
     Raises InputError naming record, id, position and letter at the first fault.
     """
     path = _input_path(rules)
-    inventory = Inventory(path=path, bytes=path.stat().st_size, sha256=_file_sha256(path))
+    inventory = Inventory(path=path, bytes=path.stat().st_size, sha256=input_sha256(rules))
     sequence_digests, id_digests, lengths = bytearray(), bytearray(), array("i")
     window = hashlib.blake2b(digest_size=16)
     first, residues = 0, 0
@@ -260,11 +272,15 @@ def _letter_fact(number: int, name: str, position: int, letter: str) -> str:
 
 
 def _fingerprint(record: Record) -> bytes:
-    header = f"{record.id}\0{record.description}\0{record.length}\0".encode("utf-8", "surrogatepass")
+    header = f"{record.id}\0{record.description}\0{record.length}\0".encode(
+        "utf-8", "surrogatepass"
+    )
     return header + record.residues + b"\0"
 
 
-def _file_sha256(path: Path) -> str:
+def input_sha256(rules: InputSettings) -> str:
+    """Return the SHA-256 of the file as it lies on disk, compressed or not."""
+    path = _input_path(rules)
     try:
         with path.open("rb") as file:
             before = os.fstat(file.fileno())

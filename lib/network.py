@@ -173,9 +173,10 @@ def _inverse_frequencies(weights: Weights, config: ESM2Config) -> torch.Tensor:
     """
     head_dim = config.hidden_dim // config.attention_heads
     names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(config.num_layers)]
-    stored = [tensor.float().clone() for _, tensor in weights.read(
-        name for name in names if name in weights.tensors
-    )]
+    stored = [
+        tensor.float().clone()
+        for _, tensor in weights.read(name for name in names if name in weights.tensors)
+    ]
     if not stored:
         return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
     if any(one.shape != (head_dim // 2,) or not torch.equal(one, stored[0]) for one in stored):

@@ -13,7 +13,7 @@ from lib.catalog import RELEASED
 from lib.errors import SettingsError
 from schema.settings import SECTIONS, SettingsSchema, SettingsSections
 
-__all__ = ["DEFAULT_CONFIG", "Settings", "from_snapshot", "load_settings", "snapshot"]
+__all__ = ["DEFAULT_CONFIG", "Settings", "from_snapshot", "load_settings", "override", "snapshot"]
 
 Settings = SettingsSections
 
@@ -28,7 +28,7 @@ _PATHS = (
 )
 
 
-def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = {}) -> Settings:  # noqa: B006 (never written to)
+def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = {}) -> Settings:
     """Read config.ini, lay `overrides` ("section.option" to text) over it and check every option.
 
     Relative paths in config.ini start at its folder, relative paths in overrides at the current
@@ -37,14 +37,12 @@ def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = 
     Raises SettingsError that names section, option and value.
     """
     values = _resolve(_read_config(config), config.resolve().parent, str(config))
-    said: dict[str, dict[str, str]] = {}
-    for key, value in overrides.items():
-        section, _, option = key.partition(".")
-        said.setdefault(section, {})[option] = value
-    _refuse_unknown(said, "flags")
-    for section, options in _resolve(said, Path.cwd(), "flags").items():
-        values.setdefault(section, {}).update(options)
-    return _check(values)
+    return _check(_laid_over(values, overrides))
+
+
+def override(settings: Settings, overrides: Mapping[str, str]) -> Settings:
+    """Return `settings` with `overrides` ("section.option" to text) laid over them."""
+    return _check(_laid_over(snapshot(settings), overrides))
 
 
 def snapshot(settings: Settings) -> dict[str, Any]:
@@ -58,6 +56,20 @@ def from_snapshot(stored: object) -> Settings:
     if not isinstance(stored, dict):
         raise SettingsError(f"stored settings are {type(stored).__name__}, not an object")
     return _check(stored)
+
+
+def _laid_over(
+    values: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    said: dict[str, dict[str, str]] = {}
+    for key, value in overrides.items():
+        section, _, option = key.partition(".")
+        said.setdefault(section, {})[option] = value
+    _refuse_unknown(said, "flags")
+    merged = {section: dict(options) for section, options in values.items()}
+    for section, options in _resolve(said, Path.cwd(), "flags").items():
+        merged.setdefault(section, {}).update(options)
+    return merged
 
 
 def _read_config(config: Path) -> dict[str, dict[str, str]]:

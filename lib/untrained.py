@@ -54,7 +54,10 @@ def make_model(
     torch.save({"cfg": {"model": cfg}, "model": state}, path)
     regression = path.with_name(f"{path.stem}-contact-regression.pt")
     weight = torch.randn(1, num_layers * attention_heads, generator=generator)
-    contact = {"contact_head.regression.weight": weight, "contact_head.regression.bias": torch.zeros(1)}
+    contact = {
+        "contact_head.regression.weight": weight,
+        "contact_head.regression.bias": torch.zeros(1),
+    }
     torch.save({"model": contact}, regression)
     return regression
 

@@ -20,7 +20,7 @@ import torch
 
 from lib import huggingface
 from lib.catalog import RELEASED
-from lib.errors import WeightsError
+from lib.errors import LedgerError, WeightsError
 from schema.settings import ModelSettings
 
 __all__ = ["TensorInfo", "Weights", "find_weights", "hub_checkpoints", "open_weights"]
@@ -132,7 +132,7 @@ def _load_archive(path: Path) -> dict[str, Any]:
             raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
         with torch.serialization.safe_globals([argparse.Namespace]):
             archive = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (WeightsError, MemoryError):
+    except (LedgerError, MemoryError):
         raise
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from None
@@ -181,7 +181,10 @@ def _refuse_relatives(archive: Mapping[str, Any], path: Path) -> None:
     names = " ".join(_state_dict(archive, path))
     relatives = {
         "ESM-IF": ("invariant_gvp" in arch, r"\S*gvp\S*|\S*W_v\.\S*|\S*embed_confidence\S*"),
-        "MSA Transformer": (arch == "msa_transformer", r"msa_position_embedding|\S*row_self_attention\S*"),
+        "MSA Transformer": (
+            arch == "msa_transformer",
+            r"msa_position_embedding|\S*row_self_attention\S*",
+        ),
         "ESM-1b or ESM-1v": (arch == "roberta_large", r"embed_positions\.weight"),
         "ESM-1": (arch == "protein_bert_base", r"embed_out\b\S*"),
     }

@@ -120,12 +120,8 @@ class InputSchema(Schema):
     long_sequences = fields.String(
         load_default="truncate", validate=validate.OneOf(["truncate", "error", "whole"])
     )
-    unknown_residues = fields.String(
-        load_default="error", validate=validate.OneOf(["error", "x"])
-    )
-    duplicate_ids = fields.String(
-        load_default="error", validate=validate.OneOf(["error", "keep"])
-    )
+    unknown_residues = fields.String(load_default="error", validate=validate.OneOf(["error", "x"]))
+    duplicate_ids = fields.String(load_default="error", validate=validate.OneOf(["error", "keep"]))
 
 
 class ComputeSchema(Schema):

@@ -100,6 +100,7 @@ class Run(Base):
     long_sequences: Mapped[str] = mapped_column(comment="truncate, error or whole")
     unknown_residues: Mapped[str] = mapped_column(comment="error, or x: mapped to X")
     duplicate_ids: Mapped[str] = mapped_column(comment="error or keep")
+    plan: Mapped[str] = mapped_column(comment="how the order of work is decided")
     input_path: Mapped[str] = mapped_column(comment="the FASTA file, absolute")
     input_bytes: Mapped[int] = mapped_column(comment="size of the FASTA file, bytes")
     input_sha256: Mapped[str] = mapped_column(comment="SHA-256 of the FASTA file")
@@ -120,6 +121,7 @@ class Run(Base):
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     finished_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL if unfinished")
 
+    model: Mapped[Model | None] = relationship()
     attempts: Mapped[list[Attempt]] = relationship(back_populates="run", order_by="Attempt.id")
     checkpoints: Mapped[list[Checkpoint]] = relationship(
         back_populates="run", order_by="Checkpoint.first_position"

@@ -1,0 +1,232 @@
+"""The console: arguments, tables, JSON, progress bars and exit statuses of every script."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from lib.errors import LedgerError
+from lib.settings import DEFAULT_CONFIG
+
+__all__ = [
+    "ResidueBar",
+    "arguments",
+    "download_bar",
+    "guarded",
+    "note",
+    "overrides",
+    "print_fields",
+    "print_json",
+    "print_line",
+    "print_table",
+    "run_script",
+    "settings_arguments",
+]
+
+# Flag of a script, and the option of config.ini that it overrides.
+_FLAGS = {
+    "esm_model": "model.esm_model",
+    "repr_layers": "model.repr_layers",
+    "input": "input.fasta",
+    "output": "output.folder",
+    "include": "output.include",
+    "database": "database.url",
+}
+_SECONDS_BETWEEN_LINES = 60.0
+
+
+def arguments(documentation: str | None, *, config: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with --database, --json and, if settings are read, --config."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--database", metavar="URL", help="run database: a SQLite path or URL")
+    if config:
+        parser.add_argument(
+            "--config",
+            type=Path,
+            default=DEFAULT_CONFIG,
+            metavar="FILE",
+            help="settings file (default: the project's config.ini)",
+        )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """Add the named ones of the flags that override config.ini, and --set."""
+    group = parser.add_argument_group("overriding config.ini")
+    helps = {
+        "esm_model": ("MODEL", "a released name in full, or the path of weights"),
+        "input": ("FASTA", "the FASTA file"),
+        "output": ("FOLDER", "the folder that gets a folder for every run"),
+    }
+    for flag, (metavar, explanation) in helps.items():
+        if flag in flags:
+            option = f"--{flag.replace('_', '-')}"
+            group.add_argument(option, metavar=metavar, help=explanation)
+    if "include" in flags:
+        group.add_argument("--include", nargs="+", metavar="KIND", help="mean, bos, per_tok")
+    if "repr_layers" in flags:
+        group.add_argument(
+            "--repr-layers",
+            nargs="+",
+            type=int,
+            metavar="LAYER",
+            help="layers to keep: 0 the embedding, -1 the last",
+        )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.OPTION=VALUE",
+        help="any option of config.ini",
+    )
+
+
+def overrides(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return what the flags say, as "section.option" to text; a flag outranks --set."""
+    said: dict[str, str] = {}
+    for setting in getattr(parsed, "set", []):
+        key, equals, value = setting.partition("=")
+        if not equals or "." not in key:
+            raise LedgerError(f"--set {setting}: not section.option=value")
+        said[key.strip()] = value
+    for flag, key in _FLAGS.items():
+        value = getattr(parsed, flag, None)
+        if value is not None:
+            said[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return said
+
+
+def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a script's main on the command line and exit with its status."""
+    sys.exit(guarded(main, None))
+
+
+def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Run a script's main; what a user can cause ends in one line on stderr and a status."""
+    try:
+        status = main(argv)
+        sys.stdout.flush()
+    except LedgerError as error:
+        note(f"error: {error}")
+        return error.exit_status
+    except KeyboardInterrupt:
+        note("error: SIGINT: interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout went away: nothing can be said to it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 4
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        note(f"error: {place}{error.strerror or error}")
+        return 4
+    except MemoryError:
+        note("error: out of memory")
+        return 4
+    return status
+
+
+def note(line: str) -> None:
+    """Print a line of progress or diagnosis on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_line(line: str) -> None:
+    """Print a result on stdout."""
+    print(line)
+
+
+def print_json(content: object) -> None:
+    """Print a result as JSON on stdout."""
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print one row as a line per column."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        print(f"{name.ljust(width)}  {_cell(value)}".rstrip())
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    title: str | None = None,
+    to_stderr: bool = False,
+) -> None:
+    """Print rows under their column names, numbers to the right."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    if title is not None:
+        print(f"\n{title}", file=stream)
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [
+        max(len(name), *(len(row[i]) for row in cells)) if cells else len(name)
+        for i, name in enumerate(columns)
+    ]
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
+        for i in range(len(columns))
+    ]
+    for row in [list(columns), *cells]:
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        print("  ".join(padded).rstrip(), file=stream)
+
+
+class ResidueBar:
+    """A progress bar in residues: how many of all, rate, time left; one line a minute if no tty."""
+
+    def __init__(self, total: int, done: int) -> None:
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="res",
+            unit_scale=True,
+            desc="embedding",
+            mininterval=0.2 if on_terminal else _SECONDS_BETWEEN_LINES,
+            file=sys.stderr,
+            ascii=None if on_terminal else True,
+        )
+
+    def advance(self, residues: int) -> None:
+        """Count residues as done."""
+        self._bar.update(residues)
+
+    def __enter__(self) -> ResidueBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def download_bar(name: str) -> Callable[[int, int | None], None]:
+    """Return a function that shows bytes received, of all if that is known."""
+    bar = tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
+
+    def show(received: int, total: int | None) -> None:
+        bar.total = total
+        bar.update(received - bar.n)
+        if received == total:
+            bar.close()
+
+    return show
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    # Headers and ids come from files of strangers: no control characters reach the terminal.
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)

@@ -1,0 +1,266 @@
+"""Embedding: the loop that joins windows, packs, network, pooling, checkpoints and runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sqlalchemy import Engine
+
+from lib import pooling
+from lib.alphabet import tokenise
+from lib.checkpoints import CheckpointWriter, Vectors, rename_into_place
+from lib.database import WRITER
+from lib.errors import LedgerError, MachineError
+from lib.fasta import Inventory, Window, read_windows
+from lib.fasta import Sequence as FastaSequence
+from lib.identity import run_config, run_identity
+from lib.interruption import Interruption
+from lib.network import Network
+from lib.packing import group_equal_lengths, plan_packs, remaining
+from lib.runs import (
+    Ownership,
+    add_checkpoint,
+    beat,
+    end_attempt,
+    load_run,
+    next_checkpoint_number,
+)
+from lib.settings import Settings
+from schema.parquet import checkpoint_columns
+from schema.tables import Run
+
+__all__ = ["Job", "compute", "work"]
+
+_HEARTBEAT_SECONDS = 10.0
+
+Kept = npt.NDArray[Any] | list[npt.NDArray[Any]]
+
+
+class NonFiniteError(LedgerError):
+    """The network gave NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the work on a run needs."""
+
+    engine: Engine
+    ownership: Ownership
+    settings: Settings
+    inventory: Inventory
+    network: Network
+    interruption: Interruption
+    progress: Callable[[int], None]
+
+
+def work(job: Job) -> Run:
+    """Compute what is left of a run, committing checkpoints, and end the attempt on the record.
+
+    `job.progress` is told the residues of every pack; signals should be deferred, they are
+    looked at before every pack. Returns the finished run. Raises what stopped it, after
+    committing what was finished: InterruptedRunError for a signal, NonFiniteError naming the
+    record, MachineError for disk, database or memory.
+    """
+    run = load_run(job.engine, job.ownership.run_id)
+    stretch = _Stretch(job, run)
+    try:
+        _work_through(job, run, stretch)
+        stretch.commit()
+        end_attempt(job.engine, job.ownership, "finished", None)
+    except BaseException as error:
+        stretch.discard()
+        _record_end(job, error)
+        raise
+    return load_run(job.engine, run.id)
+
+
+def compute(
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], half: bool
+) -> Vectors:
+    """Run a pack through the network and keep `columns` ("mean_6", "per_tok_0", …) of it.
+
+    Raises NonFiniteError naming the first record and layer with NaN or infinity.
+    """
+    lengths = [len(sequence.residues) for sequence in sequences]
+    groups = group_equal_lengths(lengths)
+    tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
+    by_layer: dict[int, list[str]] = {}
+    for column in columns:
+        by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
+    kept: dict[str, Kept] = {}
+    with torch.inference_mode(), _memory_errors(sequences):
+        for layer, hidden in network.forward(tokens, lengths, by_layer):
+            for column in by_layer[layer]:
+                kind = column.rpartition("_")[0]
+                if kind == "per_tok":
+                    dtype = torch.float16 if half else torch.float32
+                    kept[column] = [
+                        one.to("cpu", dtype, copy=True).numpy()
+                        for one in pooling.per_tok(hidden, groups)
+                    ]
+                else:
+                    pool = pooling.mean if kind == "mean" else pooling.bos
+                    kept[column] = pool(hidden, groups).cpu().numpy()
+                _refuse_non_finite(kept[column], sequences, column)
+    return Vectors(kept)
+
+
+def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
+    done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
+    half = run.per_tok_dtype == "float16"
+    last_beat = time.monotonic()
+    for window in read_windows(job.settings.input, job.inventory):
+        for positions in _packs(window, job.settings.compute.tokens_per_pack, done):
+            if job.interruption.requested:
+                stretch.commit()
+                raise job.interruption.error(f"run {run.id} interrupted, finished work committed")
+            sequences = window.sequences[
+                positions.start - window.first_position : positions.stop - window.first_position
+            ]
+            try:
+                vectors = compute(job.network, sequences, stretch.vector_columns, half)
+            except LedgerError:
+                stretch.commit()
+                raise
+            stretch.add(positions, sequences, vectors)
+            job.progress(sum(len(sequence.residues) for sequence in sequences))
+            if stretch.is_due():
+                stretch.commit()
+                last_beat = time.monotonic()
+            elif time.monotonic() - last_beat > _HEARTBEAT_SECONDS:
+                beat(job.engine, job.ownership)
+                last_beat = time.monotonic()
+
+
+def _packs(window: Window, tokens_per_pack: int, done: Sequence[range]) -> Iterable[range]:
+    """Yield the packs of a window, as positions in the plan, that no checkpoint covers."""
+    stop = window.first_position + len(window.sequences)
+    if not any(remaining(range(window.first_position, stop), done)):
+        return
+    lengths = [len(sequence.residues) for sequence in window.sequences]
+    for pack in plan_packs(lengths, tokens_per_pack):
+        first = window.first_position
+        yield from remaining(range(first + pack.start, first + pack.stop), done)
+
+
+class _Stretch:
+    """Work that is finished but not committed: an open checkpoint file and its positions."""
+
+    def __init__(self, job: Job, run: Run) -> None:
+        self._job = job
+        self._run = run
+        self._config = run_config(run)
+        self._columns = checkpoint_columns(
+            run.include, run.repr_layers, self._config.hidden_dim, run.per_tok_dtype
+        )
+        self.vector_columns = [
+            f"{kind}_{layer}" for kind in run.include for layer in run.repr_layers
+        ]
+        self._number = next_checkpoint_number(run)
+        self._writer: CheckpointWriter | None = None
+        self._positions = range(0)
+        self._residues = 0
+        self._since = time.monotonic()
+
+    def add(self, positions: range, sequences: Sequence[FastaSequence], vectors: Vectors) -> None:
+        """Take in a pack; a gap before it closes the checkpoint first."""
+        if self._writer is not None and positions.start != self._positions.stop:
+            self.commit()
+        if self._writer is None:
+            self._writer = self._open()
+            self._positions = range(positions.start, positions.start)
+        lengths = [len(sequence.residues) for sequence in sequences]
+        self._writer.add(lengths, [sequence.owners for sequence in sequences], vectors)
+        self._positions = range(self._positions.start, positions.stop)
+        self._residues += sum(lengths)
+
+    def is_due(self) -> bool:
+        """Whether [output] asks for a checkpoint by now."""
+        output = self._job.settings.output
+        return self._writer is not None and (
+            time.monotonic() - self._since >= output.checkpoint_seconds
+            or self._writer.records >= output.checkpoint_records
+        )
+
+    def commit(self) -> None:
+        """Make what is finished a checkpoint: file synced and renamed, then the row."""
+        if self._writer is None:
+            return
+        finished = self._writer.finish(self._positions.start, self._positions.stop)
+        rename_into_place(finished)
+        seconds = time.monotonic() - self._since
+        add_checkpoint(
+            self._job.engine,
+            self._job.ownership,
+            self._config,
+            finished,
+            self._positions,
+            self._residues,
+            seconds,
+        )
+        self._writer = None
+        self._number += 1
+        self._residues = 0
+        self._since = time.monotonic()
+
+    def discard(self) -> None:
+        """Drop what is not committed."""
+        if self._writer is not None:
+            with suppress(OSError):  # the disk has been reported already
+                self._writer.discard()
+            self._writer = None
+
+    def _open(self) -> CheckpointWriter:
+        footer = {
+            "writer": WRITER,
+            "run": self._run.id,
+            "identity": run_identity(self._run),
+            "settings": self._run.settings,
+        }
+        folder = Path(self._run.output_folder)
+        return CheckpointWriter(folder, self._number, self._columns, footer)
+
+
+def _record_end(job: Job, error: BaseException) -> None:
+    outcome = "interrupted" if job.interruption.requested else "failed"
+    try:
+        end_attempt(job.engine, job.ownership, outcome, str(error) or type(error).__name__)
+    except MachineError:
+        # The database is what failed: the attempt will be marked as lost by the next one.
+        return
+
+
+@contextmanager
+def _memory_errors(sequences: Sequence[FastaSequence]) -> Iterator[None]:
+    """Turn a failed allocation into a MachineError that names the pack's longest record."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch reports CPU allocations as plain RuntimeErrors.
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        longest = max(sequences, key=lambda sequence: len(sequence.residues))
+        owner = longest.owners[0]
+        raise MachineError(
+            f"record {owner.number} ({owner.id}): out of memory in a pack whose longest sequence "
+            f"has {len(longest.residues)} residues"
+        ) from None
+
+
+def _refuse_non_finite(kept: Kept, sequences: Sequence[FastaSequence], column: str) -> None:
+    for sequence, vector in zip(sequences, kept, strict=True):
+        if not np.isfinite(vector).all():
+            owner = sequence.owners[0]
+            kind, _, layer = column.rpartition("_")
+            raise NonFiniteError(
+                f"record {owner.number} ({owner.id}): non-finite value in {kind} of layer {layer}"
+            )

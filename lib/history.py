@@ -1,0 +1,102 @@
+"""History: what the run database tells, read-only and without torch."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.database import database_path, open_for_reading, sqlite_errors
+from lib.errors import SettingsError
+from lib.ownership import is_held
+
+__all__ = ["RunDetail", "Table", "query", "run_detail", "run_history"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns."""
+
+    columns: list[str]
+    rows: list[Sequence[Any]]
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        """Return one dictionary per row."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class RunDetail:
+    """One run: its history line, its attempts and its checkpoints."""
+
+    run: Table
+    attempts: Table
+    checkpoints: Table
+
+
+def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
+    """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
+    engine = open_for_reading(url)
+    try:
+        with sqlite_errors(database_path(url)), engine.connect() as connection:
+            return _fetch(connection.connection.cursor(), statement, parameters)
+    finally:
+        engine.dispose()
+
+
+def run_history(url: str) -> Table:
+    """Return run_history, newest first; a run whose process has died shows as `killed`."""
+    return _with_killed(
+        query(url, "SELECT run_history.*, output_folder FROM run_history JOIN runs ON id = run")
+    )
+
+
+def run_detail(url: str, run_id: int) -> RunDetail:
+    """Return one run; raises SettingsError if there is none."""
+    line = query(
+        url,
+        "SELECT run_history.*, output_folder, residues_done, runs.residues_total, records_truncated, "
+        "residues_mapped, percent FROM run_history JOIN runs ON id = run_history.run "
+        "JOIN run_progress ON run_progress.run = id WHERE id = ?",
+        [run_id],
+    )
+    if not line.rows:
+        raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    attempts = query(
+        url,
+        "SELECT id AS attempt, outcome, started_at AS started, heartbeat_at AS heartbeat, "
+        "ended_at AS ended, host, pid, device, device_name, threads, tokens_per_pack, "
+        "weights_path, error FROM attempts WHERE run_id = ? ORDER BY id",
+        [run_id],
+    )
+    checkpoints = query(
+        url,
+        "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
+        "checkpoints.records, residues, checkpoints.bytes, round(seconds, 1) AS seconds, "
+        "committed_at AS committed, problem FROM checkpoints JOIN checkpoint_audit "
+        "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
+        [run_id],
+    )
+    return RunDetail(_with_killed(line), attempts, checkpoints)
+
+
+def _with_killed(history: Table) -> Table:
+    status, folder = history.columns.index("status"), history.columns.index("output_folder")
+    rows = []
+    for row in history.rows:
+        shown = list(row)
+        if row[status] == "running" and not is_held(Path(row[folder])):
+            shown[status] = "killed"
+        rows.append(shown)
+    return Table(history.columns, rows)
+
+
+def _fetch(cursor: Any, statement: str, parameters: Sequence[object]) -> Table:  # noqa: ANN401 (a DBAPI cursor)
+    try:
+        cursor.execute(statement, parameters)
+        columns = [column[0] for column in cursor.description or []]
+        return Table(columns, cursor.fetchall())
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        raise SettingsError(f"SQL: {error}") from None

@@ -1,0 +1,55 @@
+"""Interruption: signals that end the work, at once or as soon as what is finished is committed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lib.errors import InterruptedRunError
+
+__all__ = ["Interruption"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interruption:
+    """Turns SIGINT, SIGTERM and SIGHUP into an InterruptedRunError.
+
+    Within `deferred()` the first signal only sets `requested`; a second one raises at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._deferring = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the signals until the end of the block."""
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block look at `requested` at moments of its own choice."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def error(self, fact: str) -> InterruptedRunError:
+        """Return the error that ends the work with the exit status of the signal received."""
+        assert self.requested is not None
+        return InterruptedRunError(f"{self.requested.name}: {fact}", self.requested)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        first = self.requested is None
+        self.requested = signal.Signals(number)
+        if not (self._deferring and first):
+            raise self.error("interrupted")

@@ -1,0 +1,41 @@
+"""Detect an ESM-2 model: print its properties and where each came from.
+
+    python scripts/detect.py --esm-model esm2_t33_650M_UR50D
+    python scripts/detect.py --esm-model models/esm2_untrained_t6_8M.pt --json
+
+Reads no tensor data and downloads nothing: a released name that is not on disk shows the
+catalog's values. Exit status: 0 detected, 2 refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lib.console import (
+    arguments,
+    overrides,
+    print_json,
+    print_table,
+    run_script,
+    settings_arguments,
+)
+from lib.detection import detect
+from lib.display import describe_detection, detection_json
+from lib.settings import load_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Detect and print."""
+    parser = arguments(__doc__)
+    settings_arguments(parser, "esm_model", "repr_layers")
+    parsed = parser.parse_args(argv)
+    detection = detect(load_settings(parsed.config, overrides(parsed)).model)
+    if parsed.json:
+        print_json(detection_json(detection))
+    else:
+        print_table(["property", "value", "source"], describe_detection(detection))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

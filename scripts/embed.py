@@ -1,0 +1,104 @@
+"""Embed a FASTA file with ESM-2, as a run on the record.
+
+    python scripts/embed.py --esm-model esm2_t33_650M_UR50D --input proteins.fasta
+    python scripts/embed.py --input proteins.fasta --include mean bos --repr-layers 0 18 -1
+    python scripts/embed.py --input examples/proteins.fasta --validate-config
+
+What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
+interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
+refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work so far committed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from lib.console import (
+    ResidueBar,
+    arguments,
+    download_bar,
+    note,
+    overrides,
+    print_json,
+    print_line,
+    print_table,
+    run_script,
+    settings_arguments,
+)
+from lib.database import open_for_writing
+from lib.detection import detect
+from lib.display import (
+    describe_detection,
+    describe_input,
+    describe_run,
+    describe_start,
+    describe_validation,
+    run_json,
+    validation_json,
+)
+from lib.embedding import Job, work
+from lib.fasta import preflight
+from lib.interruption import Interruption
+from lib.loading import load_model, with_weights
+from lib.runs import create_run
+from lib.settings import load_settings
+from lib.validation import validate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Detect, preflight, record, embed."""
+    parser = arguments(__doc__)
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    parser.add_argument(
+        "--validate-config", action="store_true", help="check all that validate.py does, and stop"
+    )
+    parsed = parser.parse_args(argv)
+    interruption = Interruption()
+    with interruption.handled():
+        settings = load_settings(parsed.config, overrides(parsed))
+        if parsed.validate_config:
+            validation = validate(settings, note)
+            if parsed.json:
+                print_json(validation_json(validation))
+            else:
+                print_line("\n".join(describe_validation(validation)))
+            return 0
+
+        # ---- What will be done: detected, checked, displayed
+        detection = detect(settings.model)
+        columns = ["property", "value", "source"]
+        print_table(columns, describe_detection(detection), to_stderr=True)
+        inventory = preflight(settings.input)
+        for line in describe_input(inventory, settings.input.max_residues):
+            note(line)
+        engine = open_for_writing(settings.database.url)
+        detection = with_weights(settings, detection, download_bar)
+        assert detection.weights is not None
+        model = load_model(settings, detection, detection.weights.sha256())
+        note(describe_start(model, settings))
+
+        # ---- On the record
+        with (
+            interruption.deferred(),
+            create_run(engine, settings, model.config, inventory, model.facts) as ownership,
+            ResidueBar(inventory.residues, done=0) as bar,
+        ):
+            note(f"run {ownership.run_id}")
+            run = work(
+                Job(
+                    engine, ownership, settings, inventory, model.network, interruption, bar.advance
+                )
+            )
+    if parsed.json:
+        print_json(run_json(run))
+    else:
+        print_line(describe_run(run))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

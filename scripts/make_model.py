@@ -1,0 +1,58 @@
+"""Write an untrained ESM-2 model in fair-esm's release format, for trials without a download.
+
+    python scripts/make_model.py --like esm2_t6_8M_UR50D --to models/esm2_untrained_t6_8M.pt
+    python scripts/make_model.py --num-layers 2 --hidden-dim 64 --attention-heads 4 --to small.pt
+
+The contact regression is written beside it. The weights are random, with outlier channels as
+trained transformers have them: vectors made with them mean nothing. Exit status: 0 written,
+2 refused, 4 disk failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lib.catalog import RELEASED
+from lib.console import arguments, note, print_json, run_script
+from lib.untrained import make_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the model and say where it lies."""
+    parser = arguments(__doc__)
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .pt to write")
+    parser.add_argument("--like", choices=list(RELEASED), help="take the shape of this model")
+    parser.add_argument("--num-layers", type=int, help="transformer layers")
+    parser.add_argument("--hidden-dim", type=int, help="width of a vector")
+    parser.add_argument("--attention-heads", type=int, help="heads per layer")
+    parser.add_argument(
+        "--no-token-dropout", action="store_true", help="cfg says token_dropout False"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
+    parsed = parser.parse_args(argv)
+    shape = [parsed.num_layers, parsed.hidden_dim, parsed.attention_heads]
+    if parsed.like:
+        like = RELEASED[parsed.like]
+        given = zip(shape, (like.num_layers, like.hidden_dim, like.attention_heads), strict=True)
+        shape = [asked if asked is not None else released for asked, released in given]
+    if None in shape:
+        parser.error("--num-layers, --hidden-dim and --attention-heads, or --like, are required")
+    regression = make_model(
+        parsed.to,
+        *shape,
+        seed=parsed.seed,
+        dtype=getattr(torch, parsed.dtype),
+        token_dropout=not parsed.no_token_dropout,
+    )
+    note(f"untrained weights: {parsed.to}, contact regression: {regression}")
+    if parsed.json:
+        print_json({"weights": str(parsed.to), "regression": str(regression), "untrained": True})
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,38 @@
+"""Ask the run database in SQL, read-only.
+
+    python scripts/query.py "select model, sum(records_done) from run_history group by model"
+    python scripts/query.py --format csv "select * from checkpoint_audit where problem not null"
+
+Tables: models, runs, attempts, checkpoints. Views: run_history, run_progress, checkpoint_audit,
+model_usage. Exit status: 0 answered, 2 refused by SQLite.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+
+from lib.console import arguments, overrides, print_json, print_table, run_script
+from lib.history import query
+from lib.settings import load_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one statement and print what it gives."""
+    parser = arguments(__doc__)
+    parser.add_argument("sql", help="one SELECT statement")
+    parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
+    parsed = parser.parse_args(argv)
+    table = query(load_settings(parsed.config, overrides(parsed)).database.url, parsed.sql)
+    if parsed.json or parsed.format == "json":
+        print_json(table.dictionaries())
+    elif parsed.format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([table.columns, *table.rows])
+    else:
+        print_table(table.columns, table.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,108 @@
+"""Continue an interrupted run with the very model, input and settings that made it.
+
+    python scripts/resume.py
+    python scripts/resume.py --run 12 --esm-model /new/place/esm2_t33_650M_UR50D.pt
+    python scripts/resume.py --run 12 --recompute-damaged
+
+Settings come from the run database, not from config.ini as it is today. --esm-model and --input
+may say where the same weights and the same FASTA lie now. Exit status: 0 done, 2 nothing to
+resume or weights not found, 3 identity refused, 4 disk, database or memory failed, 130 or 143
+interrupted with the work so far committed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from lib.console import (
+    ResidueBar,
+    arguments,
+    note,
+    overrides,
+    print_json,
+    print_line,
+    print_table,
+    run_script,
+    settings_arguments,
+)
+from lib.database import open_for_writing
+from lib.display import describe_detection, describe_input, describe_run, describe_start, run_json
+from lib.embedding import Job, work
+from lib.interruption import Interruption
+from lib.loading import load_model
+from lib.resumption import admit, clear_leftovers
+from lib.runs import find_run, load_run, own, start_attempt
+from lib.settings import load_settings
+from schema.tables import Run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Find the run, admit it, compute what is left."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=int, metavar="N", help="default: the newest unfinished run")
+    parser.add_argument(
+        "--recompute-damaged",
+        action="store_true",
+        help="compute again what lost or altered checkpoint files held",
+    )
+    settings_arguments(parser, "esm_model", "input")
+    parsed = parser.parse_args(argv)
+    said = overrides(parsed)
+    url = load_settings(parsed.config, {k: v for k, v in said.items() if k == "database.url"})
+    interruption = Interruption()
+    with interruption.handled():
+        engine = open_for_writing(url.database.url)
+        run_id = find_run(engine, parsed.run).id
+        with own(load_run(engine, run_id)):
+            # ---- Identity: all of it, before a tensor is read
+            run = load_run(engine, run_id)
+            admission = admit(run, said, recompute_damaged=parsed.recompute_damaged)
+            detection, settings = admission.detection, admission.settings
+            columns = ["property", "value", "source"]
+            print_table(columns, describe_detection(detection, admission.sha256), to_stderr=True)
+            for line in describe_input(admission.inventory, settings.input.max_residues):
+                note(line)
+            if run.status != "finished" or admission.damaged:
+                model = load_model(settings, detection, admission.sha256)
+                note(describe_start(model, settings))
+
+                # ---- Back on the record
+                with interruption.deferred():
+                    _clear(run)
+                    ownership = start_attempt(engine, run_id, model.facts, admission.damaged)
+                    for checkpoint in admission.damaged:
+                        note(f"run {run_id}: {checkpoint.path}: dropped, to be computed again")
+                    run = load_run(engine, run_id)
+                    _clear(run)
+                    done = sum(checkpoint.residues for checkpoint in run.checkpoints)
+                    inventory, network = admission.inventory, model.network
+                    with ResidueBar(inventory.residues, done) as bar:
+                        run = work(
+                            Job(
+                                engine,
+                                ownership,
+                                settings,
+                                inventory,
+                                network,
+                                interruption,
+                                bar.advance,
+                            )
+                        )
+    if parsed.json:
+        print_json(run_json(run))
+    else:
+        print_line(describe_run(run))
+    return 0
+
+
+def _clear(run: Run) -> None:
+    for path in clear_leftovers(run):
+        note(f"run {run.id}: {path.name}: not in the database, removed")
+
+
+if __name__ == "__main__":
+    run_script(main)

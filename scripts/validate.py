@@ -1,0 +1,62 @@
+"""Validate settings, model, input and database before work starts; changes nothing.
+
+    python scripts/validate.py --esm-model esm2_t33_650M_UR50D --input proteins.fasta
+    python scripts/validate.py --run 12
+
+With --run: audits each of the run's checkpoints, compares weights and input in hand with it,
+then tries the model. Without: tries the model, checks the input if one is given, and lists every
+unfinished run and whether this model can continue it. Exit status: 0 good, 2 settings, input or
+weights refused, 3 identity refused, 4 environment failed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from lib.console import (
+    arguments,
+    note,
+    overrides,
+    print_json,
+    print_line,
+    run_script,
+    settings_arguments,
+)
+from lib.display import describe_audit, describe_validation, validation_json
+from lib.interruption import Interruption
+from lib.settings import load_settings
+from lib.validation import audit_run, try_run, validate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Validate a run, or what a run would be made of."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=int, metavar="N", help="audit this run")
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    parsed = parser.parse_args(argv)
+    said = overrides(parsed)
+    with Interruption().handled():
+        if parsed.run is None:
+            validation = validate(load_settings(parsed.config, said), note)
+            if parsed.json:
+                print_json(validation_json(validation))
+            else:
+                print_line("\n".join(describe_validation(validation)))
+            return 0
+        where = {key: value for key, value in said.items() if key == "database.url"}
+        audit = audit_run(load_settings(parsed.config, where).database.url, parsed.run, said)
+        if audit.exit_status == 0:
+            try_run(audit)
+        if parsed.json:
+            print_json({"run": parsed.run, "good": not audit.facts, "facts": audit.facts})
+        else:
+            print_line("\n".join(describe_audit(audit)))
+        return audit.exit_status
+
+
+if __name__ == "__main__":
+    run_script(main)
