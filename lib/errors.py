@@ -16,6 +16,10 @@ class LedgerError(Exception):
 
     exit_status = 2
 
+    def __init__(self, message: str) -> None:
+        # Values, paths and foreign messages may hold line breaks; an error has none.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class SettingsError(LedgerError):
     """config.ini or a flag is wrong."""

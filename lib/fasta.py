@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import lzma
 import os
-import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ import numpy.typing as npt
 from xopen import xopen
 
 from lib.alphabet import LETTERS
-from lib.errors import InputError, MachineError
+from lib.errors import InputError, LedgerError, MachineError
 from schema.settings import InputSettings
 
 __all__ = [
@@ -215,10 +213,15 @@ def read_records(rules: InputSettings) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InputError(f"{path}: after record {number}: byte 0x{byte:02x} is not UTF-8") from None
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path}: after record {number}: {error}") from None
     except OSError as error:
-        raise MachineError(f"{path}: {error.strerror or error}") from None
+        if error.errno is not None:
+            raise MachineError(f"{path}: {error.strerror}") from None
+        # Without a number it is gzip or bzip2 on a broken stream.
+        raise InputError(f"{path}: after record {number}: {error}") from None
+    except (LedgerError, MemoryError):
+        raise
+    except Exception as error:  # every decompressor has its own: LZMAError, IsalError, ZstdError
+        raise InputError(f"{path}: after record {number}: {error}") from None
 
 
 def _input_path(rules: InputSettings) -> Path:

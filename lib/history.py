@@ -48,17 +48,16 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
 
 def run_history(url: str) -> Table:
     """Return run_history, newest first; a run whose process has died shows as `killed`."""
-    return _with_killed(
-        query(url, "SELECT run_history.*, output_folder FROM run_history JOIN runs ON id = run")
-    )
+    return _with_killed(query(url, "SELECT * FROM run_history"))
 
 
 def run_detail(url: str, run_id: int) -> RunDetail:
     """Return one run; raises SettingsError if there is none."""
     line = query(
         url,
-        "SELECT run_history.*, output_folder, residues_done, runs.residues_total, records_truncated, "
-        "residues_mapped, percent FROM run_history JOIN runs ON id = run_history.run "
+        "SELECT run_history.*, residues_done, runs.residues_total, "
+        "records_truncated, residues_mapped, percent "
+        "FROM run_history JOIN runs ON id = run_history.run "
         "JOIN run_progress ON run_progress.run = id WHERE id = ?",
         [run_id],
     )
@@ -83,7 +82,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
 
 
 def _with_killed(history: Table) -> Table:
-    status, folder = history.columns.index("status"), history.columns.index("output_folder")
+    status, folder = history.columns.index("status"), history.columns.index("output")
     rows = []
     for row in history.rows:
         shown = list(row)

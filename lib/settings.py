@@ -55,6 +55,9 @@ def from_snapshot(stored: object) -> Settings:
     """Read what `snapshot` made; raises SettingsError on anything else."""
     if not isinstance(stored, dict):
         raise SettingsError(f"stored settings are {type(stored).__name__}, not an object")
+    for section, options in stored.items():
+        if not isinstance(options, dict):
+            raise SettingsError(f"stored settings: [{section}] is no object")
     return _check(stored)
 
 

@@ -20,7 +20,8 @@ __all__ = [
 ]
 
 INCLUDES = ("mean", "bos", "per_tok")
-_POSITIVE = validate.Range(min=1)
+_LARGEST = 2**31 - 1  # lengths are int32 in checkpoints, and SQLite's integers end
+_POSITIVE = validate.Range(min=1, max=_LARGEST)
 
 
 class Words(fields.List):
@@ -105,7 +106,9 @@ class ModelSchema(Schema):
         load_default="https://dl.fbaipublicfiles.com/fair-esm/models",
         validate=validate.Regexp(r"https?://\S+\Z", error="not an http or https address"),
     )
-    repr_layers = Words(fields.Integer(), load_default=None, allow_none=True)
+    repr_layers = Words(
+        fields.Integer(), load_default=None, allow_none=True, validate=validate.Length(min=1)
+    )
     num_layers = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
     hidden_dim = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
     attention_heads = fields.Integer(load_default=None, allow_none=True, validate=_POSITIVE)
@@ -129,10 +132,14 @@ class ComputeSchema(Schema):
 
     device = fields.String(
         load_default="auto",
-        validate=validate.Regexp(r"(auto|cpu|cuda(:\d+)?)\Z", error="not auto, cpu or cuda[:N]"),
+        validate=validate.Regexp(
+            r"(auto|cpu|cuda(:(0|[1-9][0-9]?))?)\Z", error="not auto, cpu or cuda[:N]"
+        ),
     )
     precision = fields.String(load_default="float32", validate=validate.OneOf(["float32"]))
-    tokens_per_pack = fields.Integer(load_default=4096, validate=validate.Range(min=3))
+    tokens_per_pack = fields.Integer(
+        load_default=4096, validate=validate.Range(min=3, max=_LARGEST)
+    )
     threads = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
 
 

@@ -13,7 +13,8 @@ SELECT
     runs.records_total AS records_total,
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
     runs.started_at AS started,
-    runs.finished_at AS finished
+    runs.finished_at AS finished,
+    runs.output_folder AS output
 FROM runs
 LEFT JOIN models ON models.id = runs.model_id
 LEFT JOIN (

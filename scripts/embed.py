@@ -85,14 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             interruption.deferred(),
             create_run(engine, settings, model.config, inventory, model.facts) as ownership,
-            ResidueBar(inventory.residues, done=0) as bar,
         ):
             note(f"run {ownership.run_id}")
-            run = work(
-                Job(
-                    engine, ownership, settings, inventory, model.network, interruption, bar.advance
+            network = model.network
+            with ResidueBar(inventory.residues, done=0) as bar:
+                run = work(
+                    Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
                 )
-            )
     if parsed.json:
         print_json(run_json(run))
     else:

@@ -1,0 +1,99 @@
+# esm-ledger: every task is a target. `make` prints them.
+#
+# Variables, the same everywhere (all optional):
+#   MODEL   a released name in full, or the path of weights
+#   INPUT   the FASTA file
+#   OUTPUT  the folder that gets a folder for every run
+#   RUN     the number of a run
+#   CONFIG  the settings file, instead of config.ini
+#   ARGS    any further arguments of the script, as typed in a shell
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+venv := .venv
+python := $(venv)/bin/python
+installed := $(venv)/.installed
+
+# Values reach the scripts through the environment, not through the text of a recipe: blanks,
+# quotes, `%` and `$` in a path stay what they are.
+export esm_model := $(value MODEL)
+export esm_input := $(value INPUT)
+export esm_output := $(value OUTPUT)
+export esm_run := $(value RUN)
+export esm_config := $(value CONFIG)
+model := $${esm_model:+--esm-model "$$esm_model"}
+input := $${esm_input:+--input "$$esm_input"}
+output := $${esm_output:+--output "$$esm_output"}
+run := $${esm_run:+--run "$$esm_run"}
+config := $${esm_config:+--config "$$esm_config"}
+
+demo_model := models/esm2_untrained_t6_8M.pt
+
+.PHONY: help
+help: ## print every target
+	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [CONFIG=] [ARGS=]"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+.PHONY: setup
+setup: $(installed) ## install everything, pinned, into .venv
+
+$(installed): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]}: 3.11 to 3.13 is needed (make PYTHON=python3.12)")'
+	$(PYTHON) -m venv $(venv)
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: detect
+detect: $(installed) ## print a model's properties and where each came from
+	@$(python) scripts/detect.py $(config) $(model) $(ARGS)
+
+.PHONY: validate
+validate: $(installed) ## check settings, model, input and database; with RUN= audit a run
+	@$(python) scripts/validate.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
+
+.PHONY: embed
+embed: $(installed) ## embed INPUT= with MODEL= as a run on the record
+	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(ARGS)
+
+.PHONY: resume
+resume: $(installed) ## continue RUN=, or the newest unfinished run
+	@$(python) scripts/resume.py $(config) $(model) $(input) $(run) $(ARGS)
+
+.PHONY: history
+history: $(installed) ## show all runs, newest first, or RUN=
+	@$(python) scripts/history.py $(config) $(run) $(ARGS)
+
+.PHONY: query
+query: $(installed) ## ask the run database: make query ARGS='"select * from run_history"'
+	@$(python) scripts/query.py $(config) $(ARGS)
+
+.PHONY: model
+model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
+	@$(python) scripts/make_model.py $(config) $(ARGS)
+
+$(demo_model): | $(installed)
+	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@
+
+.PHONY: demo
+demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins.fasta (untrained weights)
+	@echo "Untrained weights: this shows how it works; the vectors mean nothing."
+	@$(python) scripts/detect.py --esm-model $(demo_model)
+	@$(python) scripts/validate.py --esm-model $(demo_model) --input examples/proteins.fasta
+	@$(python) scripts/embed.py --esm-model $(demo_model) --input examples/proteins.fasta $(output)
+	@$(python) scripts/history.py
+
+.PHONY: test
+test: $(installed) ## run the tests
+	@$(python) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(installed) ## check style and types (ruff, mypy)
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+.PHONY: benchmark-loading
+benchmark-loading: $(installed) ## time and memory of loading, beside fair-esm's loader (untrained 650M)
+	@$(python) benchmarks/loading.py $(ARGS)

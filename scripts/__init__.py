@@ -1,0 +1,1 @@
+"""One job each: parse arguments, call lib, print."""

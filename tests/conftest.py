@@ -1,0 +1,142 @@
+"""Fixtures: small untrained models, real proteins, a fresh workplace, and the scripts called."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.console import guarded
+from lib.settings import DEFAULT_CONFIG
+from lib.untrained import make_model
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).parent / "data"
+SOME_PROTEINS = DATA / "some_proteins.fasta"
+UNIPROT_PART = DATA / "uniprot_part.fasta"
+
+
+@dataclass
+class Answer:
+    """What a script gave back."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0].removeprefix("error: ")
+
+    @property
+    def json(self) -> Any:  # noqa: ANN401
+        return json.loads(self.out)
+
+
+Script = Callable[..., Answer]
+
+
+@pytest.fixture
+def script(capsys: pytest.CaptureFixture[str], place: Place) -> Script:
+    """Call a script's main in this process: script("embed", "--input", path)."""
+
+    def call(name: str, *argv: str | Path) -> Answer:
+        main = import_module(f"scripts.{name}").main
+        capsys.readouterr()
+        status = guarded(main, [*map(str, argv), *place.flags(name, argv)])
+        captured = capsys.readouterr()
+        return Answer(status, captured.out, captured.err)
+
+    return call
+
+
+@dataclass
+class Place:
+    """A folder with a config.ini of its own, so that no test touches the project's."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.ini"
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "runs.sqlite"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "embeddings"
+
+    def flags(self, _name: str, argv: Sequence[str | Path]) -> list[str]:
+        """Return --config, unless the arguments say one."""
+        return [] if "--config" in argv else ["--config", str(self.config)]
+
+    def set(self, section: str, option: str, value: object) -> None:
+        """Change an option of config.ini."""
+        parser = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+        parser.read(self.config)
+        if not parser.has_section(section):
+            parser.add_section(section)
+        parser.set(section, option, str(value))
+        with self.config.open("w") as file:
+            parser.write(file)
+
+    def run(self, name: str, *argv: str | Path, **environment: str) -> Answer:
+        """Run a script as a process of its own."""
+        flags = [*map(str, argv), *self.flags(name, argv)]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / f"{name}.py", *flags],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            cwd=self.folder,
+            timeout=300,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A fresh folder with a copy of config.ini; torch hub's cache is an empty folder of it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    fresh = Place(tmp_path)
+    fresh.config.write_text(DEFAULT_CONFIG.read_text())
+    return fresh
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, 64 wide, 4 heads; untrained."""
+    path = tmp_path_factory.mktemp("models") / "esm2_small.pt"
+    make_model(path, 2, 64, 4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of small_model, other weights: as a fine-tune would be."""
+    path = tmp_path_factory.mktemp("other") / "esm2_small.pt"
+    make_model(path, 2, 64, 4, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tall_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, 96 wide: another shape."""
+    path = tmp_path_factory.mktemp("tall") / "esm2_tall.pt"
+    make_model(path, 3, 96, 6)
+    return path

@@ -1,0 +1,85 @@
+"""The numerical truth: fair-esm in float32 on the same weights, one sequence at a time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import esm
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+
+Array = npt.NDArray[np.float32]
+
+
+class Reference:
+    """fair-esm's own model, loaded by fair-esm's own loader."""
+
+    def __init__(self, path: Path) -> None:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            model, self._alphabet = esm.pretrained.load_model_and_alphabet_local(str(path))
+        self._model = model.eval().float()
+
+    def tokens(self, residues: str, layers: Iterable[int]) -> dict[int, Array]:
+        """Return (residues + 2, hidden_dim) by layer, <cls> and <eos> included."""
+        _, _, tokens = self._alphabet.get_batch_converter()([("", residues)])
+        with torch.inference_mode():
+            hidden = self._model(tokens, repr_layers=list(layers))["representations"]
+        return {layer: value[0].numpy() for layer, value in hidden.items()}
+
+
+def worst_residue_error(found: Array, truth: Array) -> float:
+    """Return the largest relative L2 error of any row; both are (rows, hidden_dim)."""
+    assert found.shape == truth.shape
+    error = np.linalg.norm(found.astype(np.float64) - truth, axis=-1)
+    return float((error / np.linalg.norm(truth.astype(np.float64), axis=-1)).max())
+
+
+def fasta(path: Path) -> list[tuple[str, str]]:
+    """Read (header, sequence) by the plainest code there is."""
+    entries: list[tuple[str, str]] = []
+    for line in path.read_text().splitlines():
+        if line.startswith(">"):
+            entries.append((line[1:], ""))
+        else:
+            entries[-1] = (entries[-1][0], entries[-1][1] + line.strip())
+    return entries
+
+
+def read_run(folder: Path) -> dict[int, dict[str, bytes | str | int | Array]]:
+    """Read a run's folder as its users do, by record; vectors as arrays."""
+    rows: dict[int, dict[str, bytes | str | int | Array]] = {}
+    table = pq.read_table(folder)
+    for row in table.to_pylist():
+        vectors = {
+            name: np.asarray(value, dtype=np.float32)
+            for name, value in row.items()
+            if isinstance(value, list)
+        }
+        assert row["record"] not in rows, f"record {row['record']} stands twice"
+        rows[row["record"]] = row | vectors
+    return rows
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    """Compare two runs' folders: every record once, every column the same to the bit."""
+    one, other = read_run(found), read_run(expected)
+    assert sorted(one) == sorted(other)
+    for record, row in one.items():
+        assert row.keys() == other[record].keys()
+        for name, value in row.items():
+            expected_value = other[record][name]
+            if isinstance(value, np.ndarray):
+                assert isinstance(expected_value, np.ndarray)
+                assert value.tobytes() == expected_value.tobytes(), (record, name)
+            else:
+                assert value == expected_value, (record, name)
+
+
+def write_fasta(path: Path, entries: Sequence[tuple[str, str]]) -> Path:
+    """Write (header, sequence) entries."""
+    path.write_text("".join(f">{header}\n{sequence}\n" for header, sequence in entries))
+    return path
