@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lib import loading
+from lib import embedding, loading, network, runs
+from lib.errors import InterruptedRunError
 from lib.untrained import make_model
 from tests.conftest import UNIPROT_PART, Answer, Place, Script
 
@@ -34,6 +35,7 @@ def half_a_run(script: Script, model: Path, source: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "add_checkpoint", add)
+        patch.setattr(loading, "load_network", network.load_network)
         answer = script(
             "embed", "--esm-model", model, "--input", source, "--repr-layers", "1", "2",
             "--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=1100",
@@ -218,9 +220,8 @@ def test_the_same_tensors_saved_again_in_another_type(script: Script, attacked: 
 
 
 def test_a_checkpoint_swapped_with_another_runs(
-    script: Script, attacked: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, attacked: Place, small_model: Path
 ) -> None:
-    monkeypatch.undo()
     half_a_run(script, small_model, UNIPROT_PART)
     one = attacked.output / "run-000001" / "checkpoint-000001.parquet"
     other = attacked.output / "run-000002" / "checkpoint-000001.parquet"
@@ -261,9 +262,8 @@ def test_a_fasta_with_a_record_more(script: Script, attacked: Place) -> None:
 
 
 def test_a_stray_file_of_another_run_is_refused_not_removed(
-    script: Script, attacked: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, attacked: Place, small_model: Path
 ) -> None:
-    monkeypatch.undo()
     half_a_run(script, small_model, UNIPROT_PART)
     moved = attacked.output / "run-000001" / "checkpoint-000009.parquet"
     shutil.copy(attacked.output / "run-000002" / "checkpoint-000001.parquet", moved)
