@@ -50,13 +50,15 @@ def database_path(url: str) -> Path:
     return Path(parsed.database).absolute()
 
 
-def open_for_writing(url: str) -> Engine:
-    """Open the run database, making it if there is none.
+def open_for_writing(url: str, *, create: bool = True) -> Engine:
+    """Open the run database, making it if there is none unless `create` is false.
 
     Raises SettingsError for another program's database or schema version, MachineError if
     SQLite cannot work there.
     """
     path = database_path(url)
+    if not create and not path.is_file():
+        raise SettingsError(f"database {path}: no such file")
     engine = _engine(URL.create("sqlite", database=str(path)))
     with sqlite_errors(path):
         if not path.parent.is_dir():
@@ -83,6 +85,8 @@ def open_for_reading(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _query_only(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA query_only = ON")
+        # A read-only connection would still make a file for ATTACH or VACUUM INTO.
+        connection.set_authorizer(_refuse_attach)
 
     return engine
 
@@ -122,6 +126,10 @@ def _engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _refuse_attach(action: int, *_: object) -> int:
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
 
 
 def _use_wal(path: Path) -> None:

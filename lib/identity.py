@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import CHECKPOINT_NAME, file_sha256, read_footer
+from lib.checkpoints import CHECKPOINT_NAME, file_sha256, leftovers, read_footer
 from lib.detection import Detection
 from lib.errors import IdentityRefusedError
 from lib.fasta import PLAN, Inventory
@@ -165,6 +165,8 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
             yield Finding(_of(checkpoint, fact), damaged=False, checkpoint=checkpoint)
         if files and not facts:
             yield from _audit_file(run, checkpoint)
+    if files:
+        yield from _audit_leftovers(run)
     if position > run.sequences_total:
         yield Finding(
             f"run {run.id}: checkpoints reach position {position} of {run.sequences_total}",
@@ -234,6 +236,19 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     if (size, digest) != (checkpoint.bytes, checkpoint.sha256):
         fact = f"its bytes do not match their digest ({size} bytes, sha256 {digest})"
         yield Finding(_of(checkpoint, fact), damaged=True, checkpoint=checkpoint)
+
+
+def _audit_leftovers(run: Run) -> Iterator[Finding]:
+    """Find files under a checkpoint's name that another run made: resume removes only its own."""
+    listed = {checkpoint.path for checkpoint in run.checkpoints}
+    for path in leftovers(Path(run.output_folder), listed):
+        try:
+            identity = read_footer(path).get("identity")
+        except ValueError:  # unfinished
+            continue
+        if isinstance(identity, dict) and identity.get("uuid") != run.uuid:
+            fact = f"run {run.id}: {path.name}: made by run uuid {identity.get('uuid')}"
+            yield Finding(fact, damaged=False)
 
 
 def _of(checkpoint: Checkpoint, fact: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.checkpoints import leftovers, read_footer
+from lib.checkpoints import disk_errors, leftovers
 from lib.detection import Detection, Property, detect
 from lib.errors import IdentityRefusedError, LedgerError, SettingsError, WeightsError
 from lib.fasta import Inventory, input_sha256, preflight
@@ -118,21 +118,12 @@ def input_in_hand(run: Run, settings: Settings) -> Inventory:
 
 
 def clear_leftovers(run: Run) -> Iterator[Path]:
-    """Remove files of interrupted work that the database does not list; yield each.
-
-    Raises IdentityRefusedError for a file under a checkpoint's name that another run made.
-    """
+    """Remove files of interrupted work that the database does not list; yield each."""
     listed = {checkpoint.path for checkpoint in run.checkpoints}
-    for path in leftovers(Path(run.output_folder), listed):
-        try:
-            identity = read_footer(path).get("identity")
-        except ValueError:
-            identity = None  # unfinished
-        if isinstance(identity, dict) and identity.get("uuid") != run.uuid:
-            raise IdentityRefusedError(
-                f"run {run.id}: {path.name}: made by run uuid {identity.get('uuid')}"
-            )
-        path.unlink()
+    folder = Path(run.output_folder)
+    for path in leftovers(folder, listed):
+        with disk_errors(path):
+            path.unlink()
         yield path
 
 

@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings_arguments(parser, "esm_model", "input")
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
-    url = load_settings(parsed.config, {k: v for k, v in said.items() if k == "database.url"})
+    where = {key: value for key, value in said.items() if key == "database.url"}
+    url = load_settings(parsed.config, where).database.url
     interruption = Interruption()
     with interruption.handled():
-        engine = open_for_writing(url.database.url)
+        engine = open_for_writing(url, create=False)
         run_id = find_run(engine, parsed.run).id
         with own(load_run(engine, run_id)):
             # ---- Identity: all of it, before a tensor is read
@@ -64,44 +65,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             detection, settings = admission.detection, admission.settings
             columns = ["property", "value", "source"]
             print_table(columns, describe_detection(detection, admission.sha256), to_stderr=True)
-            for line in describe_input(admission.inventory, settings.input.max_residues):
+            inventory = admission.inventory
+            for line in describe_input(inventory, settings.input.max_residues):
                 note(line)
-            if run.status != "finished" or admission.damaged:
-                model = load_model(settings, detection, admission.sha256)
-                note(describe_start(model, settings))
+            if run.status == "finished" and not admission.damaged:
+                return _report(run, parsed.json)
+            model = load_model(settings, detection, admission.sha256)
+            note(describe_start(model, settings))
 
-                # ---- Back on the record
-                with interruption.deferred():
-                    _clear(run)
-                    ownership = start_attempt(engine, run_id, model.facts, admission.damaged)
-                    for checkpoint in admission.damaged:
-                        note(f"run {run_id}: {checkpoint.path}: dropped, to be computed again")
-                    run = load_run(engine, run_id)
-                    _clear(run)
-                    done = sum(checkpoint.residues for checkpoint in run.checkpoints)
-                    inventory, network = admission.inventory, model.network
-                    with ResidueBar(inventory.residues, done) as bar:
-                        run = work(
-                            Job(
-                                engine,
-                                ownership,
-                                settings,
-                                inventory,
-                                network,
-                                interruption,
-                                bar.advance,
-                            )
-                        )
-    if parsed.json:
+            # ---- Back on the record
+            with interruption.deferred():
+                ownership = start_attempt(engine, run_id, model.facts, admission.damaged)
+                for checkpoint in admission.damaged:
+                    note(f"run {run_id}: {checkpoint.path}: dropped, to be computed again")
+                run = load_run(engine, run_id)
+                for path in clear_leftovers(run):
+                    note(f"run {run_id}: {path.name}: not in the database, removed")
+                network = model.network
+                done = sum(checkpoint.residues for checkpoint in run.checkpoints)
+                with ResidueBar(inventory.residues, done) as bar:
+                    progress = bar.advance
+                    run = work(
+                        Job(engine, ownership, settings, inventory, network, interruption, progress)
+                    )
+    return _report(run, parsed.json)
+
+
+def _report(run: Run, as_json: bool) -> int:
+    if as_json:
         print_json(run_json(run))
     else:
         print_line(describe_run(run))
     return 0
-
-
-def _clear(run: Run) -> None:
-    for path in clear_leftovers(run):
-        note(f"run {run.id}: {path.name}: not in the database, removed")
 
 
 if __name__ == "__main__":
