@@ -34,7 +34,7 @@ demo_model := models/esm2_untrained_t6_8M.pt
 .PHONY: help
 help: ## print every target
 	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [CONFIG=] [ARGS=]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
 setup: $(installed) ## install everything, pinned, into .venv
@@ -79,10 +79,10 @@ $(demo_model): | $(installed)
 .PHONY: demo
 demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins.fasta (untrained weights)
 	@echo "Untrained weights: this shows how it works; the vectors mean nothing."
-	@$(python) scripts/detect.py --esm-model $(demo_model)
-	@$(python) scripts/validate.py --esm-model $(demo_model) --input examples/proteins.fasta
-	@$(python) scripts/embed.py --esm-model $(demo_model) --input examples/proteins.fasta $(output)
-	@$(python) scripts/history.py
+	@$(python) scripts/detect.py $(config) --esm-model $(demo_model)
+	@$(python) scripts/validate.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta
+	@$(python) scripts/embed.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta $(output)
+	@$(python) scripts/history.py $(config)
 
 .PHONY: test
 test: $(installed) ## run the tests

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.orm import Session
@@ -186,4 +186,4 @@ def _create(connection: Connection) -> None:
         if "CREATE VIEW" in statement:
             connection.exec_driver_sql(statement)
     version = {"version": SCHEMA_VERSION, "created_at": utc_now(), "writer": WRITER}
-    connection.execute(SchemaVersion.__table__.insert(), version)
+    connection.execute(insert(SchemaVersion), version)

@@ -192,7 +192,7 @@ def _sane(weights: Weights, key: str) -> object:
         return None
     if key == "token_dropout":
         if not isinstance(value, bool):
-            raise WeightsError(f"{weights.path}: metadata has token_dropout = {value!r}")
+            raise WeightsError(f"{weights.path}: metadata has token_dropout = {str(value)[:80]!r}")
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise WeightsError(f"{weights.path}: metadata has {key} = {str(value)[:80]!r}")
     return value

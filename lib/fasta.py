@@ -186,9 +186,9 @@ def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]
                 sequences[number] = Sequence(record.residues, [owner, *strays])
             elif first in sequences:
                 # Strays come from later windows, so file order wants this one before them.
-                strays = len(inventory.strays.get(first, []))
+                behind = len(inventory.strays.get(first, []))
                 owners = sequences[first].owners
-                owners.insert(len(owners) - strays, owner)
+                owners.insert(len(owners) - behind, owner)
         if digest.digest() != summary.digest:
             raise InputError(f"{inventory.path}: changed while it was being read")
         # sorted() is stable: equal lengths stay in file order.

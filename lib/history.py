@@ -20,7 +20,7 @@ class Table:
     """Rows under named columns."""
 
     columns: list[str]
-    rows: list[Sequence[Any]]
+    rows: Sequence[Sequence[Any]]
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """Return one dictionary per row."""

@@ -151,7 +151,7 @@ def _check(values: Mapping[str, Any]) -> Settings:
 
 
 def _first_fault(error: ValidationError, values: Mapping[str, Mapping[str, Any]]) -> str:
-    section, faults = next(iter(error.normalized_messages().items()))
+    section, faults = next(iter(error.messages_dict.items()))
     if not isinstance(faults, dict):
         return f"[{section}]: {faults[0]}"
     option, messages = next(iter(faults.items()))

@@ -120,7 +120,7 @@ def open_weights(path: Path) -> Weights:
     cfg = _cfg(archive)
     metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
     infos = {name: _info(name, tensor, path) for name, tensor in state.items()}
-    _refuse_inflated(state.values(), path)
+    _refuse_inflated(state, path)
     return Weights(path, "fair-esm", metadata, infos, cfg.get("untrained") is True)
 
 
@@ -144,12 +144,16 @@ def _load_archive(path: Path) -> dict[str, Any]:
 
 
 def _unpickling_fact(message: str) -> str:
-    unsafe = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", message)
-    if "Unsupported" in message and unsafe:
-        return f"its pickle asks for {unsafe[1]}, which is not in the allow-list"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    inner = [line for line in lines if "WeightsUnpickler error" in line]
-    return (inner or lines or ["not readable"])[0][:300]
+    """Return what is wrong, out of the paragraphs of advice that torch puts around it."""
+    asked = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", message)
+    if asked and re.search("unsupported", message, re.IGNORECASE):
+        return f"its pickle asks for {asked[1]}, which is not in the allow-list"
+    inner = message.partition("WeightsUnpickler error:")[2] or message
+    advice = re.compile("weights_only|torch.load|Please|documentation")
+    facts = [line.strip() for line in inner.splitlines() if not advice.search(line)]
+    fact = next(filter(None, facts), "").partition(" This is an internal")[0]
+    # A lone word is what a KeyError of the unpickler says of a broken stream.
+    return fact[:300] if " " in fact else "its pickle is broken"
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
@@ -196,19 +200,20 @@ def _refuse_relatives(archive: Mapping[str, Any], path: Path) -> None:
 
 
 def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+    plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
+    if not plain or not tensor.is_contiguous():
         raise WeightsError(f"{path}: tensor {name} is not stored whole (strided or sparse)")
     dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
     return TensorInfo(dtype, tuple(tensor.shape))
 
 
-def _refuse_inflated(tensors: Iterable[torch.Tensor], path: Path) -> None:
-    """Refuse tensors that claim more bytes than the file has, but for one tied pair."""
-    distinct = {
-        (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape): tensor
-        for tensor in tensors
-    }
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+def _refuse_inflated(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse tensors that claim more bytes than the file has, but for the one tied pair."""
+    counted = dict(tensors)
+    head, embedding = counted.get("lm_head.weight"), counted.get("embed_tokens.weight")
+    if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
+        del counted["lm_head.weight"]
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
     held = path.stat().st_size
     if claimed > held:
         raise WeightsError(f"{path}: tensors claim {claimed} bytes, the file has {held}")

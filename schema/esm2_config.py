@@ -81,7 +81,7 @@ def load_snapshot(snapshot: object) -> ESM2Config:
     try:
         config: ESM2Config = ESM2ConfigSchema().load(snapshot)
     except ValidationError as error:
-        messages = error.normalized_messages()
+        messages = error.messages_dict
         missing = [key for key in messages if key not in snapshot]
         if missing:
             raise ValueError(f"model metadata lacks {', '.join(missing)}") from None

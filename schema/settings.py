@@ -24,7 +24,7 @@ _LARGEST = 2**31 - 1  # lengths are int32 in checkpoints, and SQLite's integers 
 _POSITIVE = validate.Range(min=1, max=_LARGEST)
 
 
-class Words(fields.List):
+class Words(fields.List[Any]):
     """A list that config.ini writes as words between spaces or commas, and JSON as a list."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:  # noqa: ANN401

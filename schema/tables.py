@@ -8,7 +8,6 @@ from sqlalchemy import JSON, ForeignKey, UniqueConstraint
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.schema import CreateColumn
-from sqlalchemy.sql.compiler import DDLCompiler
 
 __all__ = [
     "APPLICATION_ID",
@@ -26,7 +25,7 @@ SCHEMA_VERSION = 1
 
 
 @compiles(CreateColumn, "sqlite")
-def _column_with_comment(element: CreateColumn, compiler: DDLCompiler, **kw: Any) -> str:  # noqa: ANN401
+def _column_with_comment(element: CreateColumn, compiler: Any, **kw: Any) -> str:  # noqa: ANN401
     # SQLite keeps no column comments, but it keeps the text of CREATE TABLE: written there,
     # they are what `.schema` shows.
     text = compiler.visit_create_column(element, **kw)

@@ -57,7 +57,7 @@ def hidden(
     lengths = [len(sequence) for sequence in pack]
     with torch.inference_mode():
         return {
-            layer: [part.numpy().copy() for part in x.split([n + 2 for n in lengths])]
+            layer: [part.numpy().copy() for part in torch.split(x, [n + 2 for n in lengths])]
             for layer, x in network.forward(tokens, lengths, layers)
         }
 

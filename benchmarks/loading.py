@@ -1,0 +1,137 @@
+"""Time and peak memory of loading, beside fair-esm's own loader, in one run.
+
+    python benchmarks/loading.py
+    python benchmarks/loading.py --like esm2_t12_35M_UR50D --repeats 5 --to loading.json
+
+Writes an untrained model in a temporary folder, then loads it in fresh processes, ours and
+fair-esm's in turn. `ready` is from the imports being done to the model being in memory; `peak` is
+the largest resident size of the whole process. The file stays in the page cache for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.catalog import RELEASED, trunk_parameters
+from lib.console import print_json, print_line, print_table
+from lib.device import device_name
+from lib.untrained import make_model
+
+_MEASURE = """
+import json, resource, sys, time
+{imports}
+start = time.perf_counter()
+{load}
+ready = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({{"ready_s": ready, "peak_bytes": peak}}))
+"""
+_DETECT = """found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
+config = found.config(%s)
+network = load_network(found.weights, config, torch.device("cpu"))"""
+_OURS = """import torch
+from lib.detection import detect
+from lib.network import load_network
+from lib.settings import load_settings"""
+LOADERS = {
+    "esm-ledger": (_OURS, _DETECT % '"0" * 64'),
+    "esm-ledger with digest": (_OURS, _DETECT % "found.weights.sha256()"),
+    "fair-esm": (
+        "import argparse, torch, esm\ntorch.serialization.add_safe_globals([argparse.Namespace])",
+        "model, alphabet = esm.pretrained.load_model_and_alphabet(sys.argv[1])",
+    ),
+}
+
+
+def measure(loader: str, path: Path) -> dict[str, float]:
+    """Load once in a process of its own; returns seconds and bytes."""
+    imports, load = LOADERS[loader]
+    code = _MEASURE.format(imports=imports, load=load)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def benchmark(like: str, repeats: int) -> dict[str, Any]:
+    """Measure every loader `repeats` times, in turn; returns facts and figures."""
+    shape = RELEASED[like]
+    figures: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "esm2_untrained.pt"
+        make_model(path, shape.num_layers, shape.hidden_dim, shape.attention_heads)
+        for loader in LOADERS:
+            measure(loader, path)  # not counted: brings the file into the page cache
+        for _ in range(repeats):
+            for loader, rows in figures.items():
+                rows.append(measure(loader, path))
+    model_bytes = 4 * trunk_parameters(shape.num_layers, shape.hidden_dim)
+    fair_esm = [row["ready_s"] for row in figures["fair-esm"]]
+    summary = {
+        loader: {
+            "ready_s": [round(row["ready_s"], 3) for row in rows],
+            "ready_median_s": round(statistics.median(row["ready_s"] for row in rows), 3),
+            "share_of_fair_esm": round(
+                statistics.median(
+                    row["ready_s"] / other for row, other in zip(rows, fair_esm, strict=True)
+                ),
+                3,
+            ),
+            "peak_gb": round(max(row["peak_bytes"] for row in rows) / 1e9, 3),
+        }
+        for loader, rows in figures.items()
+    }
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "weights": f"untrained, shape of {like}, float32",
+        "model_gb": round(model_bytes / 1e9, 3),
+        "peak_bound_gb": round((1.15 * model_bytes + 0.7e9) / 1e9, 3),
+        "loaders": summary,
+    }
+
+
+def main() -> int:
+    """Measure, print, and write the figures if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--like", choices=list(RELEASED), default="esm2_t33_650M_UR50D")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parsed = parser.parse_args()
+    result = benchmark(parsed.like, parsed.repeats)
+    if parsed.to is not None:
+        parsed.to.write_text(json.dumps(result, indent=2) + "\n")
+    if parsed.json:
+        print_json(result)
+        return 0
+    print_line(f"{result['weights']}: {result['model_gb']} GB in memory; {result['machine']}")
+    columns = ["loader", "ready (median s)", "of fair-esm's", "peak (GB)"]
+    rows = [
+        [loader, row["ready_median_s"], row["share_of_fair_esm"], row["peak_gb"]]
+        for loader, row in result["loaders"].items()
+    ]
+    print_table(columns, rows)
+    print_line(f"bound on our peak: {result['peak_bound_gb']} GB (1.15 x the model + 0.7 GB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

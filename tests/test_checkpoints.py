@@ -1,0 +1,95 @@
+"""Checkpoint files: if this fails, a power cut leaves a row without a file, or half a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from tests.conftest import SOME_PROTEINS, Place, Script
+
+
+def test_the_order_is_write_sync_rename_sync_folder_commit(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    added: list[str] = []
+    true_fsync, true_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if "run-" in str(target):
+            size = target.stat().st_size
+            done.append("sync folder" if target.is_dir() else f"sync {target.name} of {size} bytes")
+        true_fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        done.append(f"rename {self.name} to {target.name}")
+        return true_rename(self, target)
+
+    def flush(session: Session, _context: object) -> None:
+        added.extend(type(one).__name__ for one in session.new)
+
+    def commit(_session: Session) -> None:
+        done.append(" ".join(["commit", *added]))
+        added.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    event.listen(Session, "after_flush", flush)
+    event.listen(Session, "before_commit", commit)
+    try:
+        answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, "--json")
+    finally:
+        event.remove(Session, "after_flush", flush)
+        event.remove(Session, "before_commit", commit)
+    assert answer.status == 0, answer.err
+    (file,) = (place.output / "run-000001").glob("checkpoint-*")
+    start = done.index(next(line for line in done if line.startswith("sync .checkpoint")))
+    assert done[start : start + 4] == [
+        f"sync .{file.name}.tmp of {file.stat().st_size} bytes",
+        f"rename .{file.name}.tmp to {file.name}",
+        "sync folder",
+        "commit Checkpoint",
+    ]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_committed(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = 0
+    true_write = pq.ParquetWriter.write_table
+
+    def write(self: Any, *arguments: Any) -> None:  # noqa: ANN401
+        nonlocal finished
+        finished += 1
+        if finished == 3:
+            raise OSError(28, "No space left on device")
+        true_write(self, *arguments)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", write)
+    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
+    assert answer.status == 4
+    assert answer.error.endswith(".checkpoint-000003.parquet.tmp: No space left on device")
+    monkeypatch.undo()
+    shown = script("history", "--run", "1", "--json").json
+    assert shown["status"] == "failed"
+    assert shown["attempts"][0]["error"].endswith("No space left on device")
+    assert len(shown["checkpoints"]) == 2
+    names = {path.name for path in (place.output / "run-000001").iterdir()}
+    assert names == {".lock", "checkpoint-000001.parquet", "checkpoint-000002.parquet"}
+    assert script("resume").status == 0
+
+
+def test_a_read_only_folder_is_one_line(script: Script, place: Place, small_model: Path) -> None:
+    place.output.write_text("a file where the folder should be")
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 4
+    assert answer.error.startswith(str(place.output))
+    assert script("history", "--json").json == []

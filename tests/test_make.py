@@ -1,0 +1,91 @@
+"""make: if this fails, a path with a blank in it, or a second `make setup`, costs an hour."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SOME_PROTEINS, Place
+from tests.reference import read_run
+
+
+def make(
+    *words: str, folder: Path = ROOT, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", "--no-print-directory", *words],
+        cwd=folder,
+        env={**inherited, **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_setup_is_not_run_again() -> None:
+    done = make("setup")
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout
+
+
+def test_setup_refuses_a_python_that_is_too_old_in_one_line(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old-python"
+    old.write_text(
+        "#!/bin/sh\nshift\n"
+        f'exec {sys.executable} -c "import sys; sys.version_info = (3, 10, 1); $1"\n'
+    )
+    old.chmod(0o755)
+    done = make("setup", f"PYTHON={old}", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == (
+        "Python 3.10: 3.11 to 3.13 is needed (make PYTHON=python3.12)"
+    )
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("odd", ["it's 50%s", 'say "ünï" $HOME$$b;#'])
+def test_values_reach_the_scripts_as_they_are(place: Place, small_model: Path, odd: str) -> None:
+    folder = place.folder / odd
+    folder.mkdir()
+    model = shutil.copy(small_model, folder / "esm2 model.pt")
+    source = shutil.copy(SOME_PROTEINS, folder / "some proteins.fasta")
+    config = shutil.copy(place.config, folder / "config.ini")
+    # Through the environment: on make's own command line `$` is make's, as everywhere in make.
+    variables = {
+        "MODEL": str(model),
+        "INPUT": str(source),
+        "OUTPUT": str(folder / "out"),
+        "CONFIG": str(config),
+    }
+    done = make("embed", "ARGS=--json", variables=variables)
+    assert done.returncode == 0, done.stderr
+    assert len(read_run(folder / "out" / "run-000001")) == 15
+    for target in ("resume", "validate", "history"):
+        again = make(target, variables={"RUN": "1", "CONFIG": str(config)})
+        assert again.returncode == 0, again.stderr
+
+
+def test_variables_on_the_command_line(place: Place, small_model: Path) -> None:
+    done = make(
+        "embed", f"MODEL={small_model}", f"INPUT={SOME_PROTEINS}", f"CONFIG={place.config}",
+        f"OUTPUT={place.folder / 'my out'}", "ARGS=--include bos mean --repr-layers 0 -1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    row = read_run(place.folder / "my out" / "run-000001")[0]
+    assert {"bos_0", "bos_2", "mean_0", "mean_2"} < row.keys()
+
+
+def test_a_refusal_comes_through_make_with_its_line(place: Place) -> None:
+    done = make("validate", "MODEL=650M", f"CONFIG={place.config}")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: esm_model ")
+    assert "Error 2" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,128 @@
+"""README: if this fails, a command or a question that people copy from it does not work.
+
+Commands run as printed, in the project's folder, with a settings file of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from lib.database import open_for_writing, transaction
+from lib.history import query
+from lib.settings import DEFAULT_CONFIG
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+QUESTIONS = re.findall(r"^([A-Z][^\n]*\?)\n\n```sql\n(.*?)```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("readme")
+    shutil.copy(DEFAULT_CONFIG, path / "config.ini")
+    return path
+
+
+@pytest.fixture(scope="module")
+def after_commands(folder: Path) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
+    """Run the README's commands in their order; `make test` is what runs this."""
+    # make hands its own flags down; the commands are to run as in a user's shell.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    environment = {**inherited, "CONFIG": str(folder / "config.ini")}
+    yield {
+        command: subprocess.run(
+            ["sh", "-c", command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for command in COMMANDS
+        if command != "make test"
+    }
+
+
+def test_there_are_commands_and_questions() -> None:
+    assert "make demo" in COMMANDS
+    assert "make test" in COMMANDS
+    assert len(COMMANDS) > 10
+    assert len(QUESTIONS) >= 8
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "make test"])
+def test_a_command_works_as_printed(
+    after_commands: dict[str, subprocess.CompletedProcess[str]], command: str
+) -> None:
+    done = after_commands[command]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_demo_says_untrained_and_where_its_output_lies(
+    after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
+) -> None:
+    out = after_commands["make demo"].stdout
+    assert "Untrained weights" in out
+    assert f"117 records in 1 checkpoints in {folder}/embeddings/run-000001" in out
+    assert "esm2_untrained_t6_8M (untrained)" in out
+
+
+def test_the_python_lines_read_a_run(
+    after_commands: dict[str, subprocess.CompletedProcess[str]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(lines, names)
+    table = names["table"]
+    assert isinstance(table, pyarrow.Table)
+    columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
+    assert columns[0] == "record"
+    assert table.num_rows == 117
+    assert table.schema.names == [
+        "record",
+        "id",
+        "description",
+        "length",
+        "embedded_length",
+        "mean_6",
+    ]
+
+
+@pytest.fixture(scope="module")
+def eventful_database(
+    after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
+) -> str:
+    """The database after the commands, with something to find for every question."""
+    url = str(folder / "runs.sqlite")
+    with transaction(open_for_writing(url)) as session:
+        change = session.connection().exec_driver_sql
+        change("UPDATE models SET name = 'esm2_t33_650M_UR50D', untrained = 0")
+        change("INSERT INTO models (name, sha256) SELECT name, 'f00' FROM models")
+        change("UPDATE runs SET model_id = 2, status = 'interrupted' WHERE id = 2")
+        change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT' WHERE run_id = 2")
+        change("UPDATE checkpoints SET esm2_config = NULL WHERE run_id = 2")
+    return url
+
+
+@pytest.mark.parametrize(("question", "statement"), QUESTIONS, ids=[q for q, _ in QUESTIONS])
+def test_a_question_has_an_answer(eventful_database: str, question: str, statement: str) -> None:
+    answer = query(eventful_database, statement)
+    assert answer.rows, question
+    assert all(value is not None for row in answer.rows for value in row[:3])
