@@ -16,6 +16,9 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 
+# FASTA headers are UTF-8 whatever the locale says.
+export PYTHONUTF8 := 1
+
 # Values reach the scripts through the environment, not through the text of a recipe: blanks,
 # quotes, `%` and `$` in a path stay what they are.
 export esm_model := $(value MODEL)

@@ -40,7 +40,7 @@ print(json.dumps({{"ready_s": ready, "peak_bytes": peak}}))
 """
 _DETECT = """found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
 config = found.config(%s)
-network = load_network(found.weights, config, torch.device("cpu"))"""
+network = load_network(found.weights, config, torch.device("cpu"), torch.float32)"""
 _OURS = """import torch
 from lib.detection import detect
 from lib.network import load_network

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.errors import MachineError
 from lib.fasta import Owner
+from lib.vectors import Vectors
 from schema.parquet import FOOTER_KEY
 
 __all__ = [
     "CHECKPOINT_NAME",
     "CheckpointWriter",
     "FinishedFile",
-    "Vectors",
     "file_sha256",
     "leftovers",
     "read_footer",
@@ -36,17 +35,6 @@ __all__ = [
 _ROW_GROUP_BYTES = 32 << 20
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d{6}\.parquet\Z")
 _TEMPORARY = re.compile(r"\.checkpoint-\d{6}\.parquet\.tmp\Z")
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What is kept of a few sequences, by column name, in the order of the plan.
-
-    `mean_L` and `bos_L` are (sequences, hidden_dim) float32 arrays, `per_tok_L` a list with
-    one (residues, hidden_dim) array per sequence.
-    """
-
-    columns: Mapping[str, npt.NDArray[Any] | list[npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)

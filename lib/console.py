@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -213,17 +214,17 @@ class ResidueBar:
         self._bar.close()
 
 
-def download_bar(name: str) -> Callable[[int, int | None], None]:
-    """Return a function that shows bytes received, of all if that is known."""
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Give a function that shows bytes received, of all if that is known; the line ends with it."""
     bar = tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
 
     def show(received: int, total: int | None) -> None:
         bar.total = total
         bar.update(received - bar.n)
-        if received == total:
-            bar.close()
 
-    return show
+    with bar:
+        yield show
 
 
 def _cell(value: object) -> str:

@@ -214,7 +214,12 @@ def _from_shapes(weights: Weights) -> dict[str, int]:
         raise WeightsError(f"{weights.path}: a tensor names layer {max(layers)}")
     found = {"num_layers": max(layers) + 1, "hidden_dim": hidden_dim}
     rotary = weights.tensors.get("layers.0.self_attn.rot_emb.inv_freq")
-    if rotary is not None and len(rotary.shape) == 1 and rotary.shape[0] > 0:
+    if rotary is not None:
+        if len(rotary.shape) != 1 or 0 in rotary.shape or hidden_dim % (2 * rotary.shape[0]):
+            raise WeightsError(
+                f"{weights.path}: rot_emb.inv_freq has shape {rotary.shape}, which fits no heads "
+                f"of hidden_dim {hidden_dim}"
+            )
         found["attention_heads"] = hidden_dim // (2 * rotary.shape[0])
     return found
 

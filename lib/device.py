@@ -10,7 +10,7 @@ import torch
 from lib.errors import MachineError
 from schema.settings import ComputeSettings
 
-__all__ = ["choose_device", "device_name", "use_threads"]
+__all__ = ["choose_device", "choose_precision", "device_name", "use_threads"]
 
 
 def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
@@ -29,16 +29,21 @@ def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
     return device, "as set"
 
 
+def choose_precision(compute: ComputeSettings, device: torch.device) -> tuple[str, str]:
+    """Return the type of matrix products (float32, bfloat16 or float16) and why it was chosen."""
+    if compute.precision != "auto":
+        return compute.precision, "as set"
+    if device.type == "cuda":
+        return "float16", "auto: float16 on CUDA"
+    hint = ", but this CPU has bfloat16 units" if _has_bfloat16_units() else ""
+    return "float32", f"auto: float32 on CPU{hint}"
+
+
 def device_name(device: torch.device) -> str:
     """Return what the processor calls itself."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def use_threads(compute: ComputeSettings) -> int:
@@ -46,3 +51,19 @@ def use_threads(compute: ComputeSettings) -> int:
     if compute.threads:
         torch.set_num_threads(compute.threads)
     return torch.get_num_threads()
+
+
+def _has_bfloat16_units() -> bool:
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def _cpuinfo(key: str) -> str:
+    """Return the first value of a key in Linux's /proc/cpuinfo; empty where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""

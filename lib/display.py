@@ -8,7 +8,6 @@ from typing import Any
 from lib.detection import Detection
 from lib.fasta import Inventory
 from lib.loading import LoadedModel
-from lib.settings import Settings
 from lib.validation import RunAudit, Validation
 from schema.tables import Run
 
@@ -66,12 +65,13 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
     return lines
 
 
-def describe_start(model: LoadedModel, settings: Settings) -> str:
+def describe_start(model: LoadedModel) -> str:
     """Return, in one line, what computes and how, with the reasons of what was chosen."""
-    facts = model.facts
+    facts, (device_reason, precision_reason) = model.facts, model.reasons
     return (
-        f"device {facts.device} ({model.device_reason}): {facts.device_name}, {facts.threads} "
-        f"threads, precision {settings.compute.precision}, {facts.tokens_per_pack} tokens per pack"
+        f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
+        f"precision {model.settings.compute.precision} ({precision_reason}); "
+        f"{facts.tokens_per_pack} tokens per pack"
     )
 
 

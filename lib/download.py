@@ -7,11 +7,13 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
+from lib.detection import detect
 from lib.errors import LedgerError, MachineError, WeightsError
-from lib.weights import hub_checkpoints, open_weights
+from lib.weights import hub_checkpoints
 from schema.settings import ModelSettings
 
 __all__ = ["download_target", "download_weights"]
@@ -28,8 +30,8 @@ def download_target(model: ModelSettings) -> Path:
 def download_weights(model: ModelSettings, progress: Callable[[int, int | None], None]) -> Path:
     """Fetch the chosen released name; `progress` is told bytes so far and in all.
 
-    The file takes its name only when it is whole and its metadata reads as an ESM-2 model.
-    Raises MachineError if the network or disk fails, WeightsError if the file is no model;
+    The file takes its name only when it is whole and detected as the model of that name.
+    Raises MachineError if the network or disk fails, WeightsError if it is not the model;
     either leaves no file behind.
     """
     target = download_target(model)
@@ -40,7 +42,7 @@ def download_weights(model: ModelSettings, progress: Callable[[int, int | None],
             part = Path(folder) / target.name
             _fetch(url, part, progress)
             try:
-                open_weights(part)
+                detect(replace(model, weights_directory=folder))
             except WeightsError as error:
                 fact = str(error).replace(str(part), target.name)
                 raise WeightsError(f"{url}: {fact}") from None

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from sqlalchemy import Engine
 
-from lib import pooling
-from lib.alphabet import tokenise
-from lib.checkpoints import CheckpointWriter, Vectors, rename_into_place
+from lib.checkpoints import CheckpointWriter, rename_into_place
 from lib.database import WRITER
 from lib.errors import LedgerError, MachineError
 from lib.fasta import Inventory, Window, read_windows
@@ -24,7 +18,7 @@ from lib.fasta import Sequence as FastaSequence
 from lib.identity import run_config, run_identity
 from lib.interruption import Interruption
 from lib.network import Network
-from lib.packing import group_equal_lengths, plan_packs, remaining
+from lib.packing import plan_packs, remaining
 from lib.runs import (
     Ownership,
     add_checkpoint,
@@ -34,18 +28,13 @@ from lib.runs import (
     next_checkpoint_number,
 )
 from lib.settings import Settings
+from lib.vectors import Vectors, compute
 from schema.parquet import checkpoint_columns
 from schema.tables import Run
 
-__all__ = ["Job", "compute", "work"]
+__all__ = ["Job", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
-
-Kept = npt.NDArray[Any] | list[npt.NDArray[Any]]
-
-
-class NonFiniteError(LedgerError):
-    """The network gave NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -82,40 +71,8 @@ def work(job: Job) -> Run:
     return load_run(job.engine, run.id)
 
 
-def compute(
-    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], half: bool
-) -> Vectors:
-    """Run a pack through the network and keep `columns` ("mean_6", "per_tok_0", …) of it.
-
-    Raises NonFiniteError naming the first record and layer with NaN or infinity.
-    """
-    lengths = [len(sequence.residues) for sequence in sequences]
-    groups = group_equal_lengths(lengths)
-    tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
-    by_layer: dict[int, list[str]] = {}
-    for column in columns:
-        by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
-    kept: dict[str, Kept] = {}
-    with torch.inference_mode(), _memory_errors(sequences):
-        for layer, hidden in network.forward(tokens, lengths, by_layer):
-            for column in by_layer[layer]:
-                kind = column.rpartition("_")[0]
-                if kind == "per_tok":
-                    dtype = torch.float16 if half else torch.float32
-                    kept[column] = [
-                        one.to("cpu", dtype, copy=True).numpy()
-                        for one in pooling.per_tok(hidden, groups)
-                    ]
-                else:
-                    pool = pooling.mean if kind == "mean" else pooling.bos
-                    kept[column] = pool(hidden, groups).cpu().numpy()
-                _refuse_non_finite(kept[column], sequences, column)
-    return Vectors(kept)
-
-
 def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
     done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
-    half = run.per_tok_dtype == "float16"
     last_beat = time.monotonic()
     for window in read_windows(job.settings.input, job.inventory):
         for positions in _packs(window, job.settings.compute.tokens_per_pack, done):
@@ -126,7 +83,7 @@ def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
                 positions.start - window.first_position : positions.stop - window.first_position
             ]
             try:
-                vectors = compute(job.network, sequences, stretch.vector_columns, half)
+                vectors = compute(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
             except LedgerError:
                 stretch.commit()
                 raise
@@ -236,31 +193,3 @@ def _record_end(job: Job, error: BaseException) -> None:
     except MachineError:
         # The database is what failed: the attempt will be marked as lost by the next one.
         return
-
-
-@contextmanager
-def _memory_errors(sequences: Sequence[FastaSequence]) -> Iterator[None]:
-    """Turn a failed allocation into a MachineError that names the pack's longest record."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch reports CPU allocations as plain RuntimeErrors.
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):
-            raise
-        longest = max(sequences, key=lambda sequence: len(sequence.residues))
-        owner = longest.owners[0]
-        raise MachineError(
-            f"record {owner.number} ({owner.id}): out of memory in a pack whose longest sequence "
-            f"has {len(longest.residues)} residues"
-        ) from None
-
-
-def _refuse_non_finite(kept: Kept, sequences: Sequence[FastaSequence], column: str) -> None:
-    for sequence, vector in zip(sequences, kept, strict=True):
-        if not np.isfinite(vector).all():
-            owner = sequence.owners[0]
-            kind, _, layer = column.rpartition("_")
-            raise NonFiniteError(
-                f"record {owner.number} ({owner.id}): non-finite value in {kind} of layer {layer}"
-            )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 
 from lib.alphabet import tokenise
 from lib.detection import Detection, detect
-from lib.device import choose_device, device_name, use_threads
+from lib.device import choose_device, choose_precision, device_name, use_threads
 from lib.download import download_weights
 from lib.errors import MachineError, WeightsError
 from lib.network import Network, load_network
@@ -24,26 +25,32 @@ _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with its full identity and what an attempt records."""
+    """A model in memory, with its full identity and what an attempt records.
+
+    `settings` have the precision that was chosen in place of `auto`; `reasons` tell why device
+    and precision were.
+    """
 
     config: ESM2Config
     network: Network
     facts: AttemptFacts
-    device_reason: str
+    settings: Settings
+    reasons: tuple[str, str]
 
 
 def with_weights(
     settings: Settings,
     detection: Detection,
-    show: Callable[[str], Callable[[int, int | None], None]],
+    show: Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]],
 ) -> Detection:
     """Return a detection with weights on disk, downloading a released name if it must.
 
-    `show` is given the name and returns what is told of bytes received and in all.
+    `show` is given the name and gives, while it lasts, what is told of bytes received and in all.
     """
     if detection.weights is not None:
         return detection
-    download_weights(settings.model, show(detection.name))
+    with show(detection.name) as progress:
+        download_weights(settings.model, progress)
     return detect(settings.model)
 
 
@@ -54,16 +61,18 @@ def load_model(settings: Settings, detection: Detection, sha256: str) -> LoadedM
     """
     weights = detection.weights
     assert weights is not None
-    device, reason = choose_device(settings.compute)
+    device, device_reason = choose_device(settings.compute)
+    precision, precision_reason = choose_precision(settings.compute, device)
+    settings = replace(settings, compute=replace(settings.compute, precision=precision))
     threads = use_threads(settings.compute)
     config = detection.config(sha256)
     try:
-        network = load_network(weights, config, device)
+        network = load_network(weights, config, device, getattr(torch, precision))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         raise MachineError(
-            f"{weights.path}: out of memory for {4 * config.parameters} bytes on {device}"
+            f"{weights.path}: out of memory for {config.parameters} parameters on {device}"
         ) from None
     except OSError as error:
         raise MachineError(f"{weights.path}: {error.strerror or error}") from None
@@ -74,7 +83,7 @@ def load_model(settings: Settings, detection: Detection, sha256: str) -> LoadedM
         threads=threads,
         tokens_per_pack=settings.compute.tokens_per_pack,
     )
-    return LoadedModel(config, network, facts, reason)
+    return LoadedModel(config, network, facts, settings, (device_reason, precision_reason))
 
 
 def try_model(model: LoadedModel) -> None:

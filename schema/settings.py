@@ -136,7 +136,9 @@ class ComputeSchema(Schema):
             r"(auto|cpu|cuda(:(0|[1-9][0-9]?))?)\Z", error="not auto, cpu or cuda[:N]"
         ),
     )
-    precision = fields.String(load_default="float32", validate=validate.OneOf(["float32"]))
+    precision = fields.String(
+        load_default="auto", validate=validate.OneOf(["auto", "float32", "bfloat16", "float16"])
+    )
     tokens_per_pack = fields.Integer(
         load_default=4096, validate=validate.Range(min=3, max=_LARGEST)
     )

@@ -93,7 +93,9 @@ class Run(Base):
     )
     repr_layers: Mapped[list[int]] = mapped_column(comment="JSON list of the layers kept")
     include: Mapped[list[str]] = mapped_column(comment="JSON list: mean, bos, per_tok")
-    precision: Mapped[str] = mapped_column(comment="arithmetic of the network: float32")
+    precision: Mapped[str] = mapped_column(
+        comment="type of matrix products: float32, bfloat16 or float16"
+    )
     per_tok_dtype: Mapped[str] = mapped_column(comment="type of per_tok values")
     max_residues: Mapped[int] = mapped_column(comment="residues above which a sequence is long")
     long_sequences: Mapped[str] = mapped_column(comment="truncate, error or whole")

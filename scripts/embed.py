@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         detection = with_weights(settings, detection, download_bar)
         assert detection.weights is not None
         model = load_model(settings, detection, detection.weights.sha256())
-        note(describe_start(model, settings))
+        note(describe_start(model))
+        settings = model.settings
 
         # ---- On the record
         with (

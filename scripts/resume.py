@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run.status == "finished" and not admission.damaged:
                 return _report(run, parsed.json)
             model = load_model(settings, detection, admission.sha256)
-            note(describe_start(model, settings))
+            note(describe_start(model))
 
             # ---- Back on the record
             with interruption.deferred():

@@ -33,7 +33,7 @@ def test_nothing_is_initialised_at_random(
     before = torch.random.get_rng_state()
     found = detect(load_settings(overrides={"model.esm_model": str(small_model)}).model)
     assert found.weights is not None
-    load_network(found.weights, found.config("0" * 64), torch.device("cpu"))
+    load_network(found.weights, found.config("0" * 64), torch.device("cpu"), torch.float32)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -43,10 +43,10 @@ SHAPES = [
 ]
 
 
-def load(path: Path) -> Network:
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Network:
     found = detect(load_settings(overrides={"model.esm_model": str(path)}).model)
     assert found.weights is not None
-    return load_network(found.weights, found.config("0" * 64), torch.device("cpu"))
+    return load_network(found.weights, found.config("0" * 64), torch.device("cpu"), dtype)
 
 
 def hidden(
@@ -87,6 +87,34 @@ def test_float16_weights_are_computed_in_float32_as_fair_esm_does(tmp_path: Path
     path = tmp_path / "esm2_half.pt"
     make_model(path, 3, 320, 20, dtype=torch.float16)
     assert_equals_fair_esm(path, MIXED_PACK)
+
+
+# Bounds of the design, per residue at every layer; pooled vectors: cosine.
+HALF_BOUNDS = {torch.bfloat16: (2e-2, 0.9999), torch.float16: (3e-3, 0.9999)}
+
+
+@pytest.mark.parametrize("dtype", HALF_BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    ("num_layers", "hidden_dim", "heads"),
+    [(6, 320, 20), (12, 480, 20), (30, 640, 20), (2, 1280, 20), (33, 64, 4)],
+)
+def test_half_precision_stays_within_its_bounds_at_every_layer(
+    tmp_path: Path, num_layers: int, hidden_dim: int, heads: int, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "esm2_made.pt"
+    make_model(path, num_layers, hidden_dim, heads)
+    network, reference = load(path, dtype), Reference(path)
+    layers = range(num_layers + 1)
+    bound, cosine_bound = HALF_BOUNDS[dtype]
+    found = hidden(network, MIXED_PACK, layers)
+    for i, sequence in enumerate(MIXED_PACK):
+        truth = reference.tokens(sequence, layers)
+        for layer in layers:
+            error = worst_residue_error(found[layer][i], truth[layer])
+            assert error <= bound, (sequence[:20], len(sequence), layer)
+            one, other = found[layer][i][1:-1].mean(0), truth[layer][1:-1].mean(0)
+            cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+            assert cosine >= cosine_bound, (sequence[:20], len(sequence), layer)
 
 
 def test_without_token_dropout_embeddings_are_not_scaled(tmp_path: Path) -> None:

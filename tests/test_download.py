@@ -1,0 +1,265 @@
+"""Download of released weights, from a server on this machine.
+
+If these fail, a user is left with half a file under the name of a model, or with a traceback
+where the network broke.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.download import download_target, download_weights
+from lib.errors import MachineError
+from lib.settings import load_settings
+from lib.untrained import make_model
+from tests.conftest import SOME_PROTEINS, Answer, Place, Script
+
+NAME = "esm2_t6_8M_UR50D"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What the server has: untrained weights in the shape of the smallest release."""
+    path = tmp_path_factory.mktemp("published") / f"{NAME}.pt"
+    make_model(path, 6, 320, 20, dtype=torch.float16)
+    return path.read_bytes()
+
+
+@dataclass
+class Server:
+    """An HTTP server on the loopback address and what it answers to every GET."""
+
+    url: str
+    status: int = 200
+    body: bytes = b""
+    length: str | None = None  # Content-Length, if not the body's
+    asked: int = 0
+    path: str = ""
+
+
+@pytest.fixture
+def server(place: Place) -> Iterator[Server]:
+    """A server that config.ini names; weights are downloaded into an empty folder."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.asked += 1
+            told.path = self.path
+            self.send_response(told.status)
+            length = str(len(told.body)) if told.length is None else told.length
+            if length:
+                self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(told.body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Http(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            pass  # a client that has seen enough hangs up
+
+    with Http(("127.0.0.1", 0), Handler) as http:
+        told = Server(f"http://127.0.0.1:{http.server_address[1]}/models")
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        place.set("model", "download_url", told.url)
+        place.set("model", "weights_directory", place.folder / "weights")
+        yield told
+        http.shutdown()
+        thread.join()
+
+
+def embed(script: Script, place: Place) -> Answer:
+    """Embed one short record."""
+    fasta = place.folder / "one.fasta"
+    fasta.write_text(">one\nMKTAYIAKQRQISFVKSHFSRQ\n")
+    return script("embed", "--esm-model", NAME, "--input", fasta)
+
+
+def left_behind(place: Place) -> list[Path]:
+    """Every file of weights and of downloads, whole or not, hidden or not."""
+    folders = place.folder / "weights", place.folder / "torch_home"
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_download_lands_in_the_weights_directory_and_is_embedded_with(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+    answer = script("embed", "--json", "--esm-model", NAME, "--input", SOME_PROTEINS)
+    assert answer.status == 0, answer.err
+    assert server.path == f"/models/{NAME}.pt"
+    assert answer.json["model"]["name"] == NAME
+    assert [path.name for path in (place.folder / "weights").iterdir()] == [f"{NAME}.pt"]
+    assert (place.folder / f"weights/{NAME}.pt").read_bytes() == published
+    assert f"{NAME}: " in answer.err  # the bar
+
+
+def test_weights_on_disk_are_not_downloaded_again(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+    for _ in range(2):
+        assert embed(script, place).status == 0
+    assert server.asked == 1
+
+
+def test_without_a_weights_directory_torch_hubs_cache_is_filled(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+    place.set("model", "weights_directory", "")
+    assert embed(script, place).status == 0
+    assert left_behind(place) == [place.folder / f"torch_home/hub/checkpoints/{NAME}.pt"]
+
+
+def test_a_body_without_length_is_read_to_its_end(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published, ""
+    assert embed(script, place).status == 0
+    assert (place.folder / f"weights/{NAME}.pt").read_bytes() == published
+
+
+def test_progress_counts_to_the_whole(place: Place, server: Server, published: bytes) -> None:
+    server.body = published
+    told: list[tuple[int, int | None]] = []
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    path = download_weights(model, lambda received, total: told.append((received, total)))
+    assert path == download_target(model)
+    assert told[-1] == (len(published), len(published))
+    assert [received for received, _ in told] == sorted({received for received, _ in told})
+    assert len(told) > 5
+
+
+def failure(script: Script, place: Place, status: int) -> str:
+    """The one line of an embedding whose download fails and leaves nothing behind."""
+    answer = embed(script, place)
+    assert answer.status == status, answer.err
+    assert left_behind(place) == []
+    return answer.error
+
+
+def test_a_body_that_breaks_off_is_refused(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published[: len(published) // 2], str(len(published))
+    told = failure(script, place, 4)
+    fact = f"broke off after {len(published) // 2} of {len(published)} bytes"
+    assert told == f"{server.url}/{NAME}.pt: {fact}"
+
+
+def test_a_body_that_breaks_off_without_length_is_refused(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published[: len(published) // 2], ""
+    told = failure(script, place, 2)
+    fact = "truncated, or not a torch.save archive (no zip directory)"
+    assert told == f"{server.url}/{NAME}.pt: {NAME}.pt: {fact}"
+
+
+def test_a_length_that_is_too_small_is_refused(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published, str(len(published) - 100)
+    assert "truncated" in failure(script, place, 2)
+
+
+@pytest.mark.parametrize("length", ["-1", "many", "1e6", "0x10"])
+def test_a_length_that_is_no_number_is_refused(
+    script: Script, place: Place, server: Server, published: bytes, length: str
+) -> None:
+    server.body, server.length = published, length
+    assert failure(script, place, 4).startswith(f"{server.url}/{NAME}.pt: ")
+
+
+@pytest.mark.parametrize(
+    ("status", "fact"),
+    [
+        (403, "HTTP status 403 Forbidden"),
+        (404, "HTTP status 404 Not Found"),
+        (500, "HTTP status 500 Internal Server Error"),
+    ],
+)
+def test_error_pages_are_refused(
+    script: Script, place: Place, server: Server, published: bytes, status: int, fact: str
+) -> None:
+    server.status, server.body = status, published
+    assert failure(script, place, 4) == f"{server.url}/{NAME}.pt: {fact}"
+
+
+@pytest.mark.parametrize("body", [b"<html><body>Log in to the network</body></html>", b""])
+def test_a_page_with_status_200_is_refused(
+    script: Script, place: Place, server: Server, body: bytes
+) -> None:
+    server.body = body
+    told = failure(script, place, 2)
+    assert told.startswith(f"{server.url}/{NAME}.pt: {NAME}.pt: truncated, or not a torch.save")
+
+
+def test_another_model_under_the_name_leaves_nothing_behind(
+    script: Script, place: Place, server: Server, small_model: Path
+) -> None:
+    server.body = small_model.read_bytes()
+    told = failure(script, place, 2)
+    assert told.endswith("num_layers is 2 by checkpoint metadata, 6 by catalog")
+
+
+def test_nobody_at_the_address_is_one_line(script: Script, place: Place, server: Server) -> None:
+    place.set("model", "download_url", "http://127.0.0.1:1/models")
+    told = failure(script, place, 4)
+    assert told.startswith(f"http://127.0.0.1:1/models/{NAME}.pt: ")
+    assert "Connection refused" in told
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://127.0.0.1:x", "http://é/", "http:///"])
+def test_an_address_that_is_none_is_one_line(
+    script: Script, place: Place, server: Server, url: str
+) -> None:
+    place.set("model", "download_url", url)
+    assert failure(script, place, 4).startswith(url.rstrip("/"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+    (place.folder / "file").write_text("in the way")
+    place.set("model", "weights_directory", place.folder / "file/weights")
+    answer = embed(script, place)
+    assert answer.status == 4
+    assert "Not a directory" in answer.error
+
+
+def test_an_interrupted_download_leaves_nothing_behind(
+    place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+
+    def interrupt(received: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with pytest.raises(KeyboardInterrupt):
+        download_weights(model, interrupt)
+    assert left_behind(place) == []
+
+
+def test_a_full_disk_leaves_nothing_behind(place: Place, server: Server, published: bytes) -> None:
+    server.body = published
+
+    def fill_up(received: int, total: int | None) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with pytest.raises(MachineError, match="No space left on device"):
+        download_weights(model, fill_up)
+    assert left_behind(place) == []

@@ -1,0 +1,141 @@
+"""Memory: if this fails, one long protein ends a week-long run, or the system kills it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib import memory, vectors
+from lib.memory import available_bytes, pack_bytes
+from lib.network import Network
+from lib.untrained import make_model
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import read_run, worst_residue_error
+
+# Peak of a pack of that many tokens, beyond what the process had after a tiny one.
+PEAK = """
+import resource, sys, torch
+from lib.detection import detect
+from lib.fasta import Owner, Sequence
+from lib.network import load_network
+from lib.settings import load_settings
+from lib.vectors import compute
+found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
+network = load_network(
+    found.weights, found.config("0" * 64), torch.device("cpu"), getattr(torch, sys.argv[2])
+)
+def pack(count, residues):
+    owner = [Owner(0, "a", "", residues)]
+    sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
+    compute(network, sequences, sys.argv[5:], "float32")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = pack(1, 10)
+print(pack(int(sys.argv[3]), int(sys.argv[4])) - before)
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("count", "residues", "columns"),
+    [(16, 1022, ["mean_2"]), (1, 6_000, ["mean_2"]), (16, 1022, ["per_tok_1", "per_tok_2"])],
+)
+def test_a_pack_takes_no_more_than_estimated(
+    tmp_path: Path, precision: str, count: int, residues: int, columns: list[str]
+) -> None:
+    path = tmp_path / "esm2_wide.pt"
+    make_model(path, 2, 1280, 20)
+    arguments = [str(path), precision, str(count), str(residues), *columns]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kept = sum(column.startswith("per_tok") for column in columns)
+    assert int(done.stdout) <= pack_bytes(count * (residues + 2), 1280, kept)
+
+
+def test_the_default_pack_takes_at_most_a_gigabyte_at_the_largest_model() -> None:
+    assert pack_bytes(4096, 5120, 0) <= 1e9
+
+
+def test_a_pack_that_does_not_fit_is_halved(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags += ["--include", "mean", "bos", "per_tok"]
+    assert script("embed", *flags).status == 0
+    packs: list[int] = []
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
+        packs.append(len(tokens))
+        return true_forward(self, tokens, *others)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(vectors, "available_bytes", lambda _: pack_bytes(1000, 64, 1))
+    assert script("embed", *flags).status == 0
+    assert max(packs) <= 1000
+    whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
+    assert sorted(whole) == sorted(halved)
+    for number, row in whole.items():
+        for kind in ("mean_2", "bos_2", "per_tok_2"):
+            one, other = row[kind], halved[number][kind]
+            assert isinstance(one, np.ndarray)
+            assert isinstance(other, np.ndarray)
+            assert worst_residue_error(other[None], one[None]) <= 1e-5
+
+
+def test_an_allocation_that_fails_halves_the_pack(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
+        if len(tokens) > 1200:
+            torch.empty(1 << 60)
+        return true_forward(self, tokens, *others)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 0, answer.err
+    assert len(read_run(place.output / "run-000001")) == 15
+
+
+def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = place.folder / "long.fasta"
+    long.write_text(f">titin\n{'MKLV' * 8750}\n>short\nMKLV\n")
+    flags = ["--esm-model", small_model, "--input", long]
+    flags += ["--set", "input.long_sequences=whole"]
+    monkeypatch.setattr(vectors, "available_bytes", lambda _: 10**7)
+    answer = script("embed", *flags)
+    assert answer.status == 4
+    assert answer.error == (
+        "record 0 (titin): 35000 residues need 0.1 GB of memory, 0.0 GB are available on cpu"
+    )
+    monkeypatch.undo()
+    assert script("resume", "--run", "1", "--config", place.config).status == 0
+    assert read_run(place.output / "run-000001")[0]["embedded_length"] == 35_000
+
+
+def test_memory_left_is_the_machines_or_the_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = available_bytes(torch.device("cpu"))
+    assert left is not None
+    assert 1e8 < left < 1e14
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    limit.write_text("3000\n")
+    used.write_text("1000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used)])
+    assert available_bytes(torch.device("cpu")) == 2000
+    limit.write_text("max\n")
+    again = available_bytes(torch.device("cpu"))
+    assert again is not None
+    assert again > 1e8

@@ -1,0 +1,418 @@
+"""Settings from config.ini and flags.
+
+If these fail, a user's typing error or a forgotten default silently changes what is computed,
+or ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.errors import SettingsError
+from lib.settings import (
+    DEFAULT_CONFIG,
+    Settings,
+    from_snapshot,
+    load_settings,
+    override,
+    snapshot,
+)
+from schema.settings import SECTIONS
+from tests.conftest import Place, Script
+
+OPTIONS = [
+    (section, option) for section, (schema, _) in SECTIONS.items() for option in schema().fields
+]
+PATHS = [
+    ("model", "esm_model"),
+    ("model", "weights_directory"),
+    ("input", "fasta"),
+    ("output", "folder"),
+    ("database", "url"),
+]
+WHOLE = ["nonsense", "1.5", "-1", "0", "1 2", "nan", "1e3", "99999999999999999999", "9" * 5000]
+NONSENSE = {
+    ("model", "esm_model"): ["~nosuchuser/model.pt"],
+    ("model", "weights_directory"): ["~nosuchuser/weights"],
+    ("model", "download_url"): ["nonsense", "file:///etc/passwd", "ftp://a/b", "http:// a", "//a"],
+    ("model", "repr_layers"): ["nonsense", "1.5", "1 last", "1;2", ",", "[1]"],
+    ("model", "num_layers"): WHOLE,
+    ("model", "hidden_dim"): WHOLE,
+    ("model", "attention_heads"): WHOLE,
+    ("model", "token_dropout"): ["nonsense", "2", "0.88", "yes no"],
+    ("input", "fasta"): ["~nosuchuser/a.fasta"],
+    ("input", "max_residues"): WHOLE,
+    ("input", "long_sequences"): ["nonsense", "Truncate", "truncate error"],
+    ("input", "unknown_residues"): ["nonsense", "X"],
+    ("input", "duplicate_ids"): ["nonsense", "drop"],
+    ("compute", "device"): ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:٣", "cuda:999999999999"],
+    ("compute", "precision"): ["nonsense", "fp32", "float64"],
+    ("compute", "tokens_per_pack"): [*WHOLE, "2"],
+    ("compute", "threads"): ["nonsense", "1.5", "-1", "4097"],
+    ("output", "folder"): ["~nosuchuser/embeddings"],
+    ("output", "include"): ["nonsense", "mean nonsense", ",", "Mean"],
+    ("output", "per_tok_dtype"): ["nonsense", "float64"],
+    ("output", "checkpoint_seconds"): ["nonsense", "-1", "nan", "inf", "1e999"],
+    ("output", "checkpoint_records"): WHOLE,
+    ("database", "url"): ["~nosuchuser/runs.sqlite"],
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    config = folder / "config.ini"
+    config.write_text(text, encoding="utf-8")
+    return config
+
+
+def refusal(config: Path, overrides: dict[str, str] | None = None) -> str:
+    """The one line with which these settings are refused."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config, overrides or {})
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# ---- What holds when nothing, or something, is said
+
+
+def test_an_empty_config_means_the_3b_model(tmp_path: Path) -> None:
+    assert load_settings(write(tmp_path, "")).model.esm_model == "esm2_t36_3B_UR50D"
+
+
+def test_the_committed_config_says_the_3b_model() -> None:
+    assert load_settings().model.esm_model == "esm2_t36_3B_UR50D"
+
+
+def test_config_decides_and_flags_override_it(place: Place) -> None:
+    place.set("model", "esm_model", "esm2_t6_8M_UR50D")
+    assert load_settings(place.config).model.esm_model == "esm2_t6_8M_UR50D"
+    flags = {"model.esm_model": "esm2_t12_35M_UR50D"}
+    assert load_settings(place.config, flags).model.esm_model == "esm2_t12_35M_UR50D"
+
+
+def test_an_empty_flag_says_nothing(place: Place) -> None:
+    place.set("model", "esm_model", "esm2_t6_8M_UR50D")
+    settings = load_settings(place.config, {"model.esm_model": " "})
+    assert settings.model.esm_model == "esm2_t6_8M_UR50D"
+
+
+def test_a_script_reads_config_then_set_then_flag(script: Script, place: Place) -> None:
+    place.set("model", "esm_model", "esm2_t6_8M_UR50D")
+    said = ["--set", "model.esm_model=esm2_t12_35M_UR50D"]
+    flag = ["--esm-model", "esm2_t30_150M_UR50D"]
+    assert script("detect", "--json").json["name"] == "esm2_t6_8M_UR50D"
+    assert script("detect", "--json", *said).json["name"] == "esm2_t12_35M_UR50D"
+    assert script("detect", "--json", *said, *flag).json["name"] == "esm2_t30_150M_UR50D"
+    assert script("detect", "--json", *flag, *said).json["name"] == "esm2_t30_150M_UR50D"
+
+
+def test_the_last_of_several_sets_holds(script: Script) -> None:
+    said = ["--set", "model.repr_layers=1", "--set", "model.repr_layers=2 3"]
+    answer = script("detect", "--json", "--esm-model", "esm2_t6_8M_UR50D", *said)
+    assert answer.json["properties"]["repr_layers"]["value"] == [2, 3]
+
+
+@pytest.mark.parametrize("said", ["nonsense", "model.esm_model", "esm_model=x", "=", ""])
+def test_a_set_that_is_no_setting_is_refused(script: Script, said: str) -> None:
+    answer = script("detect", f"--set={said}")
+    assert answer.status == 2
+    assert answer.error == f"--set {said}: not section.option=value"
+
+
+def test_override_lays_flags_over_settings(place: Place) -> None:
+    settings = override(load_settings(place.config), {"compute.threads": "3"})
+    assert settings.compute.threads == 3
+    assert settings.model == load_settings(place.config).model
+
+
+def test_words_stand_between_spaces_or_commas(tmp_path: Path) -> None:
+    config = write(tmp_path, "[model]\nrepr_layers = 0,3  -1\n[output]\ninclude = mean, bos\n")
+    settings = load_settings(config)
+    assert settings.model.repr_layers == [0, 3, -1]
+    assert settings.output.include == ["mean", "bos"]
+
+
+# ---- Paths
+
+
+@pytest.mark.parametrize(("section", "option"), PATHS)
+def test_paths_in_config_start_at_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, option: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    config = write(tmp_path, f"[{section}]\n{option} = some/file\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = getattr(getattr(load_settings(Path("../config.ini")), section), option)
+    assert found == str(tmp_path / "some/file")
+    assert found == getattr(getattr(load_settings(config), section), option)
+
+
+@pytest.mark.parametrize(("section", "option"), PATHS)
+def test_paths_in_flags_start_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, option: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    config = write(tmp_path, f"[{section}]\n{option} = some/file\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings = load_settings(config, {f"{section}.{option}": "some/file"})
+    assert getattr(getattr(settings, section), option) == str(tmp_path / "elsewhere/some/file")
+
+
+@pytest.mark.parametrize(("section", "option"), PATHS)
+def test_absolute_paths_stay(tmp_path: Path, section: str, option: str) -> None:
+    config = write(tmp_path, f"[{section}]\n{option} = /some/file\n")
+    assert getattr(getattr(load_settings(config), section), option) == "/some/file"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = write(tmp_path, "[input]\nfasta = ~/a.fasta\n")
+    assert load_settings(config).input.fasta == str(tmp_path / "a.fasta")
+
+
+def test_released_names_and_database_urls_are_no_paths(tmp_path: Path) -> None:
+    said = "[model]\nesm_model = esm2_t6_8M_UR50D\n[database]\nurl = sqlite:///here.sqlite\n"
+    settings = load_settings(write(tmp_path, said))
+    assert settings.model.esm_model == "esm2_t6_8M_UR50D"
+    assert settings.database.url == "sqlite:///here.sqlite"
+
+
+def test_outputs_that_nobody_placed_go_to_the_project(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, ""))
+    assert settings.output.folder == str(DEFAULT_CONFIG.parent / "embeddings")
+    assert settings.database.url == str(DEFAULT_CONFIG.parent / "runs.sqlite")
+
+
+@pytest.mark.parametrize(
+    "name", ["100%.fasta", "%(home)s.fasta", "a b  c.fasta", "protéines 蛋白.fasta", "${x}#;=.fa"]
+)
+def test_odd_names_stay_as_written(tmp_path: Path, name: str) -> None:
+    config = write(tmp_path, f"[input]\nfasta = {name}\n")
+    assert load_settings(config).input.fasta == str(tmp_path / name)
+    settings = load_settings(config, {"input.fasta": name})
+    assert settings.input.fasta == str(Path.cwd() / name)
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize("section", ["modell", "Model", "DEFAULT", "default", " model"])
+def test_unknown_sections_are_refused(tmp_path: Path, section: str) -> None:
+    config = write(tmp_path, f"[{section}]\nesm_model = esm2_t6_8M_UR50D\n")
+    assert refusal(config) == f"{config}: unknown section [{section}]"
+
+
+def test_unknown_sections_in_flags_are_refused(place: Place) -> None:
+    assert refusal(place.config, {"modell.esm_model": "x"}) == "flags: unknown section [modell]"
+
+
+@pytest.mark.parametrize("section", list(SECTIONS))
+def test_unknown_options_are_refused(tmp_path: Path, section: str) -> None:
+    config = write(tmp_path, f"[{section}]\nnonsense = 1\n")
+    assert refusal(config) == f"{config}: unknown option 'nonsense' in [{section}]"
+    told = refusal(write(tmp_path, ""), {f"{section}.nonsense": "1"})
+    assert told == f"flags: unknown option 'nonsense' in [{section}]"
+
+
+def test_there_is_nonsense_for_every_option() -> None:
+    assert sorted(NONSENSE) == sorted(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [(*key, value) for key, values in NONSENSE.items() for value in values],
+    ids=lambda text: text[:20],
+)
+def test_nonsense_is_refused_by_section_option_and_value(
+    tmp_path: Path, section: str, option: str, value: str
+) -> None:
+    fact = f"[{section}] {option} = {value}: "
+    assert fact in refusal(write(tmp_path, f"[{section}]\n{option} = {value}\n"))
+    assert fact in refusal(write(tmp_path, ""), {f"{section}.{option}": value})
+
+
+@pytest.mark.parametrize(("section", "option"), OPTIONS)
+def test_values_over_several_lines_are_refused_in_one(
+    tmp_path: Path, section: str, option: str
+) -> None:
+    value = "~nosuchuser\n  /x" if (section, option) in PATHS else "non\n  sense"
+    told = refusal(write(tmp_path, f"[{section}]\n{option} = {value}\n"))
+    assert f"[{section}] {option} = " in told
+
+
+@pytest.mark.parametrize(("section", "option"), PATHS)
+def test_a_nul_byte_in_a_path_is_refused(tmp_path: Path, section: str, option: str) -> None:
+    told = refusal(write(tmp_path, ""), {f"{section}.{option}": "a\0b"})
+    assert told == f"flags: [{section}] {option} has a NUL byte"
+
+
+def test_repeated_layers_are_refused(place: Place) -> None:
+    told = refusal(place.config, {"model.repr_layers": "1 2 3 2"})
+    assert told == "[model] repr_layers: 2 is repeated"
+
+
+def test_repeated_kinds_are_refused(place: Place) -> None:
+    told = refusal(place.config, {"output.include": "mean bos mean"})
+    assert told == "[output] include: mean is repeated"
+
+
+def test_a_missing_config_is_refused(tmp_path: Path, script: Script) -> None:
+    missing = tmp_path / "missing.ini"
+    assert refusal(missing) == f"{missing}: no such file"
+    answer = script("detect", "--config", missing)
+    assert (answer.status, answer.error) == (2, f"{missing}: no such file")
+
+
+def test_a_folder_as_config_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: {os.strerror(21)}"
+
+
+def test_an_undecodable_config_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.ini"
+    config.write_bytes(b"[model]\nesm_model = \xff\n")
+    assert refusal(config) == f"{config}: not UTF-8 at byte 20"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "esm_model = esm2_t6_8M_UR50D\n",
+        "[model\nesm_model = esm2_t6_8M_UR50D\n",
+        "[model]\nesm_model\n",
+        "[model]\nesm_model: esm2_t6_8M_UR50D\n",
+        "[model]\nnum_layers = 1\nnum_layers = 2\n",
+        "[model]\n[input]\n[model]\n",
+    ],
+)
+def test_a_malformed_config_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    config = write(tmp_path, text)
+    assert str(config) in refusal(config)
+
+
+def accepts_or_refuses_in_one_line(config: Path, overrides: dict[str, str]) -> None:
+    try:
+        settings = load_settings(config, overrides)
+    except SettingsError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert isinstance(settings, Settings)
+        assert from_snapshot(json.loads(json.dumps(snapshot(settings)))) == settings
+
+
+NEARLY_SETTINGS = st.one_of(
+    st.text(),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.lists(st.integers(-3, 50)).map(lambda layers: ",".join(map(str, layers))),
+    st.lists(st.sampled_from(["mean", "bos", "per_tok", "contacts"])).map(" ".join),
+    st.from_regex(r"(https?|cuda|~\w*):?[/\d]*"),
+)
+
+
+@hypothesis.settings(deadline=None)
+@given(option=st.sampled_from(OPTIONS), value=NEARLY_SETTINGS)
+def test_any_text_is_a_setting_or_refused_in_one_line(option: tuple[str, str], value: str) -> None:
+    accepts_or_refuses_in_one_line(DEFAULT_CONFIG, {".".join(option): value})
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "config.ini"
+
+
+@hypothesis.settings(deadline=None)
+@given(option=st.sampled_from(OPTIONS), value=NEARLY_SETTINGS)
+def test_any_text_in_config_is_a_setting_or_refused_in_one_line(
+    scratch: Path, option: tuple[str, str], value: str
+) -> None:
+    scratch.write_text(f"[{option[0]}]\n{option[1]} = {value}\n", encoding="utf-8")
+    accepts_or_refuses_in_one_line(scratch, {})
+
+
+@hypothesis.settings(deadline=None)
+@given(content=st.binary() | st.text("[]=model \n%#;\r\t").map(str.encode))
+def test_any_file_is_a_config_or_refused_in_one_line(scratch: Path, content: bytes) -> None:
+    scratch.write_bytes(content)
+    accepts_or_refuses_in_one_line(scratch, {})
+
+
+# ---- What a run keeps of its settings
+
+
+def test_a_snapshot_of_settings_reads_back(place: Place) -> None:
+    said = {
+        "model.repr_layers": "0 -1",
+        "model.token_dropout": "no",
+        "output.include": "mean per_tok",
+        "output.checkpoint_seconds": "0.25",
+        "input.fasta": "protéines %.fasta",
+    }
+    settings = load_settings(place.config, said)
+    assert from_snapshot(json.loads(json.dumps(snapshot(settings)))) == settings
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_snapshot_holds_every_option(option: tuple[str, str]) -> None:
+    settings = load_settings()
+    assert snapshot(settings)[option[0]][option[1]] == asdict(settings)[option[0]][option[1]]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        [],
+        "settings",
+        {"nonsense": {}},
+        {"model": {"nonsense": 1}},
+        {"model": {"num_layers": []}},
+        {"output": {"include": [["mean"]]}},
+        {"output": {"include": 3}},
+    ],
+)
+def test_what_is_no_snapshot_is_refused(stored: object) -> None:
+    with pytest.raises(SettingsError) as caught:
+        from_snapshot(stored)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("section", [3, "model", [1], ["ab"]])
+def test_a_snapshot_whose_section_is_no_object_is_refused(section: object) -> None:
+    with pytest.raises(SettingsError, match="model"):
+        from_snapshot({"model": section})
+
+
+# ---- The committed config.ini
+
+
+def test_the_committed_config_says_the_defaults(tmp_path: Path) -> None:
+    assert load_settings(DEFAULT_CONFIG) == load_settings(write(tmp_path, ""))
+
+
+def test_the_committed_config_has_every_option_in_order() -> None:
+    found, section = [], ""
+    for line in DEFAULT_CONFIG.read_text().splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line and not line.startswith("#"):
+            found.append((section, line.partition("=")[0].strip()))
+    assert found == OPTIONS
+
+
+def test_every_option_of_the_committed_config_is_under_a_comment() -> None:
+    explained = False
+    for line in DEFAULT_CONFIG.read_text().splitlines():
+        if not line or line.startswith("["):
+            explained = False
+        elif line.startswith("#"):
+            explained = True
+        else:
+            assert explained, line
