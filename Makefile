@@ -97,6 +97,14 @@ lint: $(installed) ## check style and types (ruff, mypy)
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
 
+.PHONY: benchmark
+benchmark: $(venv)/.installed-benchmark ## measure beside fair-esm and transformers (untrained weights)
+	@$(python) scripts/benchmark.py $(ARGS)
+
+$(venv)/.installed-benchmark: $(installed)
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmark]'
+	@touch $@
+
 .PHONY: benchmark-loading
 benchmark-loading: $(installed) ## time and memory of loading, beside fair-esm's loader (untrained 650M)
 	@$(python) benchmarks/loading.py $(ARGS)

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG
 
@@ -191,6 +189,8 @@ class ResidueBar:
     """A progress bar in residues: how many of all, rate, time left; one line a minute if no tty."""
 
     def __init__(self, total: int, done: int) -> None:
+        from tqdm import tqdm  # here, as history has no bar and starts in a moment
+
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -217,6 +217,8 @@ class ResidueBar:
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
     """Give a function that shows bytes received, of all if that is known; the line ends with it."""
+    from tqdm import tqdm
+
     bar = tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
 
     def show(received: int, total: int | None) -> None:

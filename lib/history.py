@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.database import database_path, open_for_reading, sqlite_errors
 from lib.errors import SettingsError
 from lib.ownership import is_held
+from lib.sqlite_file import connect_read_only, database_path
 
 __all__ = ["RunDetail", "Table", "query", "run_detail", "run_history"]
 
@@ -38,12 +39,14 @@ class RunDetail:
 
 def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
     """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
-    engine = open_for_reading(url)
-    try:
-        with sqlite_errors(database_path(url)), engine.connect() as connection:
-            return _fetch(connection.connection.cursor(), statement, parameters)
-    finally:
-        engine.dispose()
+    path = database_path(url)
+    with closing(connect_read_only(path)) as connection:
+        try:
+            cursor = connection.execute(statement, parameters)
+            columns = [column[0] for column in cursor.description or []]
+            return Table(columns, cursor.fetchall())
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise SettingsError(f"SQL: {error}") from None
 
 
 def run_history(url: str) -> Table:
@@ -90,12 +93,3 @@ def _with_killed(history: Table) -> Table:
             shown[status] = "killed"
         rows.append(shown)
     return Table(history.columns, rows)
-
-
-def _fetch(cursor: Any, statement: str, parameters: Sequence[object]) -> Table:  # noqa: ANN401 (a DBAPI cursor)
-    try:
-        cursor.execute(statement, parameters)
-        columns = [column[0] for column in cursor.description or []]
-        return Table(columns, cursor.fetchall())
-    except (sqlite3.Error, sqlite3.Warning) as error:
-        raise SettingsError(f"SQL: {error}") from None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib.errors import WeightsError
 
-__all__ = ["folder_sha256", "read_metadata", "read_tensors"]
+__all__ = ["fair_esm_name", "folder_sha256", "read_metadata", "read_tensors"]
 
 # transformers' words for the properties, in config.json.
 _CONFIG_WORDS = {
@@ -67,7 +67,7 @@ def read_metadata(
                 for stored in opened.keys():  # noqa: SIM118 (a safetensors handle, no mapping)
                     part = opened.get_slice(stored)
                     dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                    tensors[_fair_esm_name(stored)] = (dtype, tuple(part.get_shape()))
+                    tensors[fair_esm_name(stored)] = (dtype, tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file}: {' '.join(str(error).split())}") from None
     metadata = {key: config[word] for key, word in _CONFIG_WORDS.items() if word in config}
@@ -80,7 +80,7 @@ def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torc
     for file in _safetensors(folder):
         with safe_open(file, framework="pt") as opened:
             for stored in opened.keys():  # noqa: SIM118
-                name = _fair_esm_name(stored)
+                name = fair_esm_name(stored)
                 if name in wanted:
                     yield name, opened.get_tensor(stored)
 
@@ -95,7 +95,8 @@ def folder_sha256(folder: Path) -> str:
     return listing.hexdigest()
 
 
-def _fair_esm_name(stored: str) -> str:
+def fair_esm_name(stored: str) -> str:
+    """Return the name that fair-esm gives to a tensor that transformers names `stored`."""
     for pattern, replacement in _RENAMES:
         stored = re.sub(pattern, replacement, stored)
     return stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -54,9 +55,10 @@ def with_weights(
     return detect(settings.model)
 
 
-def load_model(settings: Settings, detection: Detection, sha256: str) -> LoadedModel:
-    """Load the detected weights, whose digest has been taken, on the device of the settings.
+def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
+    """Load the detected weights on the device of the settings.
 
+    sha256: their digest; where no identity had to be checked before, it is taken meanwhile.
     Raises MachineError for a missing device or memory.
     """
     weights = detection.weights
@@ -65,14 +67,18 @@ def load_model(settings: Settings, detection: Detection, sha256: str) -> LoadedM
     precision, precision_reason = choose_precision(settings.compute, device)
     settings = replace(settings, compute=replace(settings.compute, precision=precision))
     threads = use_threads(settings.compute)
-    config = detection.config(sha256)
     try:
-        network = load_network(weights, config, device, getattr(torch, precision))
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(weights.sha256) if sha256 is None else None
+            network = load_network(detection, device, getattr(torch, precision))
+            config = detection.config(digest.result() if digest else str(sha256))
+        weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
+        needed = detection.value("parameters")
         raise MachineError(
-            f"{weights.path}: out of memory for {config.parameters} parameters on {device}"
+            f"{weights.path}: out of memory for {needed} parameters on {device}"
         ) from None
     except OSError as error:
         raise MachineError(f"{weights.path}: {error.strerror or error}") from None

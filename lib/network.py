@@ -18,11 +18,11 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from lib.attention import attend
 from lib.catalog import trunk_shapes
+from lib.detection import Detection
 from lib.errors import WeightsError
 from lib.linear import Affine, linear, linear_add, linear_gelu
 from lib.packing import Group, group_equal_lengths
 from lib.weights import Weights
-from schema.esm2_config import ESM2Config
 
 __all__ = ["Network", "load_network"]
 
@@ -30,6 +30,16 @@ __all__ = ["Network", "load_network"]
 _UNMASKED = 1 - 0.15 * 0.8
 _NORM_EPS = 1e-5
 _TENSORS_PER_MAPPING = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The properties of a model that its network is built by."""
+
+    num_layers: int
+    hidden_dim: int
+    attention_heads: int
+    token_dropout: bool
 
 
 @dataclass
@@ -62,14 +72,14 @@ class Network:
 
     def __init__(
         self,
-        config: ESM2Config,
+        shape: Shape,
         dtype: torch.dtype,
         embedding: torch.Tensor,
         layers: list[_Layer],
         final_norm: Affine,
         inv_freq: torch.Tensor,
     ) -> None:
-        self.config = config
+        self.shape = shape
         self.dtype = dtype
         self.device = embedding.device
         self._embedding = embedding
@@ -89,7 +99,7 @@ class Network:
         wanted = set(repr_layers)
         groups = group_equal_lengths(lengths)
         x = F.embedding(tokens.to(self.device, torch.long), self._embedding)
-        if self.config.token_dropout:
+        if self.shape.token_dropout:
             x *= _UNMASKED
         if 0 in wanted:
             yield 0, x
@@ -98,7 +108,7 @@ class Network:
             x = linear_add(self._attention(layer, x, groups, rotary), layer.out, x)
             inner = linear_gelu(self._norm(x, layer.ffn_norm), layer.fc1)
             x = linear_add(inner, layer.fc2, x)
-            if number == self.config.num_layers:
+            if number == self.shape.num_layers:
                 x = _norm(x, self._final_norm)
             if number in wanted:
                 yield number, x
@@ -122,7 +132,7 @@ class Network:
         self, layer: _Layer, x: torch.Tensor, groups: Sequence[Group], rotary: torch.Tensor
     ) -> torch.Tensor:
         tokens, width = x.shape
-        heads = self.config.attention_heads
+        heads = self.shape.attention_heads
         qkv = linear(self._norm(x, layer.attention_norm), layer.qkv)
         qkv = qkv.view(tokens, 3, heads, width // heads)
         # Rows of q and k are loaded so that the two numbers that turn together are neighbours,
@@ -135,39 +145,45 @@ class Network:
         return _norm(x, weight_bias).to(self.dtype)
 
 
-def load_network(
-    weights: Weights, config: ESM2Config, device: torch.device, dtype: torch.dtype
-) -> Network:
-    """Read the tensors into memory on `device`, a few mapped at a time.
+def load_network(detection: Detection, device: torch.device, dtype: torch.dtype) -> Network:
+    """Read the tensors of detected weights into memory on `device`, a few mapped at a time.
 
     Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
     first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
     Raises WeightsError for rotary frequencies that differ by layer.
     """
-    shapes = trunk_shapes(config.num_layers, config.hidden_dim)
+    weights = detection.weights
+    assert weights is not None
+    shape = Shape(
+        detection.value("num_layers"),
+        detection.value("hidden_dim"),
+        detection.value("attention_heads"),
+        bool(detection.properties["token_dropout"].value),
+    )
+    shapes = trunk_shapes(shape.num_layers, shape.hidden_dim)
     tensors: dict[str, torch.Tensor] = {}
     for start in range(0, len(shapes), _TENSORS_PER_MAPPING):
         for name, stored in weights.read(list(shapes)[start : start + _TENSORS_PER_MAPPING]):
-            target, rows = _place(name, config.hidden_dim)
+            target, rows = _place(name, shape.hidden_dim)
             if target not in tensors:
-                shape = shapes[name]
-                whole = (3 * shape[0], *shape[1:]) if rows is not None else shape
+                own = shapes[name]
+                whole = (3 * own[0], *own[1:]) if rows is not None else own
                 kind = torch.float32 if "norm" in name or "embed" in name else dtype
                 tensors[target] = torch.empty(whole, dtype=kind, device=device)
             turned = ".q_proj." in name or ".k_proj." in name
-            source = _pair_neighbours(stored, config.attention_heads) if turned else stored
+            source = _pair_neighbours(stored, shape.attention_heads) if turned else stored
             (tensors[target] if rows is None else tensors[target][rows]).copy_(source)
         del stored, source
     layers = []
-    for i in range(config.num_layers):
+    for i in range(shape.num_layers):
         parts = {
             field: (tensors[f"layers.{i}.{part}.weight"], tensors[f"layers.{i}.{part}.bias"])
             for field, part in _FIELDS.items()
         }
         layers.append(_Layer(**parts))
     final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
-    inv_freq = _inverse_frequencies(weights, config).to(device)
-    return Network(config, dtype, tensors["embed_tokens.weight"], layers, final, inv_freq)
+    inv_freq = _inverse_frequencies(weights, shape).to(device)
+    return Network(shape, dtype, tensors["embed_tokens.weight"], layers, final, inv_freq)
 
 
 def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:
@@ -188,14 +204,14 @@ def _pair_neighbours(stored: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(stored.shape)
 
 
-def _inverse_frequencies(weights: Weights, config: ESM2Config) -> torch.Tensor:
+def _inverse_frequencies(weights: Weights, shape: Shape) -> torch.Tensor:
     """Return the (head_dim / 2,) rotary frequencies in float32.
 
     Where the file holds them fair-esm loads them from there, rounded as they were stored; its
     formula serves where it does not.
     """
-    head_dim = config.hidden_dim // config.attention_heads
-    names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(config.num_layers)]
+    head_dim = shape.hidden_dim // shape.attention_heads
+    names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(shape.num_layers)]
     held = [name for name in names if name in weights.tensors]
     stored = [tensor.float().clone() for _, tensor in weights.read(held)]
     if not stored:

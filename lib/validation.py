@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lib.database import database_path, open_for_reading
+from lib.database import open_for_reading
 from lib.detection import Detection, detect
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.fasta import Inventory, preflight
@@ -14,6 +14,7 @@ from lib.loading import LoadedModel, load_model, try_model
 from lib.resumption import input_in_hand, settings_of, weights_in_hand, why_not_resumable
 from lib.runs import load_run, unfinished_runs
 from lib.settings import Settings
+from lib.sqlite_file import database_path
 from schema.tables import Run
 
 __all__ = [
@@ -70,7 +71,7 @@ def validate(settings: Settings, say: Callable[[str], None]) -> Validation:
     say(f"settings: good, model {detection.name}")
     if detection.weights is None:
         raise WeightsError(f"{detection.name}: weights are not on disk (embed downloads them)")
-    model = load_model(settings, detection, detection.weights.sha256())
+    model = load_model(settings, detection)
     try_model(model)
     say(f"model: good, one short sequence embedded on {model.facts.device}")
     inventory = None

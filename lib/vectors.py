@@ -109,7 +109,7 @@ def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column:
 def _needed(network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]) -> int:
     tokens = sum(len(sequence.residues) + 2 for sequence in sequences)
     kept_layers = sum(column.startswith("per_tok_") for column in columns)
-    return pack_bytes(tokens, network.config.hidden_dim, kept_layers)
+    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

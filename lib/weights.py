@@ -57,6 +57,12 @@ class Weights:
     metadata: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
     untrained: bool
+    stamp: tuple[object, ...]
+
+    def refuse_if_changed(self) -> None:
+        """Raise WeightsError if the files on disk are not those whose metadata was read."""
+        if _stamp(self.path) != self.stamp:
+            raise WeightsError(f"{self.path}: changed while it was being read")
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file, or of a folder's `sha256sum` listing of its files."""
@@ -110,10 +116,11 @@ def open_weights(path: Path) -> Weights:
 
     Raises WeightsError, in one line, for whatever is not an ESM-2 model.
     """
+    stamp = _stamp(path)
     if path.is_dir():
         metadata, tensors, untrained = huggingface.read_metadata(path)
         infos = {name: TensorInfo(dtype, shape) for name, (dtype, shape) in tensors.items()}
-        return Weights(path, "huggingface", metadata, infos, untrained)
+        return Weights(path, "huggingface", metadata, infos, untrained, stamp)
     archive = _load_archive(path)
     _refuse_relatives(archive, path)
     state = _state_dict(archive, path)
@@ -121,7 +128,14 @@ def open_weights(path: Path) -> Weights:
     metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
     infos = {name: _info(name, tensor, path) for name, tensor in state.items()}
     _refuse_inflated(state, path)
-    return Weights(path, "fair-esm", metadata, infos, cfg.get("untrained") is True)
+    return Weights(path, "fair-esm", metadata, infos, cfg.get("untrained") is True, stamp)
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    """Return what changes when a file, or a file of a folder, is written or replaced."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
 
 
 def _load_archive(path: Path) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.schema import CreateColumn
 
 __all__ = [
-    "APPLICATION_ID",
-    "SCHEMA_VERSION",
     "Attempt",
     "Base",
     "Checkpoint",
@@ -19,9 +17,6 @@ __all__ = [
     "Run",
     "SchemaVersion",
 ]
-
-APPLICATION_ID = 0x45534D4C  # "ESML", as PRAGMA application_id shows it to file(1)
-SCHEMA_VERSION = 1
 
 
 @compiles(CreateColumn, "sqlite")

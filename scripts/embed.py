@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(line)
         engine = open_for_writing(settings.database.url)
         detection = with_weights(settings, detection, download_bar)
-        assert detection.weights is not None
-        model = load_model(settings, detection, detection.weights.sha256())
+        model = load_model(settings, detection)
         note(describe_start(model))
         settings = model.settings
 

@@ -13,7 +13,8 @@ from sqlalchemy import inspect
 
 from lib.database import open_for_reading, open_for_writing, transaction
 from lib.errors import MachineError, SettingsError
-from schema.tables import APPLICATION_ID, SCHEMA_VERSION, Base
+from schema.tables import Base
+from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 
 TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -63,9 +62,9 @@ def test_history_of_a_thousand_runs_answers_in_half_a_second(place: Place) -> No
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        answer = place.run("history", "--json")
+        answer = place.run("history")
         seconds.append(time.perf_counter() - start)
-    assert len(json.loads(answer.out)) == 1000
+    assert len(answer.out.splitlines()) == 1001
     # The best of five: the machine's other load is not what is tested.
     assert min(seconds) < 0.5
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.loading import measure
+from lib import loading
 from lib.catalog import trunk_parameters
+from lib.detection import detect
+from lib.network import load_network
+from lib.settings import load_settings
 from lib.untrained import make_model
 from tests.conftest import SOME_PROTEINS, Place, Script
 
@@ -20,21 +26,34 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.d
     make_model(path, 20, 1024, 16, dtype=dtype)
     in_memory = 4 * trunk_parameters(20, 1024)
     assert in_memory > 0.95e9  # large enough that a second copy breaks the bound
-    assert measure("esm-ledger", path)["peak_bytes"] <= 1.15 * in_memory + 0.7e9
+    assert measure("esm-ledger, digest taken", path)["peak_bytes"] <= 1.15 * in_memory + 0.7e9
 
 
 def test_nothing_is_initialised_at_random(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib.detection import detect
-    from lib.network import load_network
-    from lib.settings import load_settings
-
     before = torch.random.get_rng_state()
     found = detect(load_settings(overrides={"model.esm_model": str(small_model)}).model)
-    assert found.weights is not None
-    load_network(found.weights, found.config("0" * 64), torch.device("cpu"), torch.float32)
+    load_network(found, torch.device("cpu"), torch.float32)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_that_change_between_detection_and_loading_are_refused(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place.folder / "esm2_changing.pt"
+    shutil.copy(small_model, path)
+
+    def load(*arguments: Any) -> object:  # noqa: ANN401
+        with path.open("ab") as file:
+            file.write(b"x")
+        return load_network(*arguments)
+
+    monkeypatch.setattr(loading, "load_network", load)
+    answer = script("embed", "--esm-model", path, "--input", SOME_PROTEINS)
+    assert answer.status == 2
+    assert answer.error == f"{path}: changed while it was being read"
+    assert script("history", "--json").json == []
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -28,7 +28,7 @@ from lib.settings import load_settings
 from lib.vectors import compute
 found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
 network = load_network(
-    found.weights, found.config("0" * 64), torch.device("cpu"), getattr(torch, sys.argv[2])
+    found, torch.device("cpu"), getattr(torch, sys.argv[2])
 )
 def pack(count, residues):
     owner = [Owner(0, "a", "", residues)]

@@ -45,8 +45,7 @@ SHAPES = [
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Network:
     found = detect(load_settings(overrides={"model.esm_model": str(path)}).model)
-    assert found.weights is not None
-    return load_network(found.weights, found.config("0" * 64), torch.device("cpu"), dtype)
+    return load_network(found, torch.device("cpu"), dtype)
 
 
 def hidden(
@@ -64,7 +63,7 @@ def hidden(
 
 def assert_equals_fair_esm(path: Path, pack: Sequence[str]) -> None:
     network, reference = load(path), Reference(path)
-    layers = range(network.config.num_layers + 1)
+    layers = range(network.shape.num_layers + 1)
     found = hidden(network, pack, layers)
     for i, sequence in enumerate(pack):
         truth = reference.tokens(sequence, layers)

@@ -1,0 +1,138 @@
+"""Who is measured: fair-esm's own loop, transformers, and this project, on the same weights.
+
+Each contender takes a list of sequences and returns (sequences, hidden_dim) float32: the mean
+over residues at the last layer, in the order given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.alphabet import tokenise
+from lib.detection import Detection
+from lib.fasta import Owner
+from lib.fasta import Sequence as FastaSequence
+from lib.huggingface import fair_esm_name
+from lib.network import load_network
+from lib.packing import plan_packs
+from lib.vectors import compute
+
+__all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
+
+Embed = Callable[[Sequence[bytes]], npt.NDArray[np.float32]]
+
+_TOKENS_PER_BATCH = 4096
+
+
+def fair_esm(detection: Detection, device: torch.device) -> Embed:
+    """fair-esm's extract loop as it ships: float32, batches of 4,096 tokens by its own planner."""
+    import esm
+
+    path = _path(detection)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model, alphabet = esm.pretrained.load_model_and_alphabet_local(str(path))
+    model = model.eval().to(device)
+    layer = detection.value("num_layers")
+
+    def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        texts = [sequence.decode() for sequence in sequences]
+        dataset = esm.FastaBatchedDataset(list(range(len(texts))), texts)
+        batches = dataset.get_batch_indices(_TOKENS_PER_BATCH, extra_toks_per_seq=1)
+        loader = torch.utils.data.DataLoader(
+            dataset, collate_fn=alphabet.get_batch_converter(), batch_sampler=batches
+        )
+        found: dict[int, Any] = {}
+        with torch.no_grad():
+            for labels, strings, tokens in loader:
+                hidden = model(tokens.to(device), repr_layers=[layer])["representations"][layer]
+                for i, label in enumerate(labels):
+                    found[label] = hidden[i, 1 : len(strings[i]) + 1].mean(0).cpu().numpy()
+        return np.stack([found[i] for i in range(len(texts))])
+
+    return embed
+
+
+def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.dtype) -> Embed:
+    """transformers' EsmModel with SDPA: length-sorted batches of 4,096 tokens, padded."""
+    from transformers import EsmConfig, EsmModel
+
+    shape = {key: detection.value(key) for key in ("num_layers", "hidden_dim", "attention_heads")}
+    config = EsmConfig(
+        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=shape["hidden_dim"],
+        num_hidden_layers=shape["num_layers"], num_attention_heads=shape["attention_heads"],
+        intermediate_size=4 * shape["hidden_dim"], position_embedding_type="rotary",
+        token_dropout=bool(detection.properties["token_dropout"].value),
+        emb_layer_norm_before=False, layer_norm_eps=1e-5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=1026,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    model: Any = EsmModel(config, add_pooling_layer=False)
+    names = {fair_esm_name(name): name for name in model.state_dict()}
+    assert detection.weights is not None
+    wanted = [name for name in detection.weights.tensors if name in names]
+    state = {names[name]: tensor for name, tensor in detection.weights.read(wanted)}
+    _missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    model = model.eval().to(device, dtype)
+
+    def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        found: dict[int, Any] = {}
+        with torch.inference_mode():
+            for batch in _padded_batches([len(sequences[i]) + 2 for i in order]):
+                numbers = [order[i] for i in batch]
+                longest = max(len(sequences[i]) for i in numbers) + 2
+                tokens = torch.ones(len(numbers), longest, dtype=torch.long)
+                for row, i in enumerate(numbers):
+                    tokens[row, : len(sequences[i]) + 2] = torch.from_numpy(
+                        tokenise([sequences[i]])
+                    )
+                tokens = tokens.to(device)
+                hidden = model(tokens, attention_mask=tokens != 1).last_hidden_state
+                for row, i in enumerate(numbers):
+                    residues = hidden[row, 1 : len(sequences[i]) + 1]
+                    found[i] = residues.float().mean(0).cpu().numpy()
+        return np.stack([found[i] for i in range(len(sequences))])
+
+    return embed
+
+
+def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens: int) -> Embed:
+    """This project's network, packs and pooling, without files and database."""
+    network = load_network(detection, device, dtype)
+    column = f"mean_{network.shape.num_layers}"
+
+    def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        planned = [FastaSequence(sequences[i], [Owner(i, "", "", 0)]) for i in order]
+        lengths = [len(sequence.residues) for sequence in planned]
+        result = np.empty((len(planned), network.shape.hidden_dim), np.float32)
+        for pack in plan_packs(lengths, tokens):
+            part = planned[pack.start : pack.stop]
+            kept = compute(network, part, [column], "float32")
+            result[order[pack.start : pack.stop]] = kept.columns[column]
+        return result
+
+    return embed
+
+
+def _padded_batches(tokens: list[int]) -> list[range]:
+    """Cut a descending list of lengths into batches of at most 4,096 tokens, padding counted."""
+    batches, start = [], 0
+    for i in range(len(tokens)):
+        if i > start and (i + 1 - start) * tokens[start] > _TOKENS_PER_BATCH:
+            batches.append(range(start, i))
+            start = i
+    return [*batches, range(start, len(tokens))]
+
+
+def _path(detection: Detection) -> Path:
+    assert detection.weights is not None
+    return detection.weights.path

@@ -1,0 +1,145 @@
+"""Measuring: contenders in turn on one workload, the machine's roof, and the whole way to disk."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.contenders import Embed
+from lib.alphabet import tokenise
+from lib.database import open_for_writing
+from lib.detection import Detection
+from lib.embedding import Job, work
+from lib.fasta import preflight
+from lib.interruption import Interruption
+from lib.loading import load_model
+from lib.packing import plan_packs
+from lib.runs import create_run
+from lib.settings import Settings, override
+
+__all__ = ["Figures", "agreement", "end_to_end_share", "in_turn", "roof"]
+
+_ROOF_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds of every repeat, and the vectors of the last."""
+
+    seconds: list[float]
+    vectors: npt.NDArray[np.float32]
+
+
+def in_turn(
+    contenders: Mapping[str, Embed], sequences: Sequence[bytes], repeats: int
+) -> dict[str, Figures]:
+    """Time each contender `repeats` times, A B C A B C …, after one uncounted short run each."""
+    for embed in contenders.values():
+        embed(sequences[: max(2, len(sequences) // 10)])
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
+    for _ in range(repeats):
+        for name, embed in contenders.items():
+            start = time.perf_counter()
+            vectors[name] = embed(sequences)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Figures(seconds[name], vectors[name]) for name in contenders}
+
+
+def roof(dtype: torch.dtype, device: torch.device, repeats: int = 7) -> float:
+    """Return the median rate of a square matrix product, floating-point operations per second."""
+    size = _ROOF_SIZE if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def product() -> float:
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        return time.perf_counter() - start
+
+    product()
+    return 2 * size**3 / statistics.median(product() for _ in range(repeats))
+
+
+def agreement(
+    found: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]
+) -> tuple[float, float]:
+    """Return the worst cosine and the worst relative L2 error of pooled vectors, row by row."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(truth, axis=1)
+    cosine = float(((found * truth).sum(1) / norms).min())
+    error = np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
+    return cosine, float(error.max())
+
+
+def end_to_end_share(
+    settings: Settings, detection: Detection, sequences: Sequence[bytes], repeats: int
+) -> list[float]:
+    """Return, for every repeat, the time of forward alone over that of FASTA to commit.
+
+    Both have the model in memory and the same packs; the second reads and checks the FASTA,
+    tokenises, pools, writes Parquet and commits.
+    """
+    model = load_model(settings, detection, "0" * 64)
+    shares = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fasta = folder / "input.fasta"
+        fasta.write_bytes(
+            b"".join(b">s%d\n%s\n" % (i, residues) for i, residues in enumerate(sequences))
+        )
+        # The precision that was chosen stands in the loaded model's settings.
+        ready = override(
+            model.settings,
+            {
+                "input.fasta": str(fasta),
+                "output.folder": str(folder / "out"),
+                "database.url": str(folder / "runs.sqlite"),
+            },
+        )
+        model = replace(model, settings=ready)
+        engine = open_for_writing(ready.database.url)
+        ordered = sorted(sequences, key=len, reverse=True)
+        packs = plan_packs([len(one) for one in ordered], ready.compute.tokens_per_pack)
+        tokens = [torch.from_numpy(tokenise(ordered[p.start : p.stop])) for p in packs]
+        lengths = [[len(one) for one in ordered[p.start : p.stop]] for p in packs]
+        last = [model.network.shape.num_layers]
+
+        def forward() -> None:
+            with torch.inference_mode():
+                for pack, sizes in zip(tokens, lengths, strict=True):
+                    for _layer, hidden in model.network.forward(pack, sizes, last):
+                        hidden[0, 0].item()
+
+        def whole() -> None:
+            found = preflight(ready.input)
+            with create_run(engine, ready, model.config, found, model.facts) as ownership:
+                work(
+                    Job(
+                        engine, ownership, ready, found, model.network, Interruption(),
+                        lambda _: None,
+                    )
+                )  # fmt: skip
+
+        for _ in range(repeats):
+            shares.append(_seconds(forward) / _seconds(whole))
+    return shares
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

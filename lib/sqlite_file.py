@@ -1,0 +1,102 @@
+"""The run database as a SQLite file: found, checked for being ours, opened read-only.
+
+Plain sqlite3, so that what only reads history starts in a moment.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lib.errors import MachineError, SettingsError
+from schema.version import APPLICATION_ID, SCHEMA_VERSION
+
+__all__ = [
+    "BUSY_SECONDS",
+    "connect_read_only",
+    "database_path",
+    "refuse_strangers",
+    "sqlite_errors",
+]
+
+BUSY_SECONDS = 60
+
+
+def database_path(url: str) -> Path:
+    """Return the SQLite file that a path or SQLAlchemy URL names; refuse other databases."""
+    if "://" not in url:
+        return Path(url)
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise SettingsError(f"database {url}: not a SQLAlchemy URL") from None
+    if parsed.get_backend_name() != "sqlite":
+        raise SettingsError(f"database {url}: {parsed.get_backend_name()}, not sqlite")
+    if not parsed.database or parsed.database == ":memory:" or parsed.query:
+        raise SettingsError(f"database {url}: names no file")
+    return Path(parsed.database).absolute()
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """Open a run database for reading; raises SettingsError if there is none or it is not ours."""
+    if not path.is_file():
+        raise SettingsError(f"database {path}: no such file")
+    refuse_strangers(path)
+    with sqlite_errors(path):
+        connection = _connect(path)
+        connection.execute("PRAGMA query_only = ON")
+        # A read-only connection would still make a file for ATTACH or VACUUM INTO.
+        connection.set_authorizer(_refuse_attach)
+    return connection
+
+
+def refuse_strangers(path: Path) -> None:
+    """Refuse a database that is not ours, or of another version, before anything is written.
+
+    Raises SettingsError with what was found and what is expected, MachineError for a file that
+    SQLite cannot read. A file that is not there, or empty, is nobody's.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with sqlite_errors(path), closing(_connect(path)) as connection:
+        (found,) = connection.execute("PRAGMA application_id").fetchone()
+        names = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema")]
+        if found == 0 and not names:
+            return
+        if found != APPLICATION_ID:
+            raise SettingsError(
+                f"database {path}: application_id {found:#x} is another program's, "
+                f"esm-ledger's is {APPLICATION_ID:#x}"
+            )
+        version = None
+        if "schema_version" in names:
+            (version,) = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+        if version != SCHEMA_VERSION:
+            raise SettingsError(
+                f"database {path}: schema version {version}, this program's is {SCHEMA_VERSION}"
+            )
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite reports into a MachineError of one line."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise MachineError(f"database {path}: {error}") from None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    connection = sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+    connection.isolation_level = None
+    return connection
+
+
+def _refuse_attach(action: int, *_: object) -> int:
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK

@@ -1,0 +1,181 @@
+"""Measure embedding speed beside fair-esm and transformers, on untrained weights, in one run.
+
+    make benchmark
+    python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
+
+A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
+turn; ratios are medians over the repeats, pair by pair, and the machine's own matrix-product rate
+(the roof) stands beside them. A ratio whose sides do not agree numerically is not printed. Writes
+benchmarks/DATE-MACHINE.json and a plot beside it. Exit status: 0 measured, 1 a side disagreed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
+from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
+from benchmarks.plot import draw
+from benchmarks.workload import sequences, useful_flops
+from lib.catalog import RELEASED
+from lib.console import arguments, note, print_json, print_line, print_table, run_script
+from lib.detection import Detection, detect
+from lib.device import choose_device, device_name
+from lib.settings import load_settings
+from lib.untrained import make_model
+
+SIZES = {name.split("_")[2]: name for name in RELEASED}
+DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf:40"]
+# Worst pooled cosine with fair-esm below which a side does not count as the same computation.
+_AGREES = {"float32": 0.999999, "bfloat16": 0.99, "float16": 0.999}
+_COLUMNS = [
+    "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
+    "cosine", "error",
+]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case, print one table, write the figures and the plot."""
+    parser = arguments(__doc__)
+    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="SIZE:MIX:SEQUENCES")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
+    parsed = parser.parse_args(argv)
+    settings = load_settings(parsed.config)
+    device, _ = choose_device(settings.compute)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{device_name(device)}, {os.cpu_count()} cores",
+        "weights": "untrained",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "fair-esm", "transformers")},
+        "repeats": parsed.repeats,
+        "tokens_per_pack": settings.compute.tokens_per_pack,
+        "cases": [measure_case(case, parsed, device) for case in parsed.cases],
+    }
+    machine = "".join(c if c.isalnum() else "-" for c in str(result["machine"]).lower())
+    stem = parsed.to / f"{result['date']}-{machine.replace('--', '-')}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(result, stem.with_suffix(".png"))
+    if parsed.json:
+        print_json(result)
+    else:
+        print_line(f"untrained weights; {result['machine']}; {result['versions']}")
+        print_table(_COLUMNS, [row for case in result["cases"] for row in table_rows(case)])
+    return 0 if all(one["agrees"] for case in result["cases"] for one in case["contenders"]) else 1
+
+
+def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the figures of one case."""
+    size, mix, count = case.split(":")
+    shape = RELEASED[SIZES[size]]
+    workload = sequences(mix, int(count))
+    lengths = [len(one) for one in workload]
+    tokens = sum(lengths) + 2 * len(lengths)
+    flops = useful_flops(lengths, shape.num_layers, shape.hidden_dim)
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"esm2_untrained_{size}.pt"
+        make_model(path, shape.num_layers, shape.hidden_dim, shape.attention_heads)
+        settings = load_settings(parsed.config, {"model.esm_model": str(path)})
+        detection = detect(settings.model)
+        roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
+        contenders = {
+            name: (dtype, embed)
+            for dtype in (torch.float32, half)
+            for name, embed in _contenders(
+                detection, device, dtype, settings.compute.tokens_per_pack
+            ).items()
+        }
+        note(f"{case}: {tokens} tokens, {len(contenders)} contenders")
+        figures = in_turn(
+            {k: embed for k, (_, embed) in contenders.items()}, workload, parsed.repeats
+        )
+        roofs = {dtype: max(roofs[dtype], roof(dtype, device)) for dtype in roofs}
+        share = end_to_end_share(settings, detection, workload, parsed.repeats)
+    truth = figures["fair-esm float32"]
+    rows = []
+    for name, (dtype, _) in contenders.items():
+        kind = str(dtype).removeprefix("torch.")
+        cosine, error = agreement(figures[name].vectors, truth.vectors)
+        seconds = figures[name].seconds
+        peer = figures[f"transformers {kind}"].seconds
+        rows.append(
+            {
+                "contender": name,
+                "seconds": [round(one, 3) for one in seconds],
+                "tokens_per_second": round(tokens / statistics.median(seconds), 1),
+                "share_of_roof": round(flops / statistics.median(seconds) / roofs[dtype], 3),
+                "times_fair_esm": _ratio(truth.seconds, seconds),
+                "times_transformers": _ratio(peer, seconds),
+                "cosine": round(cosine, 7),
+                "error": float(f"{error:.1e}"),
+                "agrees": cosine >= _AGREES[kind],
+            }
+        )
+    return {
+        "case": case,
+        "tokens": tokens,
+        "roof_gflops": {str(d).removeprefix("torch."): round(r / 1e9) for d, r in roofs.items()},
+        "contenders": rows,
+        "end_to_end_share_of_forward": [round(one, 3) for one in share],
+    }
+
+
+def table_rows(case: dict[str, Any]) -> list[list[object]]:
+    """Return the rows of a case; no ratio stands where a side disagrees."""
+    agree = {one["contender"]: one["agrees"] for one in case["contenders"]}
+    rows: list[list[object]] = []
+    for one in case["contenders"]:
+        kind = one["contender"].split()[1]
+        fast, slow = min(one["seconds"]), max(one["seconds"])
+        own = one["agrees"] and agree["fair-esm float32"]
+        peer = one["agrees"] and agree[f"transformers {kind}"]
+        rows.append(
+            [
+                case["case"], one["contender"], one["tokens_per_second"],
+                f"{100 * (slow / fast - 1):.0f} %", one["share_of_roof"],
+                one["times_fair_esm"] if own else "disagrees",
+                one["times_transformers"] if peer else "disagrees",
+                one["cosine"], one["error"],
+            ]
+        )  # fmt: skip
+    share = statistics.median(case["end_to_end_share_of_forward"])
+    rows.append([case["case"], "FASTA to commit, of forward alone", None, None, share])
+    return [[*row, *[None] * (len(_COLUMNS) - len(row))] for row in rows]
+
+
+def _contenders(
+    detection: Detection, device: torch.device, dtype: torch.dtype, tokens: int
+) -> dict[str, Embed]:
+    kind = str(dtype).removeprefix("torch.")
+    made = {
+        f"transformers {kind}": transformers_sdpa(detection, device, dtype),
+        f"esm-ledger {kind}": ours(detection, device, dtype, tokens),
+    }
+    if dtype is torch.float32:
+        made = {"fair-esm float32": fair_esm(detection, device)} | made
+    return made
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2)
+
+
+if __name__ == "__main__":
+    run_script(main)
