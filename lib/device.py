@@ -10,7 +10,11 @@ import torch
 from lib.errors import MachineError
 from schema.settings import ComputeSettings
 
-__all__ = ["choose_device", "choose_precision", "device_name", "use_threads"]
+__all__ = ["choose_device", "choose_pack", "choose_precision", "device_name", "use_threads"]
+
+# On CPU more gains nothing, and a pack of the largest model still takes less than 1 GB. On CUDA
+# it is what fills the device at the width of the smaller models; it has not been measured.
+_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 32_768}
 
 
 def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
@@ -37,6 +41,16 @@ def choose_precision(compute: ComputeSettings, device: torch.device) -> tuple[st
         return "float16", "auto: float16 on CUDA"
     hint = ", but this CPU has bfloat16 units" if _has_bfloat16_units() else ""
     return "float32", f"auto: float32 on CPU{hint}"
+
+
+def choose_pack(compute: ComputeSettings, device: torch.device) -> tuple[int, str]:
+    """Return how many tokens go through the network at once, and why.
+
+    The same on every attempt on such a device: it does not depend on what memory is free.
+    """
+    if compute.tokens_per_pack:
+        return compute.tokens_per_pack, "as set"
+    return _TOKENS_PER_PACK[device.type], f"auto: {device.type}"
 
 
 def device_name(device: torch.device) -> str:

@@ -67,11 +67,11 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
 
 def describe_start(model: LoadedModel) -> str:
     """Return, in one line, what computes and how, with the reasons of what was chosen."""
-    facts, (device_reason, precision_reason) = model.facts, model.reasons
+    facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
     return (
         f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
         f"precision {model.settings.compute.precision} ({precision_reason}); "
-        f"{facts.tokens_per_pack} tokens per pack"
+        f"{facts.tokens_per_pack} tokens per pack ({pack_reason})"
     )
 
 

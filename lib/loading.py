@@ -11,7 +11,7 @@ import torch
 
 from lib.alphabet import tokenise
 from lib.detection import Detection, detect
-from lib.device import choose_device, choose_precision, device_name, use_threads
+from lib.device import choose_device, choose_pack, choose_precision, device_name, use_threads
 from lib.download import download_weights
 from lib.errors import MachineError, WeightsError
 from lib.network import Network, load_network
@@ -28,15 +28,15 @@ _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 class LoadedModel:
     """A model in memory, with its full identity and what an attempt records.
 
-    `settings` have the precision that was chosen in place of `auto`; `reasons` tell why device
-    and precision were.
+    `settings` have the precision and the tokens per pack that were chosen where none were set;
+    `reasons` tell why device, precision and tokens were.
     """
 
     config: ESM2Config
     network: Network
     facts: AttemptFacts
     settings: Settings
-    reasons: tuple[str, str]
+    reasons: tuple[str, str, str]
 
 
 def with_weights(
@@ -65,7 +65,9 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     assert weights is not None
     device, device_reason = choose_device(settings.compute)
     precision, precision_reason = choose_precision(settings.compute, device)
-    settings = replace(settings, compute=replace(settings.compute, precision=precision))
+    tokens, pack_reason = choose_pack(settings.compute, device)
+    chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
+    settings = replace(settings, compute=chosen)
     threads = use_threads(settings.compute)
     try:
         with ThreadPoolExecutor(1) as beside:
@@ -89,7 +91,9 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
         threads=threads,
         tokens_per_pack=settings.compute.tokens_per_pack,
     )
-    return LoadedModel(config, network, facts, settings, (device_reason, precision_reason))
+    return LoadedModel(
+        config, network, facts, settings, (device_reason, precision_reason, pack_reason)
+    )
 
 
 def try_model(model: LoadedModel) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lib.catalog import VOCABULARY, trunk_shapes
+from lib.errors import MachineError, SettingsError
 
 __all__ = ["make_model"]
 
@@ -33,8 +34,18 @@ def make_model(
 
     The file has the keys and tensor names of a release (cfg Namespace, `encoder.` prefixes,
     language-model head, rotary buffers) and the mark `untrained` in its cfg. Returns the path
-    of the contact regression.
+    of the contact regression. Raises SettingsError for a shape that no ESM-2 can have and for a
+    file that exists, MachineError if the disk fails.
     """
+    if min(num_layers, hidden_dim, attention_heads) < 1 or hidden_dim % (2 * attention_heads):
+        raise SettingsError(
+            f"{num_layers} layers, hidden_dim {hidden_dim}, {attention_heads} heads: all must be "
+            "positive, and hidden_dim divide into heads of even width"
+        )
+    regression = path.with_name(f"{path.stem}-contact-regression.pt")
+    for file in (path, regression):
+        if file.exists():
+            raise SettingsError(f"{file}: exists already")
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: tensor.to(dtype)
@@ -50,15 +61,20 @@ def make_model(
         token_dropout=token_dropout,
         untrained=True,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"cfg": {"model": cfg}, "model": state}, path)
-    regression = path.with_name(f"{path.stem}-contact-regression.pt")
     weight = torch.randn(1, num_layers * attention_heads, generator=generator)
     contact = {
         "contact_head.regression.weight": weight,
         "contact_head.regression.bias": torch.zeros(1),
     }
-    torch.save({"model": contact}, regression)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"cfg": {"model": cfg}, "model": state}, path)
+        torch.save({"model": contact}, regression)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of several lines.
+        path.unlink(missing_ok=True)
+        fact = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise MachineError(f"{path}: {fact}") from None
     return regression
 
 

@@ -139,8 +139,13 @@ class ComputeSchema(Schema):
     precision = fields.String(
         load_default="auto", validate=validate.OneOf(["auto", "float32", "bfloat16", "float16"])
     )
+    # <cls>, one residue and <eos> are three tokens.
     tokens_per_pack = fields.Integer(
-        load_default=4096, validate=validate.Range(min=3, max=_LARGEST)
+        load_default=0,
+        validate=[
+            validate.Range(min=0, max=_LARGEST),
+            validate.NoneOf([1, 2], error="must be 0 or at least 3"),
+        ],
     )
     threads = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
 

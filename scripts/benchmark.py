@@ -35,7 +35,7 @@ from benchmarks.workload import sequences, useful_flops
 from lib.catalog import RELEASED
 from lib.console import arguments, note, print_json, print_line, print_table, run_script
 from lib.detection import Detection, detect
-from lib.device import choose_device, device_name
+from lib.device import choose_device, choose_pack, device_name
 from lib.settings import load_settings
 from lib.untrained import make_model
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "fair-esm", "transformers")},
         "repeats": parsed.repeats,
-        "tokens_per_pack": settings.compute.tokens_per_pack,
+        "tokens_per_pack": choose_pack(settings.compute, device)[0],
         "cases": [measure_case(case, parsed, device) for case in parsed.cases],
     }
     machine = "".join(c if c.isalnum() else "-" for c in str(result["machine"]).lower())
@@ -99,7 +99,7 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
             name: (dtype, embed)
             for dtype in (torch.float32, half)
             for name, embed in _contenders(
-                detection, device, dtype, settings.compute.tokens_per_pack
+                detection, device, dtype, choose_pack(settings.compute, device)[0]
             ).items()
         }
         note(f"{case}: {tokens} tokens, {len(contenders)} contenders")

@@ -72,6 +72,36 @@ def test_columns_have_the_types_of_the_design(
     assert schema.field("per_tok_2").type == pa.list_(pa.float16())
 
 
+def test_auto_is_resolved_shown_with_its_reason_and_recorded(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    place.set("compute", "device", "cpu")
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    for shown in ("precision float32 (auto: float32 on CPU", "4096 tokens per pack (auto: cpu)"):
+        assert shown in answer.err
+    statement = "select precision, settings ->> '$.compute.tokens_per_pack' as n from runs"
+    assert script("query", statement, "--json").json == [{"precision": "float32", "n": 4096}]
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("bfloat16", 2e-2), ("float16", 3e-3), ("float32", 1e-5)]
+)
+def test_every_precision_keeps_its_bound_to_the_file(
+    script: Script, place: Place, small_model: Path, precision: str, bound: float
+) -> None:
+    answer = script(
+        "embed", "--esm-model", small_model, "--input", SOME_PROTEINS, "--include", "per_tok",
+        "--set", f"compute.precision={precision}",
+    )  # fmt: skip
+    assert answer.status == 0, answer.err
+    rows, reference = read_run(place.output / "run-000001"), Reference(small_model)
+    for number, (_, sequence) in enumerate(fasta(SOME_PROTEINS)):
+        truth = reference.tokens(sequence, [2])[2][1:-1]
+        found = rows[number]["per_tok_2"]
+        assert isinstance(found, np.ndarray)
+        assert worst_residue_error(found.reshape(truth.shape), truth) <= bound
+
+
 def test_identical_sequences_get_the_same_vectors_and_are_computed_once(
     script: Script, place: Place, small_model: Path
 ) -> None:

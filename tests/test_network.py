@@ -56,7 +56,7 @@ def hidden(
     lengths = [len(sequence) for sequence in pack]
     with torch.inference_mode():
         return {
-            layer: [part.numpy().copy() for part in torch.split(x, [n + 2 for n in lengths])]
+            layer: [part.cpu().numpy().copy() for part in torch.split(x, [n + 2 for n in lengths])]
             for layer, x in network.forward(tokens, lengths, layers)
         }
 

@@ -87,6 +87,21 @@ def test_killed_at_chosen_points_and_resumed_gives_the_same_bits(
         assert [one["outcome"] for one in listed["attempts"]] == ["lost", "finished"]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_in_half_precision_too_a_resumed_run_has_the_same_bits(
+    script: Script, place: Place, small_model: Path, precision: str
+) -> None:
+    flags = embed_arguments(small_model, ["mean", "per_tok"])
+    flags += ["--set", f"compute.precision={precision}"]
+    assert script("embed", *flags).status == 0
+    killed_at(place, ("lib.embedding.rename_into_place", "after", 2), "embed", *flags)
+    other = script("resume", "--set", "compute.precision=float32")
+    assert other.status == 3
+    assert other.error == f"run 2: precision is {precision} in the run, float32 in its settings"
+    assert script("resume").status == 0
+    assert_same_bits(place.output / "run-000002", place.output / "run-000001")
+
+
 def test_killed_again_and_again_at_any_moment(
     script: Script, place: Place, small_model: Path
 ) -> None:

@@ -55,7 +55,7 @@ NONSENSE = {
     ("input", "duplicate_ids"): ["nonsense", "drop"],
     ("compute", "device"): ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:٣", "cuda:999999999999"],
     ("compute", "precision"): ["nonsense", "fp32", "float64"],
-    ("compute", "tokens_per_pack"): [*WHOLE, "2"],
+    ("compute", "tokens_per_pack"): [*(one for one in WHOLE if one != "0"), "1", "2"],
     ("compute", "threads"): ["nonsense", "1.5", "-1", "4097"],
     ("output", "folder"): ["~nosuchuser/embeddings"],
     ("output", "include"): ["nonsense", "mean nonsense", ",", "Mean"],
