@@ -194,6 +194,8 @@ def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]
         # sorted() is stable: equal lengths stay in file order.
         yield Window(position, sorted(sequences.values(), key=lambda s: -len(s.residues)))
         position += len(sequences)
+    if next(records, None) is not None:
+        raise InputError(f"{inventory.path}: changed while it was being read")
 
 
 def read_records(rules: InputSettings) -> Iterator[Record]:

@@ -469,9 +469,10 @@ def test_every_record_is_in_the_plan_once_and_in_file_order(
         ">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e now\nW\n",
         ">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n",
         ">a\nMK\n>b\nGGG\n>c\nMKT\n>e\nW\n>d\nGGG\n",
+        ">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n>f\nM\n",
         "",
     ],
-    ids=["sequence", "id", "description", "shorter", "order", "empty"],
+    ids=["sequence", "id", "description", "shorter", "order", "longer", "empty"],
 )
 def test_a_file_that_changes_after_preflight_is_refused(path: Path, changed: str) -> None:
     path.write_text(">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n")
