@@ -130,7 +130,8 @@ def preflight(rules: InputSettings) -> Inventory:
     Raises InputError naming record, id, position and letter at the first fault.
     """
     path = _input_path(rules)
-    inventory = Inventory(path=path, bytes=path.stat().st_size, sha256=input_sha256(rules))
+    before = path.stat()
+    inventory = Inventory(path=path, bytes=before.st_size, sha256=input_sha256(rules))
     sequence_digests, id_digests, lengths = bytearray(), bytearray(), array("i")
     window = hashlib.blake2b(digest_size=16)
     first, residues = 0, 0
@@ -161,6 +162,10 @@ def preflight(rules: InputSettings) -> Inventory:
     inventory.sequences = int(own.sum())
     inventory.residues = int(np.frombuffer(lengths, dtype=np.intc)[own].sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
+    after = path.stat()
+    # What was digested and what was counted must be the same file.
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise InputError(f"{path}: changed while it was being read")
     return inventory
 
 
