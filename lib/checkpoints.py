@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.digest import file_sha256
 from lib.errors import MachineError
 from lib.fasta import Owner
 from lib.vectors import Vectors
@@ -25,7 +25,6 @@ __all__ = [
     "CHECKPOINT_NAME",
     "CheckpointWriter",
     "FinishedFile",
-    "file_sha256",
     "leftovers",
     "read_footer",
     "rename_into_place",
@@ -100,7 +99,7 @@ class CheckpointWriter:
             self._writer.close()
             with self._temporary.open("rb") as file:
                 os.fsync(file.fileno())
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(self._temporary)
             size = self._temporary.stat().st_size
         return FinishedFile(self._temporary, self.path, self.records, size, digest)
 
@@ -144,12 +143,6 @@ def read_footer(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("footer metadata is not an object")
     return content
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leftovers(folder: Path, listed: set[str]) -> list[Path]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import LedgerError
-from lib.settings import DEFAULT_CONFIG
+from lib.settings import DEFAULT_CONFIG, load_settings
 
 __all__ = [
     "ResidueBar",
     "arguments",
+    "database_url",
     "download_bar",
     "guarded",
     "note",
@@ -24,6 +25,7 @@ __all__ = [
     "print_fields",
     "print_json",
     "print_line",
+    "print_result",
     "print_table",
     "run_script",
     "settings_arguments",
@@ -41,20 +43,19 @@ _FLAGS = {
 _SECONDS_BETWEEN_LINES = 60.0
 
 
-def arguments(documentation: str | None, *, config: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with --database, --json and, if settings are read, --config."""
+def arguments(documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser with what every script takes: --config, --database and --json."""
     parser = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--database", metavar="URL", help="run database: a SQLite path or URL")
-    if config:
-        parser.add_argument(
-            "--config",
-            type=Path,
-            default=DEFAULT_CONFIG,
-            metavar="FILE",
-            help="settings file (default: the project's config.ini)",
-        )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="settings file (default: the project's config.ini)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -105,6 +106,12 @@ def overrides(parsed: argparse.Namespace) -> dict[str, str]:
     return said
 
 
+def database_url(parsed: argparse.Namespace) -> str:
+    """Return where the run database lies, by --database or --set, else by config.ini."""
+    said = {key: value for key, value in overrides(parsed).items() if key == "database.url"}
+    return load_settings(parsed.config, said).database.url
+
+
 def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a script's main on the command line and exit with its status."""
     sys.exit(guarded(main, None))
@@ -143,6 +150,14 @@ def note(line: str) -> None:
 def print_line(line: str) -> None:
     """Print a result on stdout."""
     print(line)
+
+
+def print_result(content: object, lines: Sequence[str], *, as_json: bool) -> None:
+    """Print a result on stdout: `content` as JSON for programs, or `lines` for people."""
+    if as_json:
+        print_json(content)
+    else:
+        print_line("\n".join(lines))
 
 
 def print_json(content: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lib.digest import file_sha256
 from lib.errors import WeightsError
 
 __all__ = ["fair_esm_name", "folder_sha256", "read_metadata", "read_tensors"]
@@ -89,9 +90,7 @@ def folder_sha256(folder: Path) -> str:
     """Return the SHA-256 of what `sha256sum` prints for config.json and the safetensors files."""
     listing = hashlib.sha256()
     for path in [folder / "config.json", *_safetensors(folder)]:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        listing.update(f"{digest}  {path.name}\n".encode())
+        listing.update(f"{file_sha256(path)}  {path.name}\n".encode())
     return listing.hexdigest()
 
 

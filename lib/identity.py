@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import CHECKPOINT_NAME, file_sha256, leftovers, read_footer
+from lib.checkpoints import CHECKPOINT_NAME, leftovers, read_footer
 from lib.detection import Detection
+from lib.digest import file_sha256
 from lib.errors import IdentityRefusedError
 from lib.fasta import PLAN, Inventory
 from lib.settings import Settings

@@ -8,7 +8,6 @@ argparse.Namespace as the only name allowed beside tensors.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 
 from lib import huggingface
 from lib.catalog import RELEASED
+from lib.digest import file_sha256
 from lib.errors import LedgerError, WeightsError
 from schema.settings import ModelSettings
 
@@ -68,8 +68,7 @@ class Weights:
         """Return the SHA-256 of the file, or of a folder's `sha256sum` listing of its files."""
         if self.format == "huggingface":
             return huggingface.folder_sha256(self.path)
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as stored; the tensors are views of a mapping of the file.

@@ -23,8 +23,7 @@ from lib.console import (
     download_bar,
     note,
     overrides,
-    print_json,
-    print_line,
+    print_result,
     print_table,
     run_script,
     settings_arguments,
@@ -62,10 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_settings(parsed.config, overrides(parsed))
         if parsed.validate_config:
             validation = validate(settings, note)
-            if parsed.json:
-                print_json(validation_json(validation))
-            else:
-                print_line("\n".join(describe_validation(validation)))
+            content, lines = validation_json(validation), describe_validation(validation)
+            print_result(content, lines, as_json=parsed.json)
             return 0
 
         # ---- What will be done: detected, checked, displayed
@@ -92,10 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run = work(
                     Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
                 )
-    if parsed.json:
-        print_json(run_json(run))
-    else:
-        print_line(describe_run(run))
+    print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
     return 0
 
 

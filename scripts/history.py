@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lib.console import arguments, overrides, print_fields, print_json, print_table, run_script
+from lib.console import arguments, database_url, print_fields, print_json, print_table, run_script
 from lib.history import run_detail, run_history
-from lib.settings import load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, metavar="N", help="show this run")
     parsed = parser.parse_args(argv)
-    url = load_settings(parsed.config, overrides(parsed)).database.url
+    url = database_url(parsed)
     if parsed.run is None:
         history = run_history(url)
         if parsed.json:

@@ -13,9 +13,8 @@ import csv
 import sys
 from collections.abc import Sequence
 
-from lib.console import arguments, overrides, print_json, print_table, run_script
+from lib.console import arguments, database_url, print_json, print_table, run_script
 from lib.history import query
-from lib.settings import load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sql", help="one SELECT statement")
     parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
     parsed = parser.parse_args(argv)
-    table = query(load_settings(parsed.config, overrides(parsed)).database.url, parsed.sql)
+    table = query(database_url(parsed), parsed.sql)
     if parsed.json or parsed.format == "json":
         print_json(table.dictionaries())
     elif parsed.format == "csv":

@@ -21,10 +21,10 @@ if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a tr
 from lib.console import (
     ResidueBar,
     arguments,
+    database_url,
     note,
     overrides,
-    print_json,
-    print_line,
+    print_result,
     print_table,
     run_script,
     settings_arguments,
@@ -36,8 +36,6 @@ from lib.interruption import Interruption
 from lib.loading import load_model
 from lib.resumption import admit, clear_leftovers
 from lib.runs import find_run, load_run, own, start_attempt
-from lib.settings import load_settings
-from schema.tables import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,11 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings_arguments(parser, "esm_model", "input")
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
-    where = {key: value for key, value in said.items() if key == "database.url"}
-    url = load_settings(parsed.config, where).database.url
     interruption = Interruption()
     with interruption.handled():
-        engine = open_for_writing(url, create=False)
+        engine = open_for_writing(database_url(parsed), create=False)
         run_id = find_run(engine, parsed.run).id
         with own(load_run(engine, run_id)):
             # ---- Identity: all of it, before a tensor is read
@@ -69,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in describe_input(inventory, settings.input.max_residues):
                 note(line)
             if run.status == "finished" and not admission.damaged:
-                return _report(run, parsed.json)
+                print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
+                return 0
             model = load_model(settings, detection, admission.sha256)
             note(describe_start(model))
 
@@ -88,14 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run = work(
                         Job(engine, ownership, settings, inventory, network, interruption, progress)
                     )
-    return _report(run, parsed.json)
-
-
-def _report(run: Run, as_json: bool) -> int:
-    if as_json:
-        print_json(run_json(run))
-    else:
-        print_line(describe_run(run))
+    print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
     return 0
 
 

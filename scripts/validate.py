@@ -19,10 +19,10 @@ if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a tr
 
 from lib.console import (
     arguments,
+    database_url,
     note,
     overrides,
-    print_json,
-    print_line,
+    print_result,
     run_script,
     settings_arguments,
 )
@@ -42,19 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Interruption().handled():
         if parsed.run is None:
             validation = validate(load_settings(parsed.config, said), note)
-            if parsed.json:
-                print_json(validation_json(validation))
-            else:
-                print_line("\n".join(describe_validation(validation)))
+            content, lines = validation_json(validation), describe_validation(validation)
+            print_result(content, lines, as_json=parsed.json)
             return 0
-        where = {key: value for key, value in said.items() if key == "database.url"}
-        audit = audit_run(load_settings(parsed.config, where).database.url, parsed.run, said)
+        audit = audit_run(database_url(parsed), parsed.run, said)
         if audit.exit_status == 0:
             try_run(audit)
-        if parsed.json:
-            print_json({"run": parsed.run, "good": not audit.facts, "facts": audit.facts})
-        else:
-            print_line("\n".join(describe_audit(audit)))
+        content = {"run": parsed.run, "good": not audit.facts, "facts": audit.facts}
+        print_result(content, describe_audit(audit), as_json=parsed.json)
         return audit.exit_status
 
 
