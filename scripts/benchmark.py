@@ -4,8 +4,9 @@
     python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
 
 A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
-turn; ratios are medians over the repeats, pair by pair, and the machine's own matrix-product rate
-(the roof) stands beside them. A ratio whose sides do not agree numerically is not printed. Writes
+turn, each in a process of its own, as it ships; ratios are medians over the repeats, pair by pair,
+and the machine's own matrix-product rate (the roof) stands beside them. A ratio whose sides do not
+agree numerically is not printed. Start-up is from process start to a model ready to compute. Writes
 benchmarks/DATE-MACHINE.json and a plot beside it. Exit status: 0 measured, 1 a side disagreed.
 """
 
@@ -28,13 +29,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.plot import draw
+from benchmarks.processes import Contender, Spec
 from benchmarks.workload import sequences, useful_flops
 from lib.catalog import RELEASED
 from lib.console import arguments, note, print_json, print_line, print_table, run_script
-from lib.detection import Detection, detect
+from lib.detection import detect
 from lib.device import choose_device, choose_pack, device_name
 from lib.settings import load_settings
 from lib.untrained import make_model
@@ -45,7 +46,7 @@ DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf
 _AGREES = {"float32": 0.999999, "bfloat16": 0.99, "float16": 0.999}
 _COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
-    "cosine", "error",
+    "cosine", "error", "start (s)", "peak (GB)",
 ]  # fmt: skip
 
 
@@ -95,23 +96,19 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
         settings = load_settings(parsed.config, {"model.esm_model": str(path)})
         detection = detect(settings.model)
         roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
-        contenders = {
-            name: (dtype, embed)
-            for dtype in (torch.float32, half)
-            for name, embed in _contenders(
-                detection, device, dtype, choose_pack(settings.compute, device)[0]
-            ).items()
-        }
+        specs = _specs(path, device, half, choose_pack(settings.compute, device)[0])
+        contenders = {f"{spec.name} {spec.dtype}": Contender(spec) for spec in specs}
         note(f"{case}: {tokens} tokens, {len(contenders)} contenders")
-        figures = in_turn(
-            {k: embed for k, (_, embed) in contenders.items()}, workload, parsed.repeats
-        )
+        figures = in_turn(contenders, workload, parsed.repeats)
+        peaks = {name: contender.peak_bytes() for name, contender in contenders.items()}
+        for contender in contenders.values():
+            contender.close()
         roofs = {dtype: max(roofs[dtype], roof(dtype, device)) for dtype in roofs}
         share = end_to_end_share(settings, detection, workload, parsed.repeats)
     truth = figures["fair-esm float32"]
     rows = []
-    for name, (dtype, _) in contenders.items():
-        kind = str(dtype).removeprefix("torch.")
+    for name, contender in contenders.items():
+        kind = name.split()[1]
         cosine, error = agreement(figures[name].vectors, truth.vectors)
         seconds = figures[name].seconds
         peer = figures[f"transformers {kind}"].seconds
@@ -120,11 +117,15 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
                 "contender": name,
                 "seconds": [round(one, 3) for one in seconds],
                 "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-                "share_of_roof": round(flops / statistics.median(seconds) / roofs[dtype], 3),
+                "share_of_roof": round(
+                    flops / statistics.median(seconds) / roofs[getattr(torch, kind)], 3
+                ),
                 "times_fair_esm": _ratio(truth.seconds, seconds),
                 "times_transformers": _ratio(peer, seconds),
                 "cosine": round(cosine, 7),
                 "error": float(f"{error:.1e}"),
+                "start_seconds": round(contender.start_seconds, 2),
+                "peak_gb": round(peaks[name] / 1e9, 2),
                 "agrees": cosine >= _AGREES[kind],
             }
         )
@@ -152,7 +153,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
                 f"{100 * (slow / fast - 1):.0f} %", one["share_of_roof"],
                 one["times_fair_esm"] if own else "disagrees",
                 one["times_transformers"] if peer else "disagrees",
-                one["cosine"], one["error"],
+                one["cosine"], one["error"], one["start_seconds"], one["peak_gb"],
             ]
         )  # fmt: skip
     share = statistics.median(case["end_to_end_share_of_forward"])
@@ -160,17 +161,11 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
     return [[*row, *[None] * (len(_COLUMNS) - len(row))] for row in rows]
 
 
-def _contenders(
-    detection: Detection, device: torch.device, dtype: torch.dtype, tokens: int
-) -> dict[str, Embed]:
-    kind = str(dtype).removeprefix("torch.")
-    made = {
-        f"transformers {kind}": transformers_sdpa(detection, device, dtype),
-        f"esm-ledger {kind}": ours(detection, device, dtype, tokens),
-    }
-    if dtype is torch.float32:
-        made = {"fair-esm float32": fair_esm(detection, device)} | made
-    return made
+def _specs(path: Path, device: torch.device, half: torch.dtype, tokens: int) -> list[Spec]:
+    kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
+    named = [("fair-esm", kinds[0])]
+    named += [(name, kind) for kind in kinds for name in ("transformers", "esm-ledger")]
+    return [Spec(name, path, str(device), kind, tokens) for name, kind in named]
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
+from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
 from lib.detection import Detection, detect
 from lib.settings import load_settings
@@ -63,6 +64,19 @@ def test_transformers_agrees(small_model: Path) -> None:
     assert_contenders_agree(small_model, {"fair-esm": fair_esm(found, CPU), "peer": peer})
 
 
+def test_a_contender_in_a_process_of_its_own_gives_the_same_vectors(small_model: Path) -> None:
+    workload = sequences("orf", 5)
+    contender = Contender(Spec("esm-ledger", small_model, "cpu", "float32", 500))
+    try:
+        found = contender(workload)
+        assert contender.start_seconds > 0
+        assert 1e8 < contender.peak_bytes() < 4e9
+    finally:
+        contender.close()
+    here = ours(detected(small_model), CPU, torch.float32, 500)(workload)
+    assert agreement(found, here)[1] < 1e-6
+
+
 def test_agreement_sees_one_swapped_row() -> None:
     truth = np.eye(3, dtype=np.float32) + 0.1
     assert agreement(truth, truth)[0] == pytest.approx(1)
@@ -85,7 +99,7 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
         return {
             "contender": name, "seconds": [1.0, 1.1], "tokens_per_second": 5.0,
             "share_of_roof": 0.5, "times_fair_esm": 2.0, "times_transformers": 3.0,
-            "cosine": 1.0, "error": 0.0, "agrees": agrees,
+            "cosine": 1.0, "error": 0.0, "agrees": agrees, "start_seconds": 1.0, "peak_gb": 2.0,
         }  # fmt: skip
 
     case = {

@@ -1,0 +1,116 @@
+"""Contenders in processes of their own: each with its own allocator, start-up and peak memory.
+
+What this project sets for its own process (huge pages) must not speed up a peer that ships
+without it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Contender", "Spec"]
+
+_ALLOCATOR = "THP_MEM_ALLOC_ENABLE"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which contender (fair-esm, transformers or esm-ledger), on which weights, and how."""
+
+    name: str
+    weights: Path
+    device: str
+    dtype: str
+    tokens_per_pack: int
+
+
+class Contender:
+    """A contender that waits for sequences in its own process; call it as `Embed`.
+
+    `start_seconds` is from the start of the process to a model ready to compute: imports,
+    detection, loading.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
+        start = time.perf_counter()
+        with _allocator_of(spec):
+            self._process.start()
+        theirs.close()
+        self._connection.recv()
+        self.start_seconds = time.perf_counter() - start
+
+    def __call__(self, sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        """Return (sequences, hidden_dim); raises EOFError if the process has died."""
+        self._connection.send(list(sequences))
+        vectors: npt.NDArray[np.float32] = self._connection.recv()
+        return vectors
+
+    def peak_bytes(self) -> int:
+        """Return the largest resident size of the process so far."""
+        self._connection.send(None)
+        peak: int = self._connection.recv()
+        return peak
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join()
+
+
+@contextmanager
+def _allocator_of(spec: Spec) -> Iterator[None]:
+    """Hand a process the allocator settings that it has when it is started by itself."""
+    before = os.environ.get(_ALLOCATOR)
+    os.environ[_ALLOCATOR] = "1" if spec.name == "esm-ledger" else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOCATOR]
+        else:
+            os.environ[_ALLOCATOR] = before
+
+
+def _serve(connection: Connection, spec: Spec) -> None:
+    import torch
+
+    from benchmarks.contenders import fair_esm, ours, transformers_sdpa
+    from lib.detection import detect
+    from lib.settings import load_settings
+
+    found = detect(load_settings(overrides={"model.esm_model": str(spec.weights)}).model)
+    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
+    if spec.name == "fair-esm":
+        embed = fair_esm(found, device)
+    elif spec.name == "transformers":
+        embed = transformers_sdpa(found, device, dtype)
+    else:
+        embed = ours(found, device, dtype, spec.tokens_per_pack)
+    connection.send("ready")
+    while True:
+        try:
+            asked = connection.recv()
+        except EOFError:  # the other side closed: done
+            return
+        connection.send(_peak_bytes() if asked is None else embed(asked))
+
+
+def _peak_bytes() -> int:
+    # Not getrusage: its figure is inherited from the process that started this one.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 0
