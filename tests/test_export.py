@@ -22,6 +22,7 @@ import torch
 from lib.database import open_for_writing, transaction
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, read_run, write_fasta
+from tests.test_make import make
 
 with warnings.catch_warnings():
     # anndata and what it imports announce their own deprecations.
@@ -288,6 +289,18 @@ def test_a_missing_library_is_one_line(
     monkeypatch.setitem(sys.modules, name, None)
     answer = script("export", "--run", "1", "--format", form, "--to", place.folder / "out")
     assert (answer.status, answer.error) == (2, f"format {form}: {name} is not installed")
+
+
+def test_make_hands_everything_on(place: Place, rows: dict[int, Row]) -> None:
+    to = place.folder / "it's 50% $new.h5"
+    done = make(
+        "export", "ARGS=--partial --bos",
+        variables={"RUN": "1", "FORMAT": "hdf5", "TO": str(to), "CONFIG": str(place.config)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with h5py.File(to, "r") as file:
+        assert file.attrs["pooling"] == "bos"
+        assert len(file) == len(rows)
 
 
 def test_only_the_formats_of_torch_import_it() -> None:
