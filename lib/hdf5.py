@@ -46,8 +46,8 @@ def write_hdf5(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         raise LedgerError(f"record {run.records[keys.index('.')]}: HDF5 has no name '.'")
     facts = facts_of(run, column)
     with (
-        ordered_vectors(run, column, to) as vectors,
         new_path(to, folder=False) as temporary,
+        ordered_vectors(run, column, to) as vectors,
         _hdf5_file(h5py, temporary) as (file, sink),
     ):
         # HDF5 1.x refuses a ninth attribute on a group that tracks order, so the rest is JSON.
@@ -75,8 +75,8 @@ def write_anndata(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     refuse_repeats(run, run.ids, "obs name")
     obs = obs.set_index("id")
     with (
-        ordered_vectors(run, column, to) as vectors,
         new_path(to, folder=False) as temporary,
+        ordered_vectors(run, column, to) as vectors,
         _hdf5_file(h5py, temporary) as (file, _sink),
     ):
         made = anndata.AnnData(X=vectors, obs=obs, uns={"esm_ledger": facts_of(run, column)})

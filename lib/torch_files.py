@@ -67,9 +67,9 @@ def write_virnucpro(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     column = run.column(selection.kind, selection.layer)
     described = to.with_name(to.name + ".json")
     with (
-        ordered_vectors(run, column, to) as vectors,
         new_path(to, folder=False) as temporary,
         new_path(described, folder=False) as temporary_facts,
+        ordered_vectors(run, column, to) as vectors,
     ):
         temporary_facts.write_text(facts_text(facts_of(run, column)), encoding="utf-8")
         data = [torch.from_numpy(vector) for vector in vectors]

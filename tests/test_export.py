@@ -5,8 +5,10 @@ Every format is read back by the library that its users use, and compared with t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -154,6 +156,24 @@ def test_anndata_reads_matrix_records_and_run(
     assert np.asarray(read.X).tobytes() == expected.tobytes()
     assert bool(read.uns["esm_ledger"]["untrained"])
     assert read.uns["esm_ledger"]["layer"] == 2
+
+
+def test_half_precision_never_becomes_infinite(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        weights = torch.load(small_model, weights_only=True)
+    (name,) = [key for key in weights["model"] if key.endswith("emb_layer_norm_after.weight")]
+    weights["model"][name] *= 1e7
+    torch.save(weights, place.folder / "loud.pt")
+    embed = script("embed", "--esm-model", place.folder / "loud.pt", "--input", SOME_PROTEINS)
+    assert embed.status == 0, embed.err
+    to = place.folder / "half.h5"
+    flags = ["--run", "1", "--format", "hdf5", "--dtype", "float16", "--to", to]
+    answer = script("export", *flags)
+    assert answer.status == 2
+    assert re.fullmatch(r"record 0: a value of \S+ exceeds float16", answer.error)
+    assert not to.exists()
 
 
 def test_ids_that_make_trouble_in_names(script: Script, place: Place, small_model: Path) -> None:
