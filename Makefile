@@ -5,6 +5,8 @@
 #   INPUT   the FASTA file
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
+#   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
+#   TO      export: where to write
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
 
@@ -26,11 +28,15 @@ export esm_input := $(value INPUT)
 export esm_output := $(value OUTPUT)
 export esm_run := $(value RUN)
 export esm_config := $(value CONFIG)
+export esm_format := $(value FORMAT)
+export esm_to := $(value TO)
 model := $${esm_model:+--esm-model "$$esm_model"}
 input := $${esm_input:+--input "$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
 config := $${esm_config:+--config "$$esm_config"}
+format := $${esm_format:+--format "$$esm_format"}
+to := $${esm_to:+--to "$$esm_to"}
 
 demo_model := models/esm2_untrained_t6_8M.pt
 
@@ -71,6 +77,10 @@ history: $(installed) ## show all runs, newest first, or RUN=
 .PHONY: query
 query: $(installed) ## ask the run database: make query ARGS='"select * from run_history"'
 	@$(python) scripts/query.py $(config) $(ARGS)
+
+.PHONY: export
+export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
+	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
 
 .PHONY: model
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'

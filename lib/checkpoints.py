@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.digest import file_sha256
+from lib.disk import disk_errors, sync_folder
 from lib.errors import MachineError
 from lib.fasta import Owner
 from lib.vectors import Vectors
@@ -155,26 +156,6 @@ def leftovers(folder: Path, listed: set[str]) -> list[Path]:
         if _TEMPORARY.match(path.name)
         or (CHECKPOINT_NAME.match(path.name) and path.name not in listed)
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a MachineError that names the file."""
-    try:
-        yield
-    except pa.ArrowException as error:
-        raise MachineError(f"{path}: {' '.join(str(error).split())[:200]}") from None
-    except OSError as error:
-        raise MachineError(f"{path}: {error.strerror or error}") from None
 
 
 def _rows(

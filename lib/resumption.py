@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.checkpoints import disk_errors, leftovers
+from lib.checkpoints import leftovers
 from lib.detection import Detection, Property, detect
+from lib.disk import disk_errors
 from lib.errors import IdentityRefusedError, LedgerError, SettingsError, WeightsError
 from lib.fasta import Inventory, input_sha256, preflight
 from lib.identity import (

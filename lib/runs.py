@@ -16,8 +16,9 @@ from typing import IO, Any
 from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.orm import Session, selectinload
 
-from lib.checkpoints import FinishedFile, disk_errors, sync_folder
+from lib.checkpoints import FinishedFile
 from lib.database import transaction, utc_now
+from lib.disk import disk_errors, sync_folder
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.fasta import PLAN, Inventory
 from lib.identity import settings_identity

@@ -1,0 +1,55 @@
+"""Write a finished run in a format that other programs read.
+
+    python scripts/export.py --run 1 --format hdf5 --to proteins.h5
+    python scripts/export.py --run 1 --format hdf5 --per-residue --dtype float16 --to residues.h5
+    python scripts/export.py --run 1 --format esm-extract --to folder
+
+Formats: hdf5 (UniProt's layout), esm-extract (a .pt per record), npy (a folder with the matrix and
+the ids), virnucpro (one .pt), anndata (.h5ad). Records stand in the order of the FASTA. What exists
+is never replaced. Exit status: 0 written, 2 refused, 3 files are not what the database lists,
+4 disk failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.console import arguments, database_url, print_result, run_script
+from lib.embeddings import open_run
+from lib.export import FORMATS, export
+from lib.selection import Selection, facts_of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export one run and say where it lies."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--format", choices=list(FORMATS), required=True, help="what to write")
+    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="where; a new name")
+    parser.add_argument("--layer", type=int, help="one of those kept (default: the last)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--bos", action="store_true", help="the vectors of <cls>, not the means")
+    kind.add_argument(
+        "--per-residue", action="store_true", help="hdf5: all residues, not the means"
+    )
+    parser.add_argument("--dtype", choices=["float16", "float32"], help="hdf5: default as kept")
+    parser.add_argument("--partial", action="store_true", help="what an unfinished run has so far")
+    parser.add_argument("--verify", action="store_true", help="check every file's SHA-256 first")
+    parsed = parser.parse_args(argv)
+    wanted = "per_tok" if parsed.per_residue else "bos" if parsed.bos else "mean"
+    run = open_run(database_url(parsed), parsed.run, partial=parsed.partial, verify=parsed.verify)
+    export(run, parsed.format, parsed.to, Selection(wanted, parsed.layer, parsed.dtype))
+    facts = facts_of(run)
+    untrained = " (untrained weights)" if facts["untrained"] else ""
+    line = (
+        f"run {parsed.run}: {len(run)} of {facts['records_total']} records in {parsed.to} "
+        f"({parsed.format}){untrained}"
+    )
+    content = facts | {"format": parsed.format, "to": str(parsed.to)}
+    print_result(content, [line], as_json=parsed.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

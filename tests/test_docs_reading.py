@@ -1,0 +1,101 @@
+"""docs/reading.md: if this fails, what people copy from it does not read their run.
+
+Every program runs as printed, in a process of its own, in a folder with a run and its database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.embeddings import RunEmbeddings, open_run
+from lib.settings import DEFAULT_CONFIG
+from lib.untrained import make_model
+from scripts.embed import main as embed
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "reading.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the page assumes: embeddings/run-000001 of a six-layer model, runs.sqlite."""
+    path = tmp_path_factory.mktemp("reading")
+    shutil.copy(DEFAULT_CONFIG, path / "config.ini")
+    make_model(path / "six.pt", 6, 64, 4)
+    flags = ["--config", path / "config.ini", "--esm-model", path / "six.pt"]
+    source = ROOT / "examples" / "proteins.fasta"
+    assert embed([*map(str, flags), "--input", str(source), "--set", "input.max_residues=60"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> RunEmbeddings:
+    return open_run(folder / "runs.sqlite", 1)
+
+
+def output(folder: Path, containing: str) -> str:
+    """Run the one program of the page that contains some text; return what it prints."""
+    (program,) = [one for one in PROGRAMS if containing in one]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # DuckDB's extensions and the cache of datasets: nothing outside the folder.
+            "HOME": str(folder),
+            "HF_HOME": str(folder / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def nearest(run: RunEmbeddings) -> str:
+    """Return the id nearest to record 0's by cosine, by the plainest code there is."""
+    unit = run.matrix().astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return run.ids[int((unit[1:] @ unit[0]).argmax()) + 1]
+
+
+def test_every_program_is_run() -> None:
+    assert len(PROGRAMS) == 7
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_data_frames(folder: Path, run: RunEmbeddings, library: str) -> None:
+    assert output(folder, f"import {library}\n") == f"(117, 64) {' '.join(run.ids)}\n"
+
+
+def test_scikit_learn(folder: Path, run: RunEmbeddings) -> None:
+    assert output(folder, "sklearn") == f"{run.ids[0]} {nearest(run)}\n"
+
+
+def test_hugging_face_datasets(folder: Path) -> None:
+    assert output(folder, "load_dataset") == "117 (3, 64)\n"
+
+
+def test_duckdb_joins_the_run_database_with_the_folder(folder: Path, run: RunEmbeddings) -> None:
+    # Without a network, as the page's last program does it.
+    output(folder, "INSTALL")
+    lines = output(folder, "ATTACH").splitlines()
+    model = f"six 1 {run.model['sha256']}"
+    rows = zip(run.records, run.ids, strict=True)
+    assert lines == [f"1 {record} {name} {model}" for record, name in rows]
+
+
+def test_duckdb_finds_nearest_neighbours_by_cosine(folder: Path, run: RunEmbeddings) -> None:
+    assert output(folder, "array_cosine_similarity") == f"{(run.ids[0], nearest(run))}\n"
