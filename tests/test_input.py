@@ -21,7 +21,7 @@ from tests.reference import read_run
 
 GOOD = b">a one\nMKTAY\n>b\nGG\n"
 AS_GOOD = [("a", "one", 5), ("b", "", 2)]
-CHECKED = {zstd.CompressionParameter.checksum_flag: 1}
+CHECKED: dict[int, int] = {zstd.CompressionParameter.checksum_flag: 1}
 
 Change = Callable[[pytest.MonkeyPatch, Path], None]
 
