@@ -136,11 +136,15 @@ def read_footer(path: Path) -> dict[str, Any]:
         if path.is_symlink() or not path.is_file():
             raise ValueError("not a regular file" if path.exists() else "no such file")
         metadata = pq.read_metadata(path).metadata or {}
-        content = json.loads(metadata[FOOTER_KEY])
+        written = metadata[FOOTER_KEY]
     except KeyError:
         raise ValueError("footer has no esm_ledger metadata") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
+        raise ValueError("footer metadata is not JSON") from None
     if not isinstance(content, dict):
         raise ValueError("footer metadata is not an object")
     return content

@@ -17,8 +17,13 @@ class LedgerError(Exception):
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        # Values, paths and foreign messages may hold line breaks; an error has none.
-        super().__init__(" ".join(message.splitlines()))
+        # Values, paths and foreign messages may hold line breaks, and control characters that a
+        # terminal obeys; an error has neither.
+        super().__init__("".join(map(_printable, " ".join(message.splitlines()))))
+
+
+def _printable(letter: str) -> str:
+    return letter if letter.isprintable() else ascii(letter)[1:-1]
 
 
 class SettingsError(LedgerError):

@@ -7,21 +7,20 @@ of identical sequences only the first is computed, and it carries all records th
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import io
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import dnaio
 import numpy as np
 import numpy.typing as npt
-from xopen import xopen
 
 from lib.alphabet import LETTERS
+from lib.compression import open_decompressed
 from lib.errors import InputError, LedgerError, MachineError
 from schema.settings import InputSettings
 
@@ -46,6 +45,9 @@ PLAN = f"windows of {WINDOW_RECORDS} records or {WINDOW_RESIDUES} residues, long
 # What `unknown_residues = x` reads as X. Digits and blanks stay errors: they are numbering or a
 # broken file, and would add residues that are not there.
 _UNKNOWN = bytes(set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ*?") - set(LETTERS))
+_BLANKS = " \t\n\v\f"
+_BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
+_SHOWN = 80
 _TO_X = bytes.maketrans(_UNKNOWN, b"X" * len(_UNKNOWN))
 
 
@@ -117,11 +119,10 @@ class Inventory:
 
 
 class _Entry(NamedTuple):
-    """What dnaio makes of an entry; its own class refuses non-ASCII headers."""
+    """An entry as it stands in the file, without line breaks and the blanks around lines."""
 
-    name: str
-    sequence: str
-    qualities: None
+    header: bytes
+    sequence: bytes
 
 
 def preflight(rules: InputSettings) -> Inventory:
@@ -209,26 +210,54 @@ def read_records(rules: InputSettings) -> Iterator[Record]:
     Raises InputError at the first entry that breaks them or is no FASTA.
     """
     path = _input_path(rules)
-    number = 0
+    place = "before the first record"
     try:
-        opener = functools.partial(xopen, threads=0)
-        with dnaio.FastaReader(str(path), sequence_class=_Entry, opener=opener) as entries:
-            for number, entry in enumerate(entries):
+        # Latin-1 keeps every byte as it is: the text layer only cuts lines, at LF, CRLF and CR.
+        with io.TextIOWrapper(open_decompressed(path), encoding="latin-1") as lines:
+            for number, entry in enumerate(_entries(lines)):
                 yield _apply_rules(number, entry, rules)
-    except dnaio.FileFormatError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(f"{path}: after record {number}: byte 0x{byte:02x} is not UTF-8") from None
+                place = f"after record {number}"
     except OSError as error:
         if error.errno is not None:
             raise MachineError(f"{path}: {error.strerror}") from None
         # Without a number it is gzip or bzip2 on a broken stream.
-        raise InputError(f"{path}: after record {number}: {error}") from None
+        raise InputError(f"{path}: {place}: {error}") from None
+    except _NoHeaderError as error:
+        raise InputError(f"{path}: {error}") from None
     except (LedgerError, MemoryError):
         raise
-    except Exception as error:  # every decompressor has its own: LZMAError, IsalError, ZstdError
-        raise InputError(f"{path}: after record {number}: {error}") from None
+    except Exception as error:  # every decompressor has its own: LZMAError, ZstdError, zlib.error
+        raise InputError(f"{path}: {place}: {error}") from None
+
+
+class _NoHeaderError(ValueError):
+    """There is text before the first header."""
+
+
+def _entries(lines: Iterable[str]) -> Iterator[_Entry]:
+    """Yield the entries of a FASTA file from its lines, read as Latin-1; `;` starts a comment.
+
+    dnaio would do it, but drops every line that begins with `#`, within a sequence too.
+    """
+    header: str | None = None
+    sequence: list[str] = []
+    for number, whole in enumerate(lines, 1):
+        line = whole.strip(_BLANKS)
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK).lstrip(_BLANKS)
+        if line.startswith(">"):
+            if header is not None:
+                yield _Entry(header.encode("latin-1"), "".join(sequence).encode("latin-1"))
+            header, sequence = line[1:], []
+        elif line and not line.startswith(";"):
+            if header is None:
+                raise _NoHeaderError(
+                    f"line {number}: expected '>' at the beginning of a record, got "
+                    f"{_shown(line.encode('latin-1').decode(errors='replace'))!r}"
+                )
+            sequence.append(line)
+    if header is not None:
+        yield _Entry(header.encode("latin-1"), "".join(sequence).encode("latin-1"))
 
 
 def _input_path(rules: InputSettings) -> Path:
@@ -243,15 +272,17 @@ def _input_path(rules: InputSettings) -> Path:
 
 
 def _apply_rules(number: int, entry: _Entry, rules: InputSettings) -> Record:
-    header = entry.name.split(maxsplit=1)
+    try:
+        header = entry.header.decode().split(maxsplit=1)
+    except UnicodeDecodeError as error:
+        byte = entry.header[error.start]
+        raise InputError(f"record {number}: byte 0x{byte:02x} of its header is not UTF-8") from None
     if not header:
         raise InputError(f"record {number}: empty id")
+    if b"\0" in entry.header:
+        raise InputError(f"record {number} ({_shown(header[0])}): NUL byte in its header")
     name, description = header[0], (header[1] if len(header) > 1 else "")
-    try:
-        residues = entry.sequence.encode("ascii").upper().removesuffix(b"*")
-    except UnicodeEncodeError as error:
-        letter = entry.sequence[error.start]
-        raise InputError(_letter_fact(number, name, error.start, letter)) from None
+    residues = entry.sequence.upper().removesuffix(b"*")
     mapped = 0
     if rules.unknown_residues == "x":
         mapped = len(residues) - len(residues.translate(None, _UNKNOWN))
@@ -259,26 +290,30 @@ def _apply_rules(number: int, entry: _Entry, rules: InputSettings) -> Record:
     unknown = residues.translate(None, LETTERS)
     if unknown:
         position = residues.index(unknown[:1])
-        raise InputError(_letter_fact(number, name, position, chr(unknown[0])))
+        # All before it is ASCII, so that bytes and letters count alike.
+        letter = entry.sequence[position : position + 4].decode(errors="backslashreplace")[0]
+        letter = letter.upper() if letter.isascii() else letter
+        raise InputError(
+            f"record {number} ({_shown(name)}): {letter!r} at residue {position + 1} is not in "
+            "the ESM-2 alphabet"
+        )
     length = len(residues)
     if not length:
-        raise InputError(f"record {number} ({name}): empty sequence")
+        raise InputError(f"record {number} ({_shown(name)}): empty sequence")
     if length > rules.max_residues:
         if rules.long_sequences == "error":
             raise InputError(
-                f"record {number} ({name}): {length} residues exceed max_residues "
-                f"{rules.max_residues}"
+                f"record {number} ({_shown(name)}): {length} residues exceed "
+                f"max_residues {rules.max_residues}"
             )
         if rules.long_sequences == "truncate":
             residues = residues[: rules.max_residues]
     return Record(number, name, description, length, residues, mapped)
 
 
-def _letter_fact(number: int, name: str, position: int, letter: str) -> str:
-    return (
-        f"record {number} ({name}): {letter!r} at residue {position + 1} is not in the ESM-2 "
-        f"alphabet"
-    )
+def _shown(text: str) -> str:
+    """Return text of the file as an error shows it: a header may have 10 MB."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _fingerprint(record: Record) -> bytes:
@@ -324,7 +359,9 @@ def _refuse_repeated_ids(first: npt.NDArray[np.int64], rules: InputSettings) -> 
     second = int(repeated[0])
     for record in read_records(rules):
         if record.number == second:
-            raise InputError(f"record {second} ({record.id}): id repeats record {first[second]}'s")
+            raise InputError(
+                f"record {second} ({_shown(record.id)}): id repeats record {first[second]}'s"
+            )
 
 
 def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[Owner]]:

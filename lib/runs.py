@@ -257,7 +257,7 @@ def _model(session: Session, config: ESM2Config) -> Model:
 
 def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
     now = utc_now()
-    packages = ("torch", "numpy", "pyarrow", "sqlalchemy", "dnaio")
+    packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
     versions = {package: version(package) for package in packages}
     return Attempt(
         run_id=run_id,

@@ -11,6 +11,7 @@ import gzip
 import lzma
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def refusal(path: Path, content: str | bytes, **options: object) -> str:
         preflight(rules(path, **options))
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value).removeprefix(f"{path}: ")
+
+
+def told(path: Path, error: str) -> str:
+    """An error about a file, without the file's path."""
+    assert error.startswith(f"{path}: ")
+    return error.removeprefix(f"{path}: ")
 
 
 def residues(records: list[Record]) -> list[bytes]:
@@ -240,14 +247,78 @@ def test_descriptions_are_unicode(path: Path) -> None:
 
 
 def test_a_header_that_is_not_utf8_is_refused(path: Path) -> None:
-    assert refusal(path, b">a\nMK\n>b prot\xe9ine\nMK\n").endswith("byte 0xe9 is not UTF-8")
+    told = refusal(path, b">a\nMK\n>b prot\xe9ine\nMK\n")
+    assert told == "record 1: byte 0xe9 of its header is not UTF-8"
 
 
-@pytest.mark.parametrize("content", ["MKT\n", "MKT\n>a\nMK\n", "@a\nMK\n+\nII\n", ";a\nMK\n"])
-def test_text_before_the_first_header_is_refused(path: Path, content: str) -> None:
-    told = refusal(path, content)
-    assert "Expected '>' at beginning of record" in told
-    assert "line 1" in told
+@pytest.mark.parametrize(
+    ("content", "line", "shown"),
+    [
+        ("MKT\n", 1, "MKT"),
+        ("MKT\n>a\nMK\n", 1, "MKT"),
+        ("\n\n MKT\n", 3, "MKT"),
+        ("@a\nMK\n+\nII\n", 1, "@a"),
+        ("# a comment\n>a\nMK\n", 1, "# a comment"),
+        (";LCBO - Prolactin precursor\nMDSK\n", 2, "MDSK"),
+        ("%PDF-1.7\n%\xb5\xb5\n>\n", 1, "%PDF-1.7"),
+        ("M" * 1000, 1, "M" * 80 + "…"),
+    ],
+)
+def test_text_before_the_first_header_is_refused(
+    path: Path, content: str, line: int, shown: str
+) -> None:
+    expected = f"line {line}: expected '>' at the beginning of a record, got {shown!r}"
+    assert refusal(path, content) == expected
+
+
+# ---- Comments, marks and headers
+
+
+def test_semicolon_lines_are_comments(path: Path) -> None:
+    content = "; a list\n>a\n;one\nMK\n;two\n ; three\nTAY\n;\n>b;c d;e\nGG\n;end"
+    assert read(path, content) == [
+        Record(0, "a", "", 5, b"MKTAY", 0),
+        Record(1, "b;c", "d;e", 2, b"GG", 0),
+    ]
+
+
+def test_lines_that_begin_with_a_number_sign_are_never_dropped(path: Path) -> None:
+    told = refusal(path, ">a\nMK\n#TAY\nIA\n")
+    assert told == f"record 0 (a): {UNKNOWN.format('#', 3)}"
+    assert refusal(path, "#\n>a\nMK\n").startswith("line 1: expected '>'")
+
+
+@pytest.mark.parametrize("before", ["", "\n", " "])
+def test_a_byte_order_mark_is_no_text(path: Path, before: str) -> None:
+    assert residues(read(path, f"\ufeff{before}>a\nMK\n")) == [b"MK"]
+
+
+def test_a_byte_order_mark_between_files_is_refused(path: Path) -> None:
+    told = refusal(path, ">a\nMK\n\ufeff>b\nGG\n")
+    assert told == f"record 0 (a): {UNKNOWN.format(chr(92) + 'ufeff', 3)}"
+
+
+def test_text_in_utf16_is_refused(path: Path) -> None:
+    assert refusal(path, ">a\nMK\n".encode("utf-16")).startswith("line 1: expected '>'")
+
+
+def test_headers_end_in_any_letter(path: Path) -> None:
+    # Bytes of UTF-8 that Latin-1 calls blanks or line ends: U+0085, U+00A0, U+001C.
+    records = read(path, ">a à\nMK\n>b 充\nGG\n>…\nW\n")
+    assert [(r.id, r.description) for r in records] == [("a", "à"), ("b", "充"), ("…", "")]
+
+
+def test_a_nul_byte_in_a_header_is_refused(path: Path) -> None:
+    assert refusal(path, ">a\nMK\n>b\0c\nMK\n") == "record 1 (b\\x00c): NUL byte in its header"
+
+
+def test_an_error_shows_80_letters_of_an_id(path: Path) -> None:
+    told = refusal(path, f">{'i' * 10_000_000}\n\n")
+    assert told == f"record 0 ({'i' * 80}…): empty sequence"
+
+
+def test_an_error_sends_no_control_characters_to_the_terminal(path: Path) -> None:
+    assert refusal(path, ">\x1b[2Jé\n\n") == "record 0 (\\x1b[2Jé): empty sequence"
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\r\n \n"])
@@ -278,7 +349,7 @@ def test_truncated_compressed_files_are_refused(
     path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
     answer = script("embed", "--esm-model", small_model, "--input", path)
     assert answer.status == 2
-    assert answer.error.startswith(f"{path}: after record ")
+    assert re.match(r"(before the first record|after record \d+): ", told(path, answer.error))
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -290,6 +361,37 @@ def test_damaged_compressed_files_are_refused(tmp_path: Path, kind: str) -> None
         place = draw.randrange(len(whole) // 4, len(whole) * 3 // 4)
         damage = bytes([whole[place] ^ draw.randrange(1, 256)])
         refusal(path, whole[:place] + damage + whole[place + 1 :])
+
+
+def streams(kind: str) -> bytes:
+    """A file of three compressed streams, as pbzip2, pixz, bgzip and `cat` make them."""
+    parts = [b">a some protein\nMKTAYIAKQRQISFVK\n", b">b\nGG\n>c\nGGG\n", b">d\nW\n"]
+    return b"".join(map(COMPRESS[kind], parts))
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("named", [True, False])
+def test_no_damaged_bit_loses_a_record(tmp_path: Path, kind: str, named: bool) -> None:
+    path = tmp_path / (f"a.fasta.{kind}" if named else "a.fasta")
+    whole = streams(kind)
+    records = read(path, whole)
+    assert [record.id for record in records] == ["a", "b", "c", "d"]
+    refused = 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            damage = bytes([whole[place] ^ 1 << bit])
+            try:
+                assert read(path, whole[:place] + damage + whole[place + 1 :]) == records
+            except InputError as error:
+                assert len(str(error).splitlines()) == 1
+                refused += 1
+    assert refused > len(whole) * 8 // 2
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize("behind", [b"x", b"junk", b"BZh", b">z\nMK\n", b"\x1f\x8b"])
+def test_bytes_behind_the_last_stream_are_refused(tmp_path: Path, kind: str, behind: bytes) -> None:
+    refusal(tmp_path / f"a.{kind}", COMPRESS[kind](b">a\nMK\n") + behind)
 
 
 def test_a_gzip_file_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Fuzzing: if these fail, a stranger's file ends in a traceback, or the fuzzer would not see it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib.checkpoints import read_footer
+from schema.parquet import FOOTER_KEY
+from tests.torture import fuzz
+
+
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
+    outcomes = fuzz.trials(tmp_path, 6, 1)
+    assert len({outcome.what for outcome in outcomes}) == 12
+    assert [outcome for outcome in outcomes if outcome.lost != "nothing"] == []
+    assert all(outcome.trials > 5 for outcome in outcomes)
+
+
+def crash(_: Path) -> None:
+    raise KeyError("nobody caught me")
+
+
+def die(_: Path) -> None:
+    os.abort()
+
+
+def swallow_memory(_: Path) -> None:
+    bytearray(2 << 30)
+
+
+def hang(_: Path) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("read", "fault"),
+    [(crash, "KeyError"), (die, "signal SIGABRT"), (swallow_memory, "MemoryError"), (hang, "hang")],
+)
+def test_the_fuzzer_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], None], fault: str
+) -> None:
+    monkeypatch.setattr(fuzz, "_HANG_SECONDS", 1)
+    target = fuzz._Target("x", ".x", lambda path, _: path.touch(), read)
+    outcome = fuzz._fuzz(target, tmp_path, 0.3, 0)
+    assert fault in outcome.lost
+    assert list(tmp_path.glob("lost-0-x.x"))
+
+
+# ---- What fuzzing found
+
+
+@pytest.mark.parametrize("written", [b"", b"{", b"\xdd", b"[" * 100_000, b"nul"])
+def test_a_footer_that_is_no_json_is_told_as_such(tmp_path: Path, written: bytes) -> None:
+    table = pa.table({"record": [0]}).replace_schema_metadata({FOOTER_KEY: written})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"\Afooter metadata is not JSON\Z") as caught:
+        read_footer(tmp_path / "a.parquet")
+    assert type(caught.value) is ValueError

@@ -1,0 +1,1 @@
+"""Long trials: faults and hostile files, beyond what `make test` tries."""
