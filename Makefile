@@ -101,6 +101,10 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 test: $(installed) ## run the tests
 	@$(python) -m pytest $(ARGS)
 
+.PHONY: torture
+torture: $(installed) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost
+	@$(python) -m tests.torture $(ARGS)
+
 .PHONY: lint
 lint: $(installed) ## check style and types (ruff, mypy)
 	@$(python) -m ruff check .

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from lib.checkpoints import CheckpointWriter, rename_into_place
 from lib.database import WRITER
-from lib.errors import LedgerError, MachineError
+from lib.errors import LedgerError
 from lib.fasta import Inventory, Window, read_windows
 from lib.fasta import Sequence as FastaSequence
 from lib.identity import run_config, run_identity
@@ -51,7 +51,7 @@ class Job:
 
 
 def work(job: Job) -> Run:
-    """Compute what is left of a run, committing checkpoints, and end the attempt on the record.
+    """Compute what is left of a run, committing checkpoints, and record it as finished.
 
     `job.progress` is told the residues of every pack; signals should be deferred, they are
     looked at before every pack. Returns the finished run. Raises what stopped it, after
@@ -64,9 +64,8 @@ def work(job: Job) -> Run:
         _work_through(job, run, stretch)
         stretch.commit()
         end_attempt(job.engine, job.ownership, "finished", None)
-    except BaseException as error:
+    except BaseException:
         stretch.discard()
-        _record_end(job, error)
         raise
     return load_run(job.engine, run.id)
 
@@ -184,12 +183,3 @@ class _Stretch:
         }
         folder = Path(self._run.output_folder)
         return CheckpointWriter(folder, self._number, self._columns, footer)
-
-
-def _record_end(job: Job, error: BaseException) -> None:
-    outcome = "interrupted" if job.interruption.requested else "failed"
-    try:
-        end_attempt(job.engine, job.ownership, outcome, str(error) or type(error).__name__)
-    except MachineError:
-        # The database is what failed: the attempt will be marked as lost by the next one.
-        return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from threading import Thread
 
 import torch
 
@@ -70,10 +71,9 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     settings = replace(settings, compute=chosen)
     threads = use_threads(settings.compute)
     try:
-        with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(weights.sha256) if sha256 is None else None
-            network = load_network(detection, device, getattr(torch, precision))
-            config = detection.config(digest.result() if digest else str(sha256))
+        digest = _beside(weights.sha256) if sha256 is None else None
+        network = load_network(detection, device, getattr(torch, precision))
+        config = detection.config(digest.result() if digest else str(sha256))
         weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -106,3 +106,17 @@ def try_model(model: LoadedModel) -> None:
                 raise WeightsError(
                     f"{model.facts.weights_path}: layer {layer} gives non-finite values"
                 )
+
+
+def _beside(work: Callable[[], str]) -> Future[str]:
+    """Begin `work` in a thread that a signal need not wait for: digests of large files are slow."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future

@@ -119,12 +119,18 @@ def input_in_hand(run: Run, settings: Settings) -> Inventory:
 
 
 def clear_leftovers(run: Run) -> Iterator[Path]:
-    """Remove files of interrupted work that the database does not list; yield each."""
+    """Remove files of interrupted work that the database does not list; yield each.
+
+    Raises MachineError for what cannot be removed, as a folder that has something in it.
+    """
     listed = {checkpoint.path for checkpoint in run.checkpoints}
     folder = Path(run.output_folder)
     for path in leftovers(folder, listed):
         with disk_errors(path):
-            path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
         yield path
 
 

@@ -7,7 +7,7 @@ import platform
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, selectinload
 from lib.checkpoints import FinishedFile
 from lib.database import transaction, utc_now
 from lib.disk import disk_errors, sync_folder
-from lib.errors import IdentityRefusedError, MachineError, SettingsError
+from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.fasta import PLAN, Inventory
 from lib.identity import settings_identity
 from lib.ownership import LOCK_NAME, HeldError, take_lock
@@ -72,8 +72,9 @@ def create_run(
 ) -> Iterator[Ownership]:
     """Record a new run with its folder, its first attempt and this process as its owner.
 
-    All of it appears in one transaction or not at all. Raises SettingsError if the folder that
-    the run would get has something in it.
+    All of it appears in one transaction or not at all; what leaves the block early is recorded as
+    the attempt's end. Raises SettingsError if the folder that the run would get has something in
+    it.
     """
     with transaction(engine) as session:
         run = Run(
@@ -103,8 +104,8 @@ def create_run(
         lock = _make_folder(folder)
         attempt = _attempt(run.id, facts)
         session.add(attempt)
-    with lock:
-        yield Ownership(run.id, attempt.id)
+    with lock, _ended_on_the_record(engine, Ownership(run.id, attempt.id)) as ownership:
+        yield ownership
 
 
 @contextmanager
@@ -118,10 +119,11 @@ def own(run: Run) -> Iterator[None]:
         yield
 
 
+@contextmanager
 def start_attempt(
     engine: Engine, run_id: int, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
-) -> Ownership:
-    """Record a further attempt at a run whose lock is held.
+) -> Iterator[Ownership]:
+    """Record a further attempt at a run whose lock is held, and its end if the block fails.
 
     `dropped` checkpoints are taken off the record in the same transaction, so that a run never
     looks finished without them. Attempts that ended without a word are marked as lost: their
@@ -139,7 +141,8 @@ def start_attempt(
         )
         attempt = _attempt(run_id, facts)
         session.add(attempt)
-    return Ownership(run_id, attempt.id)
+    with _ended_on_the_record(engine, Ownership(run_id, attempt.id)) as ownership:
+        yield ownership
 
 
 def add_checkpoint(
@@ -180,19 +183,37 @@ def beat(engine: Engine, ownership: Ownership) -> None:
 
 
 def end_attempt(engine: Engine, ownership: Ownership, outcome: str, error: str | None) -> None:
-    """Record how this attempt ended, and with it the run: finished, interrupted or failed."""
+    """Record how this attempt ended, and with it the run: finished, interrupted or failed.
+
+    An attempt ends once: what happens after it has finished does not make it fail.
+    """
     with transaction(engine) as session:
         now = utc_now()
-        _beat(session, ownership.attempt_id, now)
-        session.execute(
+        ended = session.scalar(
             update(Attempt)
-            .where(Attempt.id == ownership.attempt_id)
-            .values(ended_at=now, outcome=outcome, error=error)
+            .where(Attempt.id == ownership.attempt_id, Attempt.ended_at.is_(None))
+            .values(ended_at=now, heartbeat_at=now, outcome=outcome, error=error)
+            .returning(Attempt.id)
         )
+        if ended is None:
+            return
         finished = {"finished_at": now} if outcome == "finished" else {}
         session.execute(
             update(Run).where(Run.id == ownership.run_id).values(status=outcome, **finished)
         )
+
+
+@contextmanager
+def _ended_on_the_record(engine: Engine, ownership: Ownership) -> Iterator[Ownership]:
+    """Record what a block raises as the end of the attempt: while it lives, none stays open."""
+    try:
+        yield ownership
+    except BaseException as error:
+        outcome = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+        # If the database is what failed, the next attempt marks this one as lost.
+        with suppress(MachineError):
+            end_attempt(engine, ownership, outcome, str(error) or type(error).__name__)
+        raise
 
 
 def load_run(engine: Engine, run_id: int) -> Run:

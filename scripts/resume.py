@@ -71,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(describe_start(model))
 
             # ---- Back on the record
-            with interruption.deferred():
-                ownership = start_attempt(engine, run_id, model.facts, admission.damaged)
+            with (
+                interruption.deferred(),
+                start_attempt(engine, run_id, model.facts, admission.damaged) as ownership,
+            ):
                 for checkpoint in admission.damaged:
                     note(f"run {run_id}: {checkpoint.path}: dropped, to be computed again")
                 run = load_run(engine, run_id)

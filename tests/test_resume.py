@@ -350,7 +350,7 @@ def test_recompute_killed_and_resumed_gives_the_same_bits(
         assert script("embed", *flags).status == 0
     folder = place.output / "run-000001"
     points = [
-        ("scripts.resume.start_attempt", "after", 1),
+        ("scripts.resume.clear_leftovers", "before", 1),
         ("lib.embedding.rename_into_place", "after", 1),
     ]
     for point in points:

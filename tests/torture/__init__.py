@@ -1,1 +1,1 @@
-"""Long trials: faults and hostile files, beyond what `make test` tries."""
+"""Long trials that would lose somebody's work if they failed; quick ones stand in tests/."""

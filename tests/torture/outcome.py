@@ -1,4 +1,4 @@
-"""What a series of trials showed."""
+"""What a part of the torture tried, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line of the table: what was tried, how often, what happened, what was lost."""
+    """One row of the table: what was tried how often, what happened, what was lost."""
 
     what: str
     trials: int
     happened: str
-    lost: str  # "nothing" when good
+    lost: str

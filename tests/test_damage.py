@@ -1,0 +1,20 @@
+"""Damage: if this fails, a checkpoint file that a disk has altered is taken for good vectors."""
+
+from __future__ import annotations
+
+from tests.test_kill import torture
+
+
+def test_every_kind_of_damage_is_refused() -> None:
+    table = torture("--only", "damage", "--minutes", "0.2", "--seed", "5")
+    assert [row[0].partition(" (")[0] for row in table] == [
+        "checkpoint file truncated",
+        "checkpoint file emptied",
+        "checkpoint file replaced by a folder",
+        "checkpoint file replaced by a link to it",
+        "checkpoint files swapped",
+        "one bit of a region of 64 bytes flipped",
+    ]
+    for _, trials, _, lost in table:
+        assert trials > 0
+        assert lost == "nothing"
