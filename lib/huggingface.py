@@ -24,7 +24,6 @@ __all__ = [
     "fair_esm_name",
     "folder_sha256",
     "hugging_face_name",
-    "listing_sha256",
     "read_json",
     "read_metadata",
     "read_tensors",
@@ -150,13 +149,8 @@ def tensors_of(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
 
 def folder_sha256(folder: Path) -> str:
     """Return the SHA-256 of what `sha256sum` prints for config.json and what is read."""
-    return listing_sha256([folder / "config.json", *_files(folder)])
-
-
-def listing_sha256(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of what `sha256sum` prints for files of one folder."""
     listing = hashlib.sha256()
-    for path in files:
+    for path in [folder / "config.json", *_files(folder)]:
         listing.update(f"{file_sha256(path)}  {path.name}\n".encode())
     return listing.hexdigest()
 

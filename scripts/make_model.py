@@ -6,8 +6,8 @@
 
 The contact regression is written beside a fair-esm .pt, and into the file of a Hugging Face folder
 (config.json and model.safetensors); a seed gives the same tensors in both. The weights are random,
-with outlier channels as trained transformers have them: vectors made with them mean nothing. Exit
-status: 0 written, 2 refused, 4 disk failed.
+with outlier channels as trained transformers have them: vectors made with them mean nothing.
+Exit status: 0 written, 2 refused, 4 disk failed.
 """
 
 from __future__ import annotations
