@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from lib.adapter import Adapter, is_adapter, merge_at_read, read_adapter, with_base
 from lib.catalog import RELEASED, ReleasedModel, trunk_parameters, trunk_shapes
 from lib.errors import SettingsError, WeightsError
 from lib.weights import Weights, find_weights, open_weights
@@ -31,12 +33,13 @@ class Detection:
     """What is known of a model before any of its tensors is read.
 
     `weights` is None for a released name that is not on disk: then the values are the
-    catalog's.
+    catalog's. `released` is the released model that this is, or that it adapts.
     """
 
     name: str
     weights: Weights | None
     properties: dict[str, Property]
+    released: str | None = None
 
     def value(self, key: str) -> int:
         """Return the value of a whole-number property."""
@@ -79,8 +82,31 @@ def detect(model: ModelSettings) -> Detection:
     Raises WeightsError if the weights are no complete ESM-2 model or a property is missing,
     SettingsError if config.ini contradicts them or asks for a layer they do not have.
     """
-    released = RELEASED.get(model.esm_model)
     path = find_weights(model)
+    if path is not None and is_adapter(path):
+        return _detect_adapted(model, read_adapter(path))
+    return _detect_whole(model, path)
+
+
+def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
+    """Detect a LoRA adapter's base, and lay the adapter over it."""
+    base_settings, source = with_base(model, adapter)
+    path = find_weights(base_settings)
+    if path is not None and is_adapter(path):
+        raise WeightsError(f"{adapter.folder}: its base {path} is an adapter itself")
+    base = _detect_whole(base_settings, path)
+    name = adapter.folder.resolve().name
+    if base.weights is None:
+        return replace(base, name=name)
+    weights = merge_at_read(base.weights, adapter)
+    found = dict(base.properties)
+    found["weights_format"] = Property(weights.format, "file")
+    found["base"] = Property(str(base.weights.path), source)
+    return replace(base, name=name, weights=weights, properties=found)
+
+
+def _detect_whole(model: ModelSettings, path: Path | None) -> Detection:
+    released = RELEASED.get(model.esm_model)
     if path is None:
         assert released is not None
         return _from_catalog(model, released)
@@ -97,7 +123,7 @@ def detect(model: ModelSettings) -> Detection:
     found["weights_format"] = Property(weights.format, "file")
     found["dtype"] = Property(_dtype(weights, num_layers, hidden_dim), "tensors")
     name = model.esm_model if released else path.name.removesuffix(".pt")
-    return Detection(name, weights, found)
+    return Detection(name, weights, found, model.esm_model if released else None)
 
 
 def select_layers(asked: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -134,7 +160,7 @@ def _from_catalog(model: ModelSettings, released: ReleasedModel) -> Detection:
         found[key] = Property(value, catalog)
     found["repr_layers"] = _repr_layers(model.repr_layers, released.num_layers, released)
     found["parameters"] = Property(released.parameters, catalog)
-    return Detection(model.esm_model, None, found)
+    return Detection(model.esm_model, None, found, model.esm_model)
 
 
 def _properties(

@@ -51,8 +51,9 @@ def with_weights(
     """
     if detection.weights is not None:
         return detection
-    with show(detection.name) as progress:
-        download_weights(settings.model, progress)
+    assert detection.released is not None
+    with show(detection.released) as progress:
+        download_weights(replace(settings.model, esm_model=detection.released), progress)
     return detect(settings.model)
 
 

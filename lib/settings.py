@@ -21,6 +21,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.ini"
 
 _PATHS = (
     ("model", "esm_model"),
+    ("model", "base_model"),
     ("model", "weights_directory"),
     ("input", "fasta"),
     ("output", "folder"),

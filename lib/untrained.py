@@ -1,4 +1,4 @@
-"""Untrained ESM-2 weights in fair-esm's release format, for trials without a download.
+"""Untrained ESM-2 weights in the formats of releases, for trials without a download.
 
 They carry outlier channels, as trained transformers do: without them, rounding errors look
 milder than they are.
@@ -7,15 +7,20 @@ milder than they are.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lib.catalog import VOCABULARY, trunk_shapes
 from lib.errors import MachineError, SettingsError
+from lib.huggingface import hugging_face_name
 
-__all__ = ["make_model"]
+__all__ = ["make_folder", "make_model"]
 
 _OUTLIER_CHANNELS = 4
 
@@ -37,19 +42,15 @@ def make_model(
     of the contact regression. Raises SettingsError for a shape that no ESM-2 can have and for a
     file that exists, MachineError if the disk fails.
     """
-    if min(num_layers, hidden_dim, attention_heads) < 1 or hidden_dim % (2 * attention_heads):
-        raise SettingsError(
-            f"{num_layers} layers, hidden_dim {hidden_dim}, {attention_heads} heads: all must be "
-            "positive, and hidden_dim divide into heads of even width"
-        )
+    _check_shape(num_layers, hidden_dim, attention_heads)
     regression = path.with_name(f"{path.stem}-contact-regression.pt")
     for file in (path, regression):
         if file.exists():
             raise SettingsError(f"{file}: exists already")
-    generator = torch.Generator().manual_seed(seed)
+    trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
     state = {
-        name: tensor.to(dtype)
-        for name, tensor in _tensors(num_layers, hidden_dim, attention_heads, generator)
+        f"encoder.{'' if 'lm_head' in name else 'sentence_encoder.'}{name}": tensor
+        for name, tensor in trunk.items()
     }
     state["encoder.lm_head.weight"] = state["encoder.sentence_encoder.embed_tokens.weight"]
     cfg = argparse.Namespace(
@@ -61,11 +62,6 @@ def make_model(
         token_dropout=token_dropout,
         untrained=True,
     )
-    weight = torch.randn(1, num_layers * attention_heads, generator=generator)
-    contact = {
-        "contact_head.regression.weight": weight,
-        "contact_head.regression.bias": torch.zeros(1),
-    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"cfg": {"model": cfg}, "model": state}, path)
@@ -78,23 +74,101 @@ def make_model(
     return regression
 
 
+def make_folder(
+    folder: Path,
+    num_layers: int,
+    hidden_dim: int,
+    attention_heads: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    token_dropout: bool = True,
+) -> Path:
+    """Write the untrained model that `make_model` draws from `seed` as a Hugging Face folder.
+
+    config.json has transformers' words of an EsmForMaskedLM and the mark `untrained`;
+    model.safetensors has its tensor names, the contact regression among them. Returns the file of
+    weights. Raises as make_model does.
+    """
+    _check_shape(num_layers, hidden_dim, attention_heads)
+    if folder.exists():
+        raise SettingsError(f"{folder}: exists already")
+    trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
+    config = {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden_dim,
+        "num_attention_heads": attention_heads,
+        "intermediate_size": 4 * hidden_dim,
+        "token_dropout": token_dropout,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
+        "is_folding_model": False,
+        "vocab_size": VOCABULARY,
+        "mask_token_id": 32,
+        "pad_token_id": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "untrained": True,
+    }
+    weights = folder / "model.safetensors"
+    try:
+        folder.mkdir(parents=True)
+        state = {hugging_face_name(name): tensor for name, tensor in (trunk | contact).items()}
+        save_file(state, weights, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise MachineError(f"{folder}: {getattr(error, 'strerror', None) or error}") from None
+    return weights
+
+
+def _check_shape(num_layers: int, hidden_dim: int, attention_heads: int) -> None:
+    if min(num_layers, hidden_dim, attention_heads) < 1 or hidden_dim % (2 * attention_heads):
+        raise SettingsError(
+            f"{num_layers} layers, hidden_dim {hidden_dim}, {attention_heads} heads: all must be "
+            "positive, and hidden_dim divide into heads of even width"
+        )
+
+
+def _drawn(
+    num_layers: int, hidden_dim: int, attention_heads: int, seed: int, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the model and its contact regression (always float32), by fair-esm's names."""
+    generator = torch.Generator().manual_seed(seed)
+    trunk = {
+        name: tensor.to(dtype)
+        for name, tensor in _tensors(num_layers, hidden_dim, attention_heads, generator)
+    }
+    contact = {
+        "contact_head.regression.weight": torch.randn(
+            1, num_layers * attention_heads, generator=generator
+        ),
+        "contact_head.regression.bias": torch.zeros(1),
+    }
+    return trunk, contact
+
+
 def _tensors(
     num_layers: int, hidden_dim: int, attention_heads: int, generator: torch.Generator
 ) -> Iterator[tuple[str, torch.Tensor]]:
     d = hidden_dim
     outliers = torch.randperm(d, generator=generator)[: min(_OUTLIER_CHANNELS, d // 8)]
     for name, shape in trunk_shapes(num_layers, d).items():
-        yield f"encoder.sentence_encoder.{name}", _draw(name, shape, outliers, generator)
+        yield name, _draw(name, shape, outliers, generator)
         if name.endswith("out_proj.bias"):
             head_dim = d // attention_heads
             inv_freq = 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
             rotary = name.replace("out_proj.bias", "rot_emb.inv_freq")
-            yield f"encoder.sentence_encoder.{rotary}", inv_freq
-    yield "encoder.lm_head.bias", torch.zeros(VOCABULARY)
-    yield "encoder.lm_head.dense.weight", torch.randn(d, d, generator=generator) / d**0.5
-    yield "encoder.lm_head.dense.bias", torch.zeros(d)
-    yield "encoder.lm_head.layer_norm.weight", torch.ones(d)
-    yield "encoder.lm_head.layer_norm.bias", torch.zeros(d)
+            yield rotary, inv_freq
+    yield "lm_head.bias", torch.zeros(VOCABULARY)
+    yield "lm_head.dense.weight", torch.randn(d, d, generator=generator) / d**0.5
+    yield "lm_head.dense.bias", torch.zeros(d)
+    yield "lm_head.layer_norm.weight", torch.ones(d)
+    yield "lm_head.layer_norm.bias", torch.zeros(d)
 
 
 def _draw(

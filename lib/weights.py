@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from lib import huggingface
 from lib.catalog import RELEASED
 from lib.digest import file_sha256
-from lib.errors import LedgerError, WeightsError
+from lib.errors import WeightsError
+from lib.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
 from schema.settings import ModelSettings
 
-__all__ = ["TensorInfo", "Weights", "find_weights", "hub_checkpoints", "open_weights"]
+__all__ = ["Weights", "find_weights", "hub_checkpoints", "open_weights"]
 
 _PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # fair-esm's own words for the properties, in cfg["model"].
 _CFG_WORDS = {
     "num_layers": "encoder_layers",
@@ -34,14 +33,6 @@ _CFG_WORDS = {
     "attention_heads": "encoder_attention_heads",
     "token_dropout": "token_dropout",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Type and shape of a stored tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Weights:
         if self.format == "huggingface":
             yield from huggingface.read_tensors(self.path, names)
             return
-        state = _state_dict(_load_archive(self.path), self.path)
+        state = _state_dict(load_archive(self.path), self.path)
         for name in names:
             yield name, state[name]
 
@@ -117,16 +108,15 @@ def open_weights(path: Path) -> Weights:
     """
     stamp = _stamp(path)
     if path.is_dir():
-        metadata, tensors, untrained = huggingface.read_metadata(path)
-        infos = {name: TensorInfo(dtype, shape) for name, (dtype, shape) in tensors.items()}
+        metadata, infos, untrained = huggingface.read_metadata(path)
         return Weights(path, "huggingface", metadata, infos, untrained, stamp)
-    archive = _load_archive(path)
+    archive = load_archive(path)
     _refuse_relatives(archive, path)
     state = _state_dict(archive, path)
     cfg = _cfg(archive)
     metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
-    infos = {name: _info(name, tensor, path) for name, tensor in state.items()}
-    _refuse_inflated(state, path)
+    infos = {name: tensor_info(name, tensor, path) for name, tensor in state.items()}
+    refuse_inflated(state, path)
     return Weights(path, "fair-esm", metadata, infos, cfg.get("untrained") is True, stamp)
 
 
@@ -135,38 +125,6 @@ def _stamp(path: Path) -> tuple[object, ...]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [(file.name, file.stat()) for file in files if file.is_file()]
     return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
-
-
-def _load_archive(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            raise WeightsError(f"{path}: neither a file nor a folder")
-        if not zipfile.is_zipfile(path):
-            raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            archive = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (LedgerError, MemoryError):
-        raise
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # hostile bytes can make the unpickler raise anything
-        raise WeightsError(f"{path}: refused: {_unpickling_fact(str(error))}") from None
-    if not isinstance(archive, dict):
-        raise WeightsError(f"{path}: holds a {type(archive).__name__}, not a dictionary")
-    return archive
-
-
-def _unpickling_fact(message: str) -> str:
-    """Return what is wrong, out of the paragraphs of advice that torch puts around it."""
-    asked = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", message)
-    if asked and re.search("unsupported", message, re.IGNORECASE):
-        return f"its pickle asks for {asked[1]}, which is not in the allow-list"
-    inner = message.partition("WeightsUnpickler error:")[2] or message
-    advice = re.compile("weights_only|torch.load|Please|documentation")
-    facts = [line.strip() for line in inner.splitlines() if not advice.search(line)]
-    fact = next(filter(None, facts), "").partition(" This is an internal")[0]
-    # A lone word is what a KeyError of the unpickler says of a broken stream.
-    return fact[:300] if " " in fact else "its pickle is broken"
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
@@ -210,23 +168,3 @@ def _refuse_relatives(archive: Mapping[str, Any], path: Path) -> None:
         if by_arch or found:
             what = f"arch {arch}" if by_arch else f"tensor {found[0] if found else ''}"
             raise WeightsError(f"{path}: an {relative} model ({what}), not ESM-2")
-
-
-def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
-    if not plain or not tensor.is_contiguous():
-        raise WeightsError(f"{path}: tensor {name} is not stored whole (strided or sparse)")
-    dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-    return TensorInfo(dtype, tuple(tensor.shape))
-
-
-def _refuse_inflated(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse tensors that claim more bytes than the file has, but for the one tied pair."""
-    counted = dict(tensors)
-    head, embedding = counted.get("lm_head.weight"), counted.get("embed_tokens.weight")
-    if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
-        del counted["lm_head.weight"]
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
-    held = path.stat().st_size
-    if claimed > held:
-        raise WeightsError(f"{path}: tensors claim {claimed} bytes, the file has {held}")

@@ -18,7 +18,8 @@ class ESM2Config:
     `repr_layers` are the layers whose vectors are kept (0 is the embedding, `num_layers` the
     last, after the final layer norm). `parameters` counts the numbers in the embedding trunk:
     token embedding, layers and final layer norm, without the language-model head, the contact
-    regression and buffers. `sha256` is the digest of the weights as they lie on disk.
+    regression and buffers. `sha256` is the digest of the weights as they lie on disk,
+    a LoRA adapter's with its base's.
     """
 
     name: str
@@ -56,7 +57,8 @@ class ESM2ConfigSchema(Schema):
     )
     parameters = fields.Integer(required=True, strict=True, validate=_positive)
     weights_format = fields.String(
-        required=True, validate=validate.OneOf(["fair-esm", "huggingface"])
+        required=True,
+        validate=validate.OneOf(["fair-esm", "huggingface", "fair-esm+lora", "huggingface+lora"]),
     )
     dtype = fields.String(
         required=True, validate=validate.OneOf(["float16", "bfloat16", "float32"])

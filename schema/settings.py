@@ -38,6 +38,7 @@ class ModelSettings:
     """[model]: which weights, and what may not be detected but said."""
 
     esm_model: str
+    base_model: str | None
     weights_directory: str | None
     download_url: str
     repr_layers: list[int] | None
@@ -101,6 +102,7 @@ class ModelSchema(Schema):
     """Options of [model]."""
 
     esm_model = fields.String(load_default="esm2_t36_3B_UR50D")
+    base_model = fields.String(load_default=None, allow_none=True)
     weights_directory = fields.String(load_default=None, allow_none=True)
     download_url = fields.String(
         load_default="https://dl.fbaipublicfiles.com/fair-esm/models",

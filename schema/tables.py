@@ -64,7 +64,9 @@ class Model(Base):
     parameters: Mapped[int | None] = mapped_column(
         comment="numbers in the embedding trunk (no language-model head)"
     )
-    weights_format: Mapped[str | None] = mapped_column(comment="fair-esm or huggingface")
+    weights_format: Mapped[str | None] = mapped_column(
+        comment="fair-esm or huggingface; +lora: with an adapter"
+    )
     dtype: Mapped[str | None] = mapped_column(comment="type of the stored numbers")
     sha256: Mapped[str | None] = mapped_column(comment="SHA-256 of the weights on disk")
     untrained: Mapped[bool | None] = mapped_column(

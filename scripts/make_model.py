@@ -1,11 +1,13 @@
-"""Write an untrained ESM-2 model in fair-esm's release format, for trials without a download.
+"""Write an untrained ESM-2 model in a release's format, for trials without a download.
 
     python scripts/make_model.py --like esm2_t6_8M_UR50D --to models/esm2_untrained_t6_8M.pt
     python scripts/make_model.py --num-layers 2 --hidden-dim 64 --attention-heads 4 --to small.pt
+    python scripts/make_model.py --like esm2_t6_8M_UR50D --format huggingface --to models/untrained
 
-The contact regression is written beside it. The weights are random, with outlier channels as
-trained transformers have them: vectors made with them mean nothing. Exit status: 0 written,
-2 refused, 4 disk failed.
+The contact regression is written beside a fair-esm .pt, and into the file of a Hugging Face folder
+(config.json and model.safetensors); a seed gives the same tensors in both. The weights are random,
+with outlier channels as trained transformers have them: vectors made with them mean nothing.
+Exit status: 0 written, 2 refused, 4 disk failed.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ import torch
 
 from lib.catalog import RELEASED
 from lib.console import arguments, note, print_json, run_script
-from lib.untrained import make_model
+from lib.untrained import make_folder, make_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the model and say where it lies."""
     parser = arguments(__doc__)
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .pt to write")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="PATH", help="the .pt or the folder to write"
+    )
+    parser.add_argument(
+        "--format", choices=["fair-esm", "huggingface"], default="fair-esm", help="default fair-esm"
+    )
     parser.add_argument("--like", choices=list(RELEASED), help="take the shape of this model")
     parser.add_argument("--num-layers", type=int, help="transformer layers")
     parser.add_argument("--hidden-dim", type=int, help="width of a vector")
@@ -41,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = [asked if asked is not None else released for asked, released in given]
     if None in shape:
         parser.error("--num-layers, --hidden-dim and --attention-heads, or --like, are required")
-    regression = make_model(
+    make = make_model if parsed.format == "fair-esm" else make_folder
+    regression = make(
         parsed.to,
         *shape,
         seed=parsed.seed,

@@ -621,10 +621,11 @@ def test_an_empty_folder_is_refused(script: Script, tmp_path: Path) -> None:
     assert answer.error == f"{tmp_path}/empty/config.json: no such file"
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path / "hf")
-    (tmp_path / "hf/pytorch_model.bin").write_bytes(b"")
-    assert refusal(tmp_path / "hf") == "no model.safetensors and no index of shards"
+    (tmp_path / "hf/tf_model.h5").write_bytes(b"")
+    fact = "no model.safetensors, no pytorch_model.bin and no index of shards"
+    assert refusal(tmp_path / "hf") == fact
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null"])
