@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import tempfile
+import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 
 from lib.detection import detect
 from lib.errors import LedgerError, MachineError, WeightsError
@@ -19,6 +23,7 @@ from schema.settings import ModelSettings
 __all__ = ["download_target", "download_weights"]
 
 _CHUNK = 1 << 20
+_VERSION = "version"
 
 
 def download_target(model: ModelSettings) -> Path:
@@ -30,23 +35,22 @@ def download_target(model: ModelSettings) -> Path:
 def download_weights(model: ModelSettings, progress: Callable[[int, int | None], None]) -> Path:
     """Fetch the chosen released name; `progress` is told bytes so far and in all.
 
-    The file takes its name only when it is whole and detected as the model of that name.
-    Raises MachineError if the network or disk fails, WeightsError if it is not the model;
-    either leaves no file behind.
+    The file takes its name only when it is whole and detected as the model of that name. What a
+    broken download received stays in a hidden folder beside it, `.download-NAME`, if the server
+    named its version (ETag or Last-Modified), and is continued by the next one if it still has
+    that version. A second process waits for the first. Raises MachineError if the network or disk
+    fails, WeightsError if it is not the model, which is then removed.
     """
     target = download_target(model)
     url = f"{model.download_url.rstrip('/')}/{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
-            part = Path(folder) / target.name
-            _fetch(url, part, progress)
-            try:
-                detect(replace(model, weights_directory=folder))
-            except WeightsError as error:
-                fact = str(error).replace(str(part), target.name)
-                raise WeightsError(f"{url}: {fact}") from None
-            part.rename(target)
+        with _alone(target.parent / f".download-{model.esm_model}") as folder:
+            if not target.is_file():  # the process that was waited for may have brought it
+                part = folder / target.name
+                _fetch(url, part, progress)
+                _verify(replace(model, weights_directory=str(folder)), part, url)
+                part.rename(target)
     except LedgerError:
         raise
     except urllib.error.HTTPError as error:
@@ -58,16 +62,89 @@ def download_weights(model: ModelSettings, progress: Callable[[int, int | None],
     return target
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """Hold a folder alone among processes; keep it only for a part that can be continued."""
+    lock = _locked(folder)
+    while lock is None:
+        lock = _locked(folder)
+    with lock:
+        try:
+            yield folder
+        finally:
+            if not (folder / _VERSION).exists():
+                shutil.rmtree(folder)
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """Make and lock a folder; None if whoever held it before removed it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "lock"
+    with suppress(FileNotFoundError):
+        lock = path.open("ab")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                return lock
+        lock.close()
+    return None
+
+
+def _verify(model: ModelSettings, part: Path, url: str) -> None:
+    """Raise WeightsError, and forget the part, if it is not the very released model."""
+    version = part.with_name(_VERSION)
+    try:
+        detect(model)
+    except WeightsError as error:
+        fact = str(error).replace(str(part), part.name)
+        raise WeightsError(f"{url}: {fact}") from None
+    finally:
+        version.unlink(missing_ok=True)
+
+
 def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
-    with urllib.request.urlopen(url, timeout=60) as answer, part.open("wb") as file:
-        length = answer.headers.get("Content-Length")
-        total = int(length) if length else None
+    """Receive `url` into `part`, from where an earlier download of the same version broke off."""
+    version = part.with_name(_VERSION)
+    known = version.read_text() if version.exists() and part.exists() else ""
+    received = part.stat().st_size if known else 0
+    request = urllib.request.Request(url)
+    if received:
+        request.add_header("Range", f"bytes={received}-")
+        request.add_header("If-Range", known)
+    # An opener of its own: urlopen keeps to the proxies of its first call.
+    opener = urllib.request.build_opener()
+    try:
+        answer = opener.open(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the part is as long as the file, or longer
+            raise
         received = 0
-        while chunk := answer.read(_CHUNK):
-            file.write(chunk)
-            received += len(chunk)
-            progress(received, total)
-        if total is not None and received != total:
-            raise MachineError(f"{url}: broke off after {received} of {total} bytes")
-        file.flush()
-        os.fsync(file.fileno())
+        answer = opener.open(url, timeout=60)
+    with answer:
+        now = _version(answer.headers)
+        begins = f"bytes {received}-"
+        continued = answer.status == 206 and now == known
+        if continued and not answer.headers.get("Content-Range", "").startswith(begins):
+            raise MachineError(f"{url}: Content-Range is not {begins}")
+        if answer.status == 206 and not continued:
+            version.unlink(missing_ok=True)
+            raise MachineError(f"{url}: changed since its download began")
+        received = received if continued else 0
+        with part.open("ab" if continued else "wb") as file:
+            version.unlink(missing_ok=True) if not now else version.write_text(now)
+            length = answer.headers.get("Content-Length")
+            total = received + int(length) if length else None
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                received += len(chunk)
+                progress(received, total)
+            if total is not None and received != total:
+                raise MachineError(f"{url}: broke off after {received} of {total} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _version(headers: Message) -> str:
+    """Return what If-Range may be asked with: a strong ETag, or the time of the last change."""
+    etag = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified", "")

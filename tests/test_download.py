@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -42,6 +43,9 @@ class Server:
     length: str | None = None  # Content-Length, if not the body's
     asked: int = 0
     path: str = ""
+    etag: str = ""  # with one, Range and If-Range are answered
+    breaks_after: int | None = None  # bytes of the file, counted from its start
+    ranges: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -52,12 +56,27 @@ def server(place: Place) -> Iterator[Server]:
         def do_GET(self) -> None:
             told.asked += 1
             told.path = self.path
+            if told.etag:
+                self.answer_in_part()
+                return
             self.send_response(told.status)
             length = str(len(told.body)) if told.length is None else told.length
             if length:
                 self.send_header("Content-Length", length)
             self.end_headers()
             self.wfile.write(told.body)
+
+        def answer_in_part(self) -> None:
+            told.ranges.append(self.headers.get("Range", ""))
+            start = 0
+            if self.headers.get("If-Range") == told.etag:
+                start = int(told.ranges[-1].removeprefix("bytes=").removesuffix("-"))
+            self.send_response(416 if start >= len(told.body) else 206 if start else 200)
+            self.send_header("Content-Range", f"bytes {start}-*/*")
+            self.send_header("Content-Length", str(max(len(told.body) - start, 0)))
+            self.send_header("ETag", told.etag)
+            self.end_headers()
+            self.wfile.write(told.body[start : told.breaks_after])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -263,3 +282,84 @@ def test_a_full_disk_leaves_nothing_behind(place: Place, server: Server, publish
     with pytest.raises(MachineError, match="No space left on device"):
         download_weights(model, fill_up)
     assert left_behind(place) == []
+
+
+# ---- Continued
+
+
+def broken(script: Script, place: Place, server: Server, published: bytes) -> int:
+    """Break a download of `published` off at its middle; returns how many bytes it received."""
+    half = len(published) // 2
+    server.body, server.etag, server.breaks_after = published, '"one"', half
+    answer = embed(script, place)
+    fact = f"broke off after {half} of {len(published)} bytes"
+    assert (answer.status, answer.error) == (4, f"{server.url}/{NAME}.pt: {fact}")
+    (hidden,) = (place.folder / "weights").iterdir()
+    assert hidden.name == f".download-{NAME}"
+    server.breaks_after = None
+    return half
+
+
+def test_a_broken_download_is_continued(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    half = broken(script, place, server, published)
+    answer = embed(script, place)
+    assert answer.status == 0, answer.err
+    assert server.ranges == ["", f"bytes={half}-"]
+    assert left_behind(place) == [place.folder / f"weights/{NAME}.pt"]
+    assert left_behind(place)[0].read_bytes() == published
+    assert [path.name for path in (place.folder / "weights").iterdir()] == [f"{NAME}.pt"]
+
+
+def test_a_file_that_changed_meanwhile_is_begun_again(
+    script: Script, place: Place, server: Server, published: bytes, tmp_path: Path
+) -> None:
+    broken(script, place, server, published)
+    make_model(tmp_path / "new.pt", 6, 320, 20, dtype=torch.float16, seed=1)
+    server.body, server.etag = (tmp_path / "new.pt").read_bytes(), '"two"'
+    assert embed(script, place).status == 0
+    assert left_behind(place)[0].read_bytes() == server.body
+
+
+def test_a_part_longer_than_the_file_is_begun_again(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    broken(script, place, server, published)
+    part = place.folder / f"weights/.download-{NAME}/{NAME}.pt"
+    part.write_bytes(published + b"more")
+    assert embed(script, place).status == 0
+    assert left_behind(place)[0].read_bytes() == published
+
+
+def test_a_continued_download_that_is_not_the_model_is_forgotten(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    broken(script, place, server, published)
+    part = place.folder / f"weights/.download-{NAME}/{NAME}.pt"
+    part.write_bytes(bytes(len(published)))
+    server.body = published + b"\0"  # one byte to go
+    failure(script, place, 2)
+
+
+def test_two_downloads_at_once_fetch_it_once(
+    place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.etag = published, '"one"'
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with ThreadPoolExecutor(2) as both:
+        done = [both.submit(download_weights, model, lambda _received, _total: None) for _ in "ab"]
+        assert {one.result() for one in done} == {download_target(model)}
+    assert server.asked == 1
+    assert download_target(model).read_bytes() == published
+
+
+def test_a_proxy_of_the_environment_is_asked(
+    place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = published
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/models"))
+    place.set("model", "download_url", "http://mirror.invalid/models")
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    assert download_weights(model, lambda _received, _total: None).read_bytes() == published
+    assert server.path == f"http://mirror.invalid/models/{NAME}.pt"

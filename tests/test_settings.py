@@ -33,6 +33,7 @@ OPTIONS = [
 ]
 PATHS = [
     ("model", "esm_model"),
+    ("model", "base_model"),
     ("model", "weights_directory"),
     ("input", "fasta"),
     ("output", "folder"),
@@ -41,6 +42,7 @@ PATHS = [
 WHOLE = ["nonsense", "1.5", "-1", "0", "1 2", "nan", "1e3", "99999999999999999999", "9" * 5000]
 NONSENSE = {
     ("model", "esm_model"): ["~nosuchuser/model.pt"],
+    ("model", "base_model"): ["~nosuchuser/base.pt"],
     ("model", "weights_directory"): ["~nosuchuser/weights"],
     ("model", "download_url"): ["nonsense", "file:///etc/passwd", "ftp://a/b", "http:// a", "//a"],
     ("model", "repr_layers"): ["nonsense", "1.5", "1 last", "1;2", ",", "[1]"],
