@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from lib.errors import LedgerError, WeightsError
 __all__ = ["TensorInfo", "load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# GLOBAL opcodes; torch's unpickler has no other way to a name.
+_MADE_BY_LENGTH = {"__builtin__ bytearray", "builtins bytearray", "torch Tensor"}
 # The one pair that shares its memory, by fair-esm's name of the head and by transformers'.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
 
@@ -39,7 +43,9 @@ def load_archive(path: Path) -> dict[str, Any]:
             raise WeightsError(f"{path}: neither a file nor a folder")
         if not zipfile.is_zipfile(path):
             raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        _refuse_bombs(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # what a hostile pickle makes torch say of itself
             archive = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (LedgerError, MemoryError):
         raise
@@ -50,6 +56,25 @@ def load_archive(path: Path) -> dict[str, Any]:
     if not isinstance(archive, dict):
         raise WeightsError(f"{path}: holds a {type(archive).__name__}, not a dictionary")
     return archive
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse an archive that would ask for memory of any size before its tensors are counted.
+
+    torch's own allow-list has types that are made by length, and its reader inflates members.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise WeightsError(f"{path}: member {member.filename} is compressed")
+            if member.filename.endswith("data.pkl"):
+                for _, argument, _ in pickletools.genops(archive.read(member)):
+                    if argument in _MADE_BY_LENGTH:
+                        name = str(argument).replace(" ", ".")
+                        raise WeightsError(
+                            f"{path}: refused: its pickle asks for {name}, which is not in the "
+                            "allow-list"
+                        )
 
 
 def _unpickling_fact(message: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.catalog import RELEASED
 from lib.errors import SettingsError
 from lib.settings import (
     DEFAULT_CONFIG,
@@ -344,6 +345,60 @@ def test_any_text_in_config_is_a_setting_or_refused_in_one_line(
 def test_any_file_is_a_config_or_refused_in_one_line(scratch: Path, content: bytes) -> None:
     scratch.write_bytes(content)
     accepts_or_refuses_in_one_line(scratch, {})
+
+
+LARGE = st.integers(1, 2**31 - 1)
+NAMES = st.text(
+    st.characters(exclude_categories=("C", "Z")) | st.just(" "), min_size=1, max_size=20
+)
+ANY_PATH = NAMES.map(lambda name: f"/data/{name}/x").filter(lambda path: "://" not in path)
+# What every option may be, as it comes out.
+VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
+    ("model", "esm_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
+    ("model", "weights_directory"): ANY_PATH,
+    ("model", "download_url"): st.from_regex(r"https?://[a-z0-9./%]+", fullmatch=True),
+    ("model", "repr_layers"): st.lists(st.integers(-49, 48), min_size=1, unique=True),
+    ("model", "num_layers"): LARGE,
+    ("model", "hidden_dim"): LARGE,
+    ("model", "attention_heads"): LARGE,
+    ("model", "token_dropout"): st.booleans(),
+    ("input", "fasta"): ANY_PATH,
+    ("input", "max_residues"): LARGE,
+    ("input", "long_sequences"): st.sampled_from(["truncate", "error", "whole"]),
+    ("input", "unknown_residues"): st.sampled_from(["error", "x"]),
+    ("input", "duplicate_ids"): st.sampled_from(["error", "keep"]),
+    ("compute", "device"): st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:15"]),
+    ("compute", "precision"): st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+    ("compute", "tokens_per_pack"): st.just(0) | st.integers(3, 2**31 - 1),
+    ("compute", "threads"): st.integers(0, 4096),
+    ("output", "folder"): ANY_PATH,
+    ("output", "include"): st.permutations(["mean", "bos", "per_tok"]),
+    ("output", "per_tok_dtype"): st.sampled_from(["float16", "float32"]),
+    ("output", "checkpoint_seconds"): st.floats(0, allow_nan=False, allow_infinity=False),
+    ("output", "checkpoint_records"): LARGE,
+    ("database", "url"): ANY_PATH | ANY_PATH.map(lambda path: f"sqlite://{path}"),
+}
+
+
+def test_every_option_is_tried_with_what_it_may_be() -> None:
+    assert sorted(VALID) == sorted(OPTIONS)
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@given(data=st.data(), option=st.sampled_from(OPTIONS))
+def test_what_an_option_may_be_comes_out_as_said(
+    scratch: Path, data: st.DataObject, option: tuple[str, str]
+) -> None:
+    section, name = option
+    value = data.draw(VALID[option])
+    said = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    scratch.write_text(f"[{section}]\n{name} = {said}\n", encoding="utf-8")
+    for settings in (
+        load_settings(scratch),
+        load_settings(DEFAULT_CONFIG, {f"{section}.{name}": said}),
+    ):
+        assert getattr(getattr(settings, section), name) == value
+        assert from_snapshot(json.loads(json.dumps(snapshot(settings)))) == settings
 
 
 # ---- What a run keeps of its settings

@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -171,6 +173,101 @@ def test_pickles_written_by_hand_are_refused_and_nothing_runs(
     assert answer.status == 2
     assert answer.error.startswith(f"{path}: ")
     assert not (tmp_path / "MARKER").exists()
+
+
+MADE_BY_LENGTH = {
+    "builtins.bytearray": b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR.",
+    "__builtin__.bytearray": b"c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.",
+    "torch.Tensor": b"ctorch\nTensor\n(J\xff\xff\xff\x7ftR.",
+}
+
+
+@pytest.mark.parametrize("name", MADE_BY_LENGTH)
+def test_pickles_that_ask_for_memory_are_refused_before_they_get_it(
+    tmp_path: Path, small_model: Path, name: str
+) -> None:
+    path = rewritten(small_model, tmp_path / "bomb.pt", data=b"\x80\x02" + MADE_BY_LENGTH[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = refusal(path)
+    assert told == f"refused: its pickle asks for {name}, which is not in the allow-list"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+def test_compressed_archives_are_refused_before_they_are_inflated(
+    tmp_path: Path, small_model: Path
+) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("esm2/data.pkl", b"0" * 300_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert refusal(path) == "member esm2/data.pkl is compressed"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("../outside", False),
+        ("/outside", False),
+        ("nested.pt", False),
+        ("esm2_small/../../outside", True),
+        ("esm2_small/nested.pt", True),
+    ],
+)
+def test_members_of_an_archive_are_never_extracted(
+    tmp_path: Path, small_model: Path, name: str, is_read: bool
+) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    path = rewritten(small_model, folder / "m.pt")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, small_model.read_bytes())
+    if is_read:
+        assert found(path).value("num_layers") == 2
+    else:
+        assert "file in archive is not in a subdirectory" in refusal(path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "b", "m.pt"]
+
+
+# os.open and open end in the same event: (path, mode, flags).
+OPENED: list[tuple[object, int]] | None = None
+
+
+def record_opens(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and OPENED is not None:
+        OPENED.append((arguments[0], arguments[2] or 0))
+
+
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_weights_are_opened_read_only(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    global OPENED
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    sys.addaudithook(record_opens)
+    OPENED = []
+    try:
+        hidden(path)
+        open_weights(path).sha256()
+        opened = [(str(name), flags) for name, flags in OPENED]
+    finally:
+        OPENED = None
+    ours = [(name, flags) for name, flags in opened if name.startswith(str(path))]
+    assert ours
+    written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    assert [name for name, flags in ours if flags & written] == []
+
+
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_weights_stay_as_they_are(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    before = {file: file.read_bytes() for file in [path, *path.glob("*")] if file.is_file()}
+    stamps = {file: file.stat().st_mtime_ns for file in before}
+    hidden(path)
+    assert {file: file.read_bytes() for file in before} == before
+    assert {file: file.stat().st_mtime_ns for file in before} == stamps
 
 
 def test_a_rewritten_archive_is_still_read(tmp_path: Path, small_model: Path) -> None:
