@@ -85,6 +85,9 @@ def open_for_reading(url: str) -> Engine:
 def transaction(engine: Engine) -> Iterator[Session]:
     """Open a session in one transaction: committed at the end, rolled back on any error."""
     path = Path(engine.url.database or "")
+    # SQLite goes on writing to a file that has lost its name, and all of it is gone at the end.
+    if not path.exists():
+        raise MachineError(f"database {path}: no such file")
     with (
         _database_errors(path),
         Session(engine, expire_on_commit=False) as session,

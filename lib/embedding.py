@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from lib.checkpoints import CheckpointWriter, rename_into_place
 from lib.database import WRITER
-from lib.errors import LedgerError
+from lib.errors import InterruptedRunError, LedgerError
 from lib.fasta import Inventory, Window, read_windows
 from lib.fasta import Sequence as FastaSequence
 from lib.identity import run_config, run_identity
@@ -83,6 +83,8 @@ def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
             ]
             try:
                 vectors = compute(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
+            except InterruptedRunError:  # a second signal ends the work at once
+                raise
             except LedgerError:
                 stretch.commit()
                 raise
