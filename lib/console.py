@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, load_settings
 
 __all__ = [
+    "LiveLines",
     "ResidueBar",
     "arguments",
     "database_url",
@@ -178,8 +180,12 @@ def print_table(
     *,
     title: str | None = None,
     to_stderr: bool = False,
+    least_needed: Sequence[str] = (),
 ) -> None:
-    """Print rows under their column names, numbers to the right."""
+    """Print rows under their column names, numbers to the right.
+
+    Columns of `least_needed` are left out, in this order, until the table fits the terminal.
+    """
     stream = sys.stderr if to_stderr else sys.stdout
     if title is not None:
         print(f"\n{title}", file=stream)
@@ -192,12 +198,33 @@ def print_table(
         bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
         for i in range(len(columns))
     ]
+    kept = list(range(len(columns)))
+    for name in least_needed:
+        if sum(widths[i] + 2 for i in kept) - 2 <= _width():
+            break
+        kept.remove(columns.index(name))
     for row in [list(columns), *cells]:
-        padded = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
+        padded = (row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in kept)
         print("  ".join(padded).rstrip(), file=stream)
+
+
+class LiveLines:
+    """Lines that are printed again in their place on a terminal, or, elsewhere, if they change."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Print the lines instead of those shown before."""
+        on_terminal = sys.stdout.isatty()
+        # A line longer than the terminal would wrap, and the cursor not find its way back.
+        cut = [_cell(line)[: _width() if on_terminal else None] for line in lines]
+        if cut == self._shown:
+            return
+        if on_terminal and self._shown:
+            print(f"\x1b[{len(self._shown)}F\x1b[J", end="")
+        self._shown = cut
+        print("\n".join(cut), flush=True)
 
 
 class ResidueBar:
@@ -242,6 +269,13 @@ def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
     with bar:
         yield show
+
+
+def _width() -> int:
+    # As wide as COLUMNS or the terminal says; no limit where nobody looks.
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return sys.maxsize
 
 
 def _cell(value: object) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from lib.errors import SettingsError
 from lib.ownership import is_held
 from lib.sqlite_file import connect_read_only, database_path
 
-__all__ = ["RunDetail", "Table", "query", "run_detail", "run_history"]
+__all__ = ["RunDetail", "Table", "query", "run_detail", "run_history", "run_states", "watch"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,38 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         [run_id],
     )
     return RunDetail(_with_killed(line), attempts, checkpoints)
+
+
+def run_states(url: str) -> Table:
+    """Return how far each run is and what became of it, newest first."""
+    return _with_killed(
+        query(
+            url,
+            "SELECT run_progress.*, residues_per_second, output "
+            "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
+        )
+    )
+
+
+def watch(url: str, run_id: int | None, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Give the states of the runs that are at work, every so many seconds, until none is.
+
+    Watches one run, or all that are running at the start; the last states given are those in
+    which they ended. Raises SettingsError if there is no such run.
+    """
+    states = run_states(url).dictionaries()
+    watched = {row["run"] for row in states if row["status"] == "running"}
+    if run_id is not None:
+        watched = {row["run"] for row in states if row["run"] == run_id}
+        if not watched:
+            raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    while True:
+        shown = [row for row in states if row["run"] in watched]
+        yield shown
+        if not any(row["status"] == "running" for row in shown):
+            return
+        time.sleep(seconds)
+        states = run_states(url).dictionaries()
 
 
 def _with_killed(history: Table) -> Table:

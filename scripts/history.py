@@ -2,33 +2,84 @@
 
     python scripts/history.py
     python scripts/history.py --run 12 --json
+    python scripts/history.py --watch
 
+On a terminal the columns that do not fit are left out; --json has all of them, in plain numbers.
+--watch shows how far the running runs are until they end, or until Ctrl-C.
 Opens the run database read-only. Exit status: 0 shown, 2 no such database or run.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-from lib.console import arguments, database_url, print_fields, print_json, print_table, run_script
-from lib.history import run_detail, run_history
+from lib.console import (
+    LiveLines,
+    arguments,
+    database_url,
+    print_fields,
+    print_json,
+    print_table,
+    run_script,
+)
+from lib.history import run_detail, run_history, watch
+from lib.overview import (
+    LEAST_NEEDED,
+    attempts_table,
+    checkpoints_table,
+    history_table,
+    progress_line,
+    run_fields,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the history or one run."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, metavar="N", help="show this run")
+    parser.add_argument("--watch", action="store_true", help="follow what is running")
+    parser.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often --watch looks"
+    )
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
-    if parsed.run is None:
-        history = run_history(url)
-        if parsed.json:
-            print_json(history.dictionaries())
-        else:
-            print_table(history.columns, history.rows)
-        return 0
-    detail = run_detail(url, parsed.run)
-    if parsed.json:
+    if parsed.watch:
+        show_progress(url, parsed.run, parsed.every, as_json=parsed.json)
+    elif parsed.run is None:
+        show_history(url, as_json=parsed.json)
+    else:
+        show_run(url, parsed.run, as_json=parsed.json)
+    return 0
+
+
+def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool) -> None:
+    """Follow runs until they end; Ctrl-C is a good end, too."""
+    lines = LiveLines()
+    try:
+        for states in watch(url, run_id, seconds):
+            if as_json:
+                print_json(states)
+            else:
+                lines.show([progress_line(state) for state in states] or ["no run is running"])
+    except KeyboardInterrupt:
+        return
+
+
+def show_history(url: str, *, as_json: bool) -> None:
+    """Print a line per run."""
+    history = run_history(url)
+    if as_json:
+        print_json(history.dictionaries())
+        return
+    table = history_table(history)
+    print_table(table.columns, table.rows, least_needed=LEAST_NEEDED)
+
+
+def show_run(url: str, run_id: int, *, as_json: bool) -> None:
+    """Print one run, its attempts and its checkpoints."""
+    detail = run_detail(url, run_id)
+    if as_json:
         print_json(
             detail.run.dictionaries()[0]
             | {
@@ -36,11 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "checkpoints": detail.checkpoints.dictionaries(),
             }
         )
-        return 0
-    print_fields(detail.run.dictionaries()[0])
-    for title, table in (("attempts", detail.attempts), ("checkpoints", detail.checkpoints)):
-        print_table(table.columns, table.rows, title=title)
-    return 0
+        return
+    print_fields(run_fields(detail))
+    attempts, checkpoints = attempts_table(detail), checkpoints_table(detail)
+    unneeded = ["pid", "tokens per pack", "threads", "host"]
+    print_table(attempts.columns, attempts.rows, title="attempts", least_needed=unneeded)
+    print_table(
+        checkpoints.columns, checkpoints.rows, title="checkpoints", least_needed=["residues"]
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text}: not from 0.1 to 3600")
+    return value
 
 
 if __name__ == "__main__":

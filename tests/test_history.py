@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lib.database import open_for_writing, transaction, utc_now
+from lib.units import count, duration, size
 from schema.tables import Attempt, Checkpoint, Model, Run
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import write_fasta
 
 
 @pytest.fixture
@@ -178,3 +185,115 @@ def test_checkpoint_audit_says_what_is_wrong(script: Script, a_run: None, place:
 def test_model_usage_counts_runs_and_records(script: Script, a_run: None) -> None:
     (usage,) = script("query", "select * from model_usage", "--json").json
     assert (usage["model"], usage["runs"], usage["records"]) == ("esm2_small (untrained)", 1, 15)
+
+
+def test_history_fits_the_terminal_and_never_cuts_a_model(
+    script: Script, a_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns, there in (("40", False), ("120", True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        text = script("history").out
+        assert max(map(len, text.splitlines())) <= int(columns)
+        assert "esm2_small (untrained)" in text
+        assert ("some_proteins.fasta" in text) is there
+    monkeypatch.delenv("COLUMNS")
+    assert "include" in script("history").out
+
+
+def test_units_as_people_say_them() -> None:
+    assert [duration(s) for s in (0.04, 9.94, 9.96, 59.6, 185, 7200, 371_000)] == [
+        "0.0 s", "9.9 s", "10 s", "1 min 0 s", "3 min 5 s", "2 h 0 min", "4 d 7 h",
+    ]  # fmt: skip
+    assert [size(b) for b in (0, 999, 1000, 159_996, 999_960, 2.6e9, 3.2e15)] == [
+        "0 B", "999 B", "1.0 kB", "160.0 kB", "1.0 MB", "2.6 GB", "3.2 PB",
+    ]  # fmt: skip
+    assert [count(n) for n in (0, 2.5, 9, 117, 2978.7, 1e8)] == [
+        "0", "2.5", "9", "117", "2,979", "100,000,000",
+    ]  # fmt: skip
+
+
+def long_run(place: Place, model: Path) -> subprocess.Popen[str]:
+    """Start a run that commits often and cannot end by itself within the test."""
+    as_letters = str.maketrans("0123456789", "ACDEFGHIKL")
+    entries = [(f"p{i}", "MKTAYIAKQR" * 80 + str(i).translate(as_letters)) for i in range(5000)]
+    source = write_fasta(place.folder / "long.fasta", entries)
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "scripts" / "embed.py",
+        "--config",
+        place.config,
+    ]
+    command += ["--esm-model", model, "--input", source, "--set", "output.checkpoint_seconds=0.2"]
+    command += ["--set", "compute.threads=1"]
+    return subprocess.Popen(
+        command, cwd=place.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def watcher(place: Place, **how: Any) -> subprocess.Popen[str]:  # noqa: ANN401
+    """Start history.py --watch, with SIGINT as in a shell's foreground."""
+    command: list[str | Path] = [
+        sys.executable,
+        "-u",
+        ROOT / "scripts" / "history.py",
+        "--config",
+        place.config,
+    ]
+    command += ["--watch", "--run", "1", "--every", "0.1"]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **how)
+
+
+def wait_for_a_checkpoint(place: Place) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if any(place.output.glob("run-000001/checkpoint-*.parquet")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def test_watch_follows_a_live_run_until_it_ends(place: Place, small_model: Path) -> None:
+    worker = long_run(place, small_model)
+    try:
+        wait_for_a_checkpoint(place)
+        follower = watcher(place, stdout=subprocess.PIPE)
+        assert follower.stdout is not None
+        first, second = follower.stdout.readline(), follower.stdout.readline()
+    finally:
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(60) == 130
+    out, err = follower.communicate(timeout=60)
+    for line in (first, second):
+        assert line.startswith("run 1 running: "), line
+        assert re.search(r"[0-9,]+ of [0-9,]+ residues .*, .* residues/s, .* left$", line.strip())
+    assert first != second
+    assert out.splitlines()[-1].startswith("run 1 interrupted: ")
+    assert (follower.returncode, err) == (0, "")
+
+
+def test_watch_on_a_terminal_redraws_its_line_and_ends_at_ctrl_c(
+    place: Place, small_model: Path
+) -> None:
+    worker = long_run(place, small_model)
+    ours, theirs = pty.openpty()
+    try:
+        wait_for_a_checkpoint(place)
+        follower = watcher(place, stdout=theirs)
+        os.close(theirs)
+        seen = b""
+        while seen.count(b"\x1b[1F\x1b[J") < 2:
+            seen += os.read(ours, 1 << 16)
+        follower.send_signal(signal.SIGINT)
+        _, err = follower.communicate(timeout=60)
+    finally:
+        worker.send_signal(signal.SIGINT)
+        worker.wait(60)
+        os.close(ours)
+    assert (follower.returncode, err) == (0, "")
+    assert all(len(line) <= 80 for line in re.split(rb"\x1b\[1F\x1b\[J|\r\n", seen))
+
+
+def test_watch_with_nothing_to_follow(script: Script, a_run: None) -> None:
+    assert script("history", "--watch").out == "no run is running\n"
+    assert script("history", "--watch", "--run", "1").out.startswith("run 1 finished: ")
+    assert script("history", "--watch", "--run", "9").status == 2

@@ -1,0 +1,58 @@
+"""Units: durations, sizes and counts as people say them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+__all__ = ["count", "duration", "moment", "seconds_between", "size"]
+
+
+def count(number: float) -> str:
+    """Return a number with its thousands apart, without decimals from 10 on."""
+    return f"{number:,.1f}" if 0 < abs(number) < 10 and number % 1 else f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as its two largest units: `9.4 s`, `3 min 5 s`, `2 h 0 min`, `4 d 7 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = whole // 60
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = minutes // 60
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def size(number: float) -> str:
+    """Return bytes in decimal units, as disks are sold: `512 B`, `160.0 kB`, `2.6 GB`."""
+    if number < 1000:
+        return f"{number:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        number /= 1000
+        if number < 999.95:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1000:,.1f} PB"
+
+
+def moment(text: str) -> str:
+    """Return a UTC ISO 8601 time to the second, as `2026-05-31 14:05:09`; others as they are."""
+    parsed = _parsed(text)
+    return text if parsed is None else f"{parsed:%Y-%m-%d %H:%M:%S}"
+
+
+def seconds_between(start: str | None, stop: str | None) -> float | None:
+    """Return the seconds from one ISO 8601 time to another, None if either is none."""
+    first, last = _parsed(start), _parsed(stop)
+    return None if first is None or last is None else (last - first).total_seconds()
+
+
+def _parsed(text: str | None) -> datetime | None:
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except ValueError:  # rows may come from elsewhere
+        return None
