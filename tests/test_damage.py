@@ -13,7 +13,8 @@ def test_every_kind_of_damage_is_refused() -> None:
         "checkpoint file replaced by a folder",
         "checkpoint file replaced by a link to it",
         "checkpoint files swapped",
-        "one bit of a region of 64 bytes flipped",
+        "checkpoint file of another run",
+        "one bit of a region of 1024 bytes flipped",
     ]
     for _, trials, _, lost in table:
         assert trials > 0

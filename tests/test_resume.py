@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -269,9 +271,23 @@ def test_a_run_has_one_live_owner(script: Script, place: Place, small_model: Pat
         answer = script("resume", "--run", "1")
         assert answer.status == 4
         assert "owned by process" in answer.error
-        assert os.uname().nodename in answer.error
+        (attempt,) = script("history", "--run", "1", "--json").json["attempts"]
+        assert answer.error == (
+            f"run 1: owned by process {attempt['pid']} on {os.uname().nodename} "
+            f"since {attempt['started']}"
+        )
         assert script("history", "--json").json[0]["status"] == "running"
         other.kill()
+    assert script("resume", "--run", "1").status == 0
+
+
+def test_a_dead_owners_number_that_lives_again_does_not_own_the_run(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    interrupted_run(place, small_model)
+    with closing(sqlite3.connect(place.database)) as database, database:
+        database.execute("UPDATE attempts SET pid = ?", [os.getpid()])
+    assert script("history", "--json").json[0]["status"] == "killed"
     assert script("resume", "--run", "1").status == 0
 
 

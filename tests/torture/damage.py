@@ -1,8 +1,8 @@
 """Damage: every stretch of a checkpoint file altered in turn; never read as data.
 
-Each byte region of 64 bytes has one bit flipped at a random place, the file is cut at a random
-place, emptied, replaced by a folder or a link, and swapped with another: validate.py --run and
-resume.py must both refuse with status 3.
+Each region of 1,024 bytes has one bit flipped at a random place, the file is cut at a random place,
+emptied, replaced by a folder or a link, swapped with another of its run and with another run's:
+validate.py --run and resume.py must both refuse with status 3.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.torture.bench import Bench, make_bench
 from tests.torture.outcome import Outcome
 from tests.torture.process import in_fork, script
 
-_REGION = 64
+_REGION = 1024
 
 
 def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
@@ -29,7 +29,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
     chance = random.Random(seed)
     first, second = sorted(bench.run.glob("checkpoint-*"))[:2]
     size = first.stat().st_size
-    kinds: dict[str, list[Callable[[], None]]] = {
+    kinds: dict[str, list[Callable[[], object]]] = {
         "checkpoint file truncated": [
             partial(_cut, first, chance.randrange(1, size)) for _ in range(10)
         ],
@@ -39,6 +39,10 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         "checkpoint files swapped": [partial(_swap, first, second)],
     }
     outcomes = [_tried(bench, what, damages) for what, damages in kinds.items()]
+    theirs = sorted(bench.reference.glob("checkpoint-*"))[0]
+    outcomes.append(
+        _tried(bench, "checkpoint file of another run", [partial(shutil.copy, theirs, first)])
+    )
     regions = list(range(0, size, _REGION))
     chance.shuffle(regions)
     missed: list[str] = []
@@ -56,12 +60,12 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
 _DETECTED = "refused by validate.py and resume.py"
 
 
-def _tried(bench: Bench, what: str, damages: list[Callable[[], None]]) -> Outcome:
+def _tried(bench: Bench, what: str, damages: list[Callable[[], object]]) -> Outcome:
     missed = [fact for damage in damages for fact in _missed(bench, damage)]
     return Outcome(what, len(damages), _DETECTED, "; ".join(missed) or "nothing")
 
 
-def _missed(bench: Bench, damage: Callable[[], None]) -> list[str]:
+def _missed(bench: Bench, damage: Callable[[], object]) -> list[str]:
     """Return which scripts took a damaged run for good."""
     bench.fresh("finished")
     damage()
