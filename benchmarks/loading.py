@@ -32,12 +32,13 @@ from lib.device import device_name
 from lib.untrained import make_model
 
 _MEASURE = """
-import json, resource, sys, time
+import json, re, sys, time
 {imports}
 start = time.perf_counter()
 {load}
 ready = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: its figure is inherited from the process that started this one.
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(json.dumps({{"ready_s": ready, "peak_bytes": peak}}))
 """
 _OURS = """import torch
