@@ -355,6 +355,7 @@ ANY_PATH = NAMES.map(lambda name: f"/data/{name}/x").filter(lambda path: "://" n
 # What every option may be, as it comes out.
 VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("model", "esm_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
+    ("model", "base_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
     ("model", "weights_directory"): ANY_PATH,
     ("model", "download_url"): st.from_regex(r"https?://[a-z0-9./%]+", fullmatch=True),
     ("model", "repr_layers"): st.lists(st.integers(-49, 48), min_size=1, unique=True),
