@@ -25,6 +25,11 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
     """Damage for so many seconds, regions spread over the whole file."""
     until = time.monotonic() + seconds
     bench = make_bench(folder / "damage")
+    # The same input and settings: another run all the same, with another uuid in its footers.
+    bench.fresh()
+    in_fork(lambda: script("embed", bench.embed), bench.log)
+    theirs = folder / "theirs.parquet"
+    shutil.copy(sorted(bench.run.glob("checkpoint-*"))[0], theirs)
     bench.fresh("finished")
     chance = random.Random(seed)
     first, second = sorted(bench.run.glob("checkpoint-*"))[:2]
@@ -39,7 +44,6 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         "checkpoint files swapped": [partial(_swap, first, second)],
     }
     outcomes = [_tried(bench, what, damages) for what, damages in kinds.items()]
-    theirs = sorted(bench.reference.glob("checkpoint-*"))[0]
     outcomes.append(
         _tried(bench, "checkpoint file of another run", [partial(shutil.copy, theirs, first)])
     )
