@@ -139,6 +139,8 @@ def read_footer(path: Path) -> dict[str, Any]:
         written = metadata[FOOTER_KEY]
     except KeyError:
         raise ValueError("footer has no esm_ledger metadata") from None
+    except UnicodeDecodeError:  # a column's name, or what Arrow says of it
+        raise ValueError("footer not readable: its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
     try:

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
+from lib.checkpoints import read_footer
 from tests.conftest import SOME_PROTEINS, Place, Script
 
 
@@ -93,3 +95,14 @@ def test_a_read_only_folder_is_one_line(script: Script, place: Place, small_mode
     assert answer.status == 4
     assert answer.error.startswith(str(place.output))
     assert script("history", "--json").json == []
+
+
+def test_a_footer_whose_text_is_not_utf8_is_not_readable(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint-000001.parquet"
+    pq.write_table(pa.table({"record": [1, 2]}), file)
+    content = file.read_bytes()
+    # The schema's element of the column: its name, six bytes, comes after their number.
+    assert content.count(b"\x18\x06record") == 1
+    file.write_bytes(content.replace(b"\x18\x06record", b"\x18\x06\xefecord"))
+    with pytest.raises(ValueError, match=r"^footer not readable: its text is not UTF-8$"):
+        read_footer(file)
