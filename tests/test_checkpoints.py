@@ -101,8 +101,8 @@ def test_a_footer_whose_text_is_not_utf8_is_not_readable(tmp_path: Path) -> None
     file = tmp_path / "checkpoint-000001.parquet"
     pq.write_table(pa.table({"record": [1, 2]}), file)
     content = file.read_bytes()
-    # The schema's element of the column: its name, six bytes, comes after their number.
-    assert content.count(b"\x18\x06record") == 1
-    file.write_bytes(content.replace(b"\x18\x06record", b"\x18\x06\xefecord"))
+    # The name in the schema's element of the column, behind its type and the name's length.
+    assert content.count(b"%\x02\x18\x06record") == 1
+    file.write_bytes(content.replace(b"%\x02\x18\x06record", b"%\x02\x18\x06\xefecord"))
     with pytest.raises(ValueError, match=r"^footer not readable: its text is not UTF-8$"):
         read_footer(file)
