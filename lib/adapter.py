@@ -6,7 +6,6 @@ A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) with rsLoRA; in floa
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from lib.catalog import RELEASED
-from lib.digest import file_sha256
+from lib.digest import file_sha256, files_stamp, listing_sha256
 from lib.errors import WeightsError
 from lib.huggingface import fair_esm_name, read_json, stored_tensors, tensors_of
 from lib.torch_archive import TensorInfo
@@ -93,11 +92,9 @@ class _AdaptedWeights(Weights):
 
     def sha256(self) -> str:
         """Return the SHA-256 of a `sha256sum` listing of both files, and of the base as `base`."""
-        listing = hashlib.sha256()
-        for path in (self.adapter.folder / _CONFIG, self.adapter.file):
-            listing.update(f"{file_sha256(path)}  {path.name}\n".encode())
-        listing.update(f"{self.base.sha256()}  base\n".encode())
-        return listing.hexdigest()
+        paths = (self.adapter.folder / _CONFIG, self.adapter.file)
+        own = [(file_sha256(path), path.name) for path in paths]
+        return listing_sha256([*own, (self.base.sha256(), "base")])
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor): float32 where the adapter changes it, as stored elsewhere."""
@@ -306,5 +303,4 @@ def _last_part(name: str) -> str:
 
 
 def _stamp(folder: Path, file: Path) -> tuple[object, ...]:
-    found = [(path.name, path.stat()) for path in (folder / _CONFIG, file)]
-    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
+    return files_stamp((folder / _CONFIG, file))

@@ -6,7 +6,6 @@ or in shards with an index. Where a folder has both, safetensors are read, as by
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lib.digest import file_sha256
+from lib.digest import file_sha256, listing_sha256
 from lib.errors import WeightsError
 from lib.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
 
@@ -149,10 +148,8 @@ def tensors_of(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
 
 def folder_sha256(folder: Path) -> str:
     """Return the SHA-256 of what `sha256sum` prints for config.json and what is read."""
-    listing = hashlib.sha256()
-    for path in [folder / "config.json", *_files(folder)]:
-        listing.update(f"{file_sha256(path)}  {path.name}\n".encode())
-    return listing.hexdigest()
+    paths = [folder / "config.json", *_files(folder)]
+    return listing_sha256((file_sha256(path), path.name) for path in paths)
 
 
 def fair_esm_name(stored: str) -> str:

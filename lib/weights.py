@@ -18,7 +18,7 @@ import torch
 
 from lib import huggingface
 from lib.catalog import RELEASED
-from lib.digest import file_sha256
+from lib.digest import file_sha256, files_stamp
 from lib.errors import WeightsError
 from lib.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
 from schema.settings import ModelSettings
@@ -123,8 +123,7 @@ def open_weights(path: Path) -> Weights:
 def _stamp(path: Path) -> tuple[object, ...]:
     """Return what changes when a file, or a file of a folder, is written or replaced."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(file.name, file.stat()) for file in files if file.is_file()]
-    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
+    return files_stamp(file for file in files if file.is_file())
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
