@@ -27,7 +27,6 @@ __all__ = [
     "CheckpointWriter",
     "FinishedFile",
     "leftovers",
-    "read_footer",
     "rename_into_place",
 ]
 
@@ -125,31 +124,6 @@ def rename_into_place(finished: FinishedFile) -> None:
             raise MachineError(f"{finished.path}: exists already")
         finished.temporary.rename(finished.path)
         sync_folder(finished.path.parent)
-
-
-def read_footer(path: Path) -> dict[str, Any]:
-    """Return what the ledger wrote into a checkpoint's footer; no column is read.
-
-    Raises ValueError, in one line, for a file that is no checkpoint or not readable.
-    """
-    try:
-        if path.is_symlink() or not path.is_file():
-            raise ValueError("not a regular file" if path.exists() else "no such file")
-        metadata = pq.read_metadata(path).metadata or {}
-        written = metadata[FOOTER_KEY]
-    except KeyError:
-        raise ValueError("footer has no esm_ledger metadata") from None
-    except UnicodeDecodeError:  # a column's name, or what Arrow says of it
-        raise ValueError("footer not readable: its text is not UTF-8") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
-    try:
-        content = json.loads(written)
-    except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
-        raise ValueError("footer metadata is not JSON") from None
-    if not isinstance(content, dict):
-        raise ValueError("footer metadata is not an object")
-    return content
 
 
 def leftovers(folder: Path, listed: set[str]) -> list[Path]:

@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from lib.digest import file_sha256
 from lib.disk import disk_errors, new_path
 from lib.errors import IdentityRefusedError, SettingsError
+from lib.footer import read_footer
 from lib.history import query
 from lib.sqlite_file import database_path
-from schema.parquet import FOOTER_KEY
 
 __all__ = ["RunEmbeddings", "open_run", "values"]
 
@@ -284,11 +284,12 @@ def _check_file(file: _File, facts: dict[str, Any], *, verify: bool) -> None:
     with disk_errors(file.path):
         if verify and file_sha256(file.path) != file.sha256:
             raise IdentityRefusedError(f"{place}: sha256 differs from the database")
-        try:
-            metadata = pq.read_metadata(file.path).metadata or {}
-            identity = json.loads(metadata[FOOTER_KEY])["identity"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise IdentityRefusedError(f"{place}: footer: no esm_ledger identity") from error
+    try:
+        identity = read_footer(file.path).get("identity")
+    except ValueError as error:
+        raise IdentityRefusedError(f"{place}: {error}") from None
+    if not isinstance(identity, dict):
+        raise IdentityRefusedError(f"{place}: footer has no identity")
     for key in ("uuid", "esm2_config", "input_sha256"):
         if identity.get(key) != facts[key]:
             raise IdentityRefusedError(f"{place}: {key} in its footer differs from the database")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.checkpoints import CHECKPOINT_NAME, leftovers, read_footer
+from lib.checkpoints import CHECKPOINT_NAME, leftovers
 from lib.detection import Detection
 from lib.digest import file_sha256
 from lib.errors import IdentityRefusedError
 from lib.fasta import PLAN, Inventory
+from lib.footer import read_footer
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run

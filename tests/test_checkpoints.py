@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from lib.checkpoints import read_footer
+from lib.footer import read_footer
 from tests.conftest import SOME_PROTEINS, Place, Script
 
 

@@ -146,6 +146,28 @@ def test_another_runs_file_of_the_same_name_is_refused(
         open_run(place.database, 1)
 
 
+@pytest.mark.parametrize(
+    ("written", "fact"),
+    [
+        ("[" * 100_000, "footer metadata is not JSON"),
+        ('{"identity": []}', "footer has no identity"),
+        (None, "footer has no esm_ledger metadata"),
+    ],
+)
+def test_a_footer_that_says_nothing_is_refused(
+    embedded: Runs, place: Place, written: str | None, fact: str
+) -> None:
+    file = embedded[1] / "checkpoint-000001.parquet"
+    metadata = {} if written is None else {"esm_ledger": written}
+    pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
+    with transaction(open_for_writing(str(place.database))) as session:
+        session.connection().exec_driver_sql(
+            f"UPDATE checkpoints SET bytes = {file.stat().st_size} WHERE path = '{file.name}'"
+        )
+    with pytest.raises(IdentityRefusedError, match=f"{file.name}: {fact}$"):
+        open_run(place.database, 1)
+
+
 def test_reading_needs_neither_torch_nor_sqlalchemy(embedded: Runs, place: Place) -> None:
     code = (
         "import sys; from lib.embeddings import open_run; "

@@ -33,10 +33,10 @@ import pyarrow.parquet as pq
 from backports import zstd
 from safetensors.torch import save_file
 
-from lib.checkpoints import read_footer
 from lib.detection import detect
 from lib.errors import LedgerError
 from lib.fasta import preflight, read_records
+from lib.footer import read_footer
 from lib.settings import DEFAULT_CONFIG, load_settings
 from lib.untrained import make_model
 from lib.weights import open_weights
