@@ -351,7 +351,10 @@ LARGE = st.integers(1, 2**31 - 1)
 NAMES = st.text(
     st.characters(exclude_categories=("C", "Z")) | st.just(" "), min_size=1, max_size=20
 )
-ANY_PATH = NAMES.map(lambda name: f"/data/{name}/x").filter(lambda path: "://" not in path)
+# As pathlib writes it: `/data/./x` and `/data//x` are the file `/data/x`.
+ANY_PATH = NAMES.map(lambda name: str(Path(f"/data/{name}/x"))).filter(
+    lambda path: "://" not in path
+)
 # What every option may be, as it comes out.
 VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("model", "esm_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
