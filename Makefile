@@ -78,6 +78,14 @@ history: $(installed) ## show all runs, newest first, or RUN=
 query: $(installed) ## ask the run database: make query ARGS='"select * from run_history"'
 	@$(python) scripts/query.py $(config) $(ARGS)
 
+.PHONY: browse
+browse: $(venv)/.installed-browse ## show the run database in a web browser, read-only (this machine only)
+	@$(python) scripts/browse.py $(config) $(ARGS)
+
+$(venv)/.installed-browse: $(installed)
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,browse]'
+	@touch $@
+
 .PHONY: export
 export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)

@@ -160,6 +160,7 @@ def print_result(content: object, lines: Sequence[str], *, as_json: bool) -> Non
         print_json(content)
     else:
         print_line("\n".join(lines))
+    sys.stdout.flush()  # who reads it may wait for it while the script goes on
 
 
 def print_json(content: object) -> None:

@@ -1,19 +1,32 @@
 -- Views for people. They read the tables of tables.py; `query.py "select * from run_history"`.
+-- The line before a view says what its rows are, the line before a column what it holds.
 
 -- One row per run, newest first.
 CREATE VIEW run_history AS
 SELECT
+    -- number of the run
     runs.id AS run,
+    -- name of the model; (untrained) if scripts/make_model.py made it
     models.name || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- layers kept
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
+    -- what is kept: mean, bos, per_tok
     (SELECT group_concat(value, ' ') FROM json_each(runs.include)) AS include,
+    -- the FASTA file, absolute
     runs.input_path AS input,
+    -- running, interrupted, failed or finished
     runs.status AS status,
+    -- records in its checkpoints
     coalesce(done.records, 0) AS records_done,
+    -- records in the input
     runs.records_total AS records_total,
+    -- residues computed per second of its checkpoints
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
+    -- UTC ISO 8601
     runs.started_at AS started,
+    -- UTC ISO 8601; NULL if unfinished
     runs.finished_at AS finished,
+    -- the folder of its checkpoints, absolute
     runs.output_folder AS output
 FROM runs
 LEFT JOIN models ON models.id = runs.model_id
@@ -26,13 +39,21 @@ ORDER BY runs.id DESC;
 -- How far each run is, in residues computed, and when its process last said it was alive.
 CREATE VIEW run_progress AS
 SELECT
+    -- number of the run
     runs.id AS run,
+    -- running, interrupted, failed or finished
     runs.status AS status,
+    -- residues computed and committed
     coalesce(done.residues, 0) AS residues_done,
+    -- residues of the different sequences in the input
     runs.residues_total AS residues_total,
+    -- residues_done of residues_total
     round(100.0 * coalesce(done.residues, 0) / runs.residues_total, 1) AS percent,
+    -- checkpoints on record
     coalesce(done.checkpoints, 0) AS checkpoints,
+    -- processes that worked on it
     (SELECT count(*) FROM attempts WHERE attempts.run_id = runs.id) AS attempts,
+    -- when the last of them said it was alive, UTC ISO 8601
     (SELECT max(heartbeat_at) FROM attempts WHERE attempts.run_id = runs.id) AS heartbeat
 FROM runs
 LEFT JOIN (
@@ -44,14 +65,23 @@ ORDER BY runs.id DESC;
 -- Every checkpoint with its model and what, if anything, is wrong with its metadata.
 CREATE VIEW checkpoint_audit AS
 SELECT
+    -- number of the checkpoint
     checkpoints.id AS checkpoint,
+    -- its run
     checkpoints.run_id AS run,
+    -- its Parquet file, absolute
     runs.output_folder || '/' || checkpoints.path AS file,
+    -- name of the model, from its own metadata
     checkpoints.esm2_config ->> 'name' AS model,
+    -- SHA-256 of the weights, from its own metadata
     checkpoints.esm2_config ->> 'sha256' AS model_sha256,
+    -- rows in the file
     checkpoints.records AS records,
+    -- size of the file
     checkpoints.bytes AS bytes,
+    -- UTC ISO 8601
     checkpoints.committed_at AS committed,
+    -- what is wrong with its metadata; NULL: nothing
     CASE
         WHEN checkpoints.esm2_config IS NULL THEN 'no model metadata (NULL)'
         WHEN runs.esm2_config IS NULL THEN 'run has no model metadata (NULL)'
@@ -81,13 +111,21 @@ ORDER BY checkpoints.id;
 -- What each model was used for.
 CREATE VIEW model_usage AS
 SELECT
+    -- number of the model
     models.id AS model_id,
+    -- name of the model; (untrained) if scripts/make_model.py made it
     models.name || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- SHA-256 of the weights on disk
     models.sha256 AS sha256,
+    -- runs that used it
     count(DISTINCT runs.id) AS runs,
+    -- records that it embedded
     coalesce(sum(done.records), 0) AS records,
+    -- residues that it computed
     coalesce(sum(done.residues), 0) AS residues,
+    -- residues computed per second of its checkpoints
     round(sum(done.residues) / nullif(sum(done.seconds), 0), 1) AS residues_per_second,
+    -- when its newest run started, UTC ISO 8601
     max(runs.started_at) AS last_used
 FROM models
 LEFT JOIN runs ON runs.model_id = models.id

@@ -17,6 +17,7 @@ import pytest
 
 from lib.database import open_for_writing, transaction
 from lib.history import query
+from lib.questions import questions
 from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT
 
@@ -119,6 +120,10 @@ def eventful_database(
         change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT' WHERE run_id = 2")
         change("UPDATE checkpoints SET esm2_config = NULL WHERE run_id = 2")
     return url
+
+
+def test_the_questions_are_those_of_the_schema() -> None:
+    assert [(one.text, f"{one.sql}\n") for one in questions()] == QUESTIONS
 
 
 @pytest.mark.parametrize(("question", "statement"), QUESTIONS, ids=[q for q, _ in QUESTIONS])

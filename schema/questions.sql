@@ -1,0 +1,46 @@
+-- Questions that people ask of the run database, each with its one statement; the README shows
+-- them in this order, and `make browse` has a page for each.
+
+-- Which runs used the 650M model on this input?
+SELECT run, status, layers, started FROM run_history
+WHERE model LIKE 'esm2_t33_650M%' AND input LIKE '%/proteins.fasta';
+
+-- What is unfinished, and how far is it?
+SELECT run, status, percent, attempts, heartbeat FROM run_progress WHERE status <> 'finished';
+
+-- Tokens per second by model and machine?
+SELECT m.name AS model, a.host, a.device_name,
+       round(sum(c.residues + 2 * (c.stop_position - c.first_position)) / sum(c.seconds)) AS tokens_per_second
+FROM checkpoints c JOIN attempts a ON a.id = c.attempt_id
+JOIN runs r ON r.id = c.run_id JOIN models m ON m.id = r.model_id
+GROUP BY m.id, a.host, a.device_name;
+
+-- Which checkpoints lack metadata, or differ from their run?
+SELECT run, file, problem FROM checkpoint_audit WHERE problem IS NOT NULL;
+
+-- Which model made this file?
+SELECT run, model, model_sha256 FROM checkpoint_audit
+WHERE file LIKE '%/run-000001/checkpoint-000001.parquet';
+
+-- Which inputs were embedded with more than one model?
+SELECT input_path, count(DISTINCT model_id) AS models, group_concat(DISTINCT id) AS runs
+FROM runs GROUP BY input_sha256 HAVING count(DISTINCT model_id) > 1;
+
+-- Which models have the same name and different weights?
+SELECT name, count(*) AS weights, group_concat(substr(sha256, 1, 8)) AS digests
+FROM models GROUP BY name HAVING count(DISTINCT sha256) > 1;
+
+-- Which runs were stopped, how often, and by what?
+SELECT run_id, count(*) AS attempts, group_concat(outcome, ' then ') AS outcomes, max(error) AS error
+FROM attempts GROUP BY run_id HAVING count(*) > 1 OR max(outcome) <> 'finished';
+
+-- How much disk does each run take?
+SELECT run_id, count(*) AS files, sum(bytes) / 1e6 AS megabytes FROM checkpoints GROUP BY run_id;
+
+-- Which runs embedded sequences only in part, or read letters as X?
+SELECT id AS run, records_truncated, max_residues, residues_mapped FROM runs
+WHERE records_truncated > 0 OR residues_mapped > 0;
+
+-- Which library versions computed this run?
+SELECT id AS attempt, versions ->> 'torch' AS torch, versions ->> 'python' AS python
+FROM attempts WHERE run_id = 1;
