@@ -65,7 +65,8 @@ def serve(app: App, listener: socket.socket) -> None:
 
     config = uvicorn.Config(
         guarded_app(app),
-        log_level="error",
+        # Datasette tells what fails; uvicorn would print a traceback for every answer cut off.
+        log_level="critical",
         access_log=False,
         http="h11",
         loop="asyncio",
