@@ -39,15 +39,9 @@ def browser_app(url: str) -> App:
     connect_read_only(path).close()
     try:
         from datasette.app import Datasette
-        from datasette.plugins import DEFAULT_PLUGINS, pm
     except ImportError as error:
         raise SettingsError(f"browse: {error.name} is not installed") from None
-    # Plugins that happen to be installed may write, upload or serve files.
-    for plugin in pm.get_plugins():
-        if pm.get_name(plugin) not in DEFAULT_PLUGINS:
-            pm.unregister(plugin)
-    # With rich installed it would print a traceback for every address that does not exist.
-    pm.get_plugin("datasette.handle_exception").rich = None
+    _choose_plugins()
     app = Datasette(memory=False, metadata=page_metadata(path), settings=_SETTINGS)
     app.remove_database("_memory")
     app.add_database(_read_only_database(app, path), name=_NAME)
@@ -75,9 +69,34 @@ def page_metadata(path: Path) -> dict[str, Any]:
     }
 
 
+def _choose_plugins() -> None:
+    """Leave Datasette its own plugins, and let errors of the database be told in one line."""
+    from datasette import handle_exception as usual
+    from datasette import hookimpl
+    from datasette.plugins import DEFAULT_PLUGINS, pm
+    from datasette.views.base import DatasetteError
+
+    class ErrorPages:
+        @staticmethod
+        @hookimpl  # type: ignore[untyped-decorator]
+        def handle_exception(datasette: object, request: object, exception: Exception) -> object:
+            if isinstance(exception, LedgerError | sqlite3.Error):
+                # Datasette prints a traceback of whatever it does not know.
+                exception = DatasetteError(str(exception), status=500)
+            return usual.handle_exception(datasette, request, exception)
+
+    # Plugins that happen to be installed may write, upload or serve files.
+    kept = set(DEFAULT_PLUGINS) - {usual.__name__}
+    for plugin in pm.get_plugins():
+        if pm.get_name(plugin) not in kept:
+            pm.unregister(plugin)
+    # With rich installed it would print a traceback for every address that does not exist.
+    usual.rich = None
+    pm.register(ErrorPages)
+
+
 def _read_only_database(app: Any, path: Path) -> Any:  # noqa: ANN401 (Datasette has no types)
     from datasette.database import Database
-    from datasette.views.base import DatasetteError
 
     class ReadOnlyDatabase(Database):  # type: ignore[misc]
         """Opens the file anew for every look at it.
@@ -92,12 +111,6 @@ def _read_only_database(app: Any, path: Path) -> Any:  # noqa: ANN401 (Datasette
                     self.ds._prepare_connection(connection, self.name)
                     return fn(connection)
 
-            try:
-                return await asyncio.get_running_loop().run_in_executor(self.ds.executor, read)
-            except LedgerError as error:
-                raise DatasetteError(str(error), status=500) from None
-
-        async def execute_write_fn(self, _fn: object, block: bool = True) -> object:
-            raise DatasetteError("read-only", status=403)
+            return await asyncio.get_running_loop().run_in_executor(self.ds.executor, read)
 
     return ReadOnlyDatabase(app, path=str(path))

@@ -347,6 +347,27 @@ def test_a_database_that_goes_away_is_told_and_comes_back(place: Place, folder: 
         assert server.end() == (0, "")
 
 
+@needs_datasette
+def test_a_damaged_table_is_told_on_its_page(place: Place, folder: Path) -> None:
+    copy_database(folder, place.database)
+    statement = (
+        "SELECT rootpage, page_size FROM sqlite_schema, pragma_page_size WHERE name = 'runs'"
+    )
+    ((root, size),) = query(str(place.database), statement).rows
+    with place.database.open("r+b") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xff" * size)
+    with browse(place.config) as server:
+        for page in ("/runs/runs", "/runs/run_history", "/runs/runs.json"):
+            status, text = server.ask(page)
+            assert (status, "database disk image is malformed" in text) == (500, True)
+        assert server.ask("/runs")[0] == 200
+        assert server.ask("/runs/models")[0] == 200
+        status, err = server.end()
+    assert status == 0
+    assert "Traceback" not in err
+
+
 # The command
 
 
