@@ -102,13 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (attempt(one, "09:14:05", "09:18:50", "finished"), [(1, 117, 41_462, 281.4)]),
         (attempt(two, "10:02:11", "12:51:40", "finished"), [(1, 5_210, 1_402_300, 10_150.0)]),
         (
-            attempt(
-                three,
-                "08:30:00",
-                "10:12:44",
-                "interrupted",
-                "SIGTERM: run 3 interrupted, finished work committed",
-            ),
+            attempt(three, "08:30:00", "10:12:44", "interrupted", stopped),
             [(1, 1_560, 430_100, 3_070.2), (2, 1_560, 410_770, 3_061.9)],
         ),
         (attempt(three, "12:00:03", "13:10:22", "finished"), [(3, 2_090, 561_430, 4_190.0)]),
