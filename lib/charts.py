@@ -7,6 +7,7 @@ style sheet: every part has a class. Nothing is told by colour alone.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +19,7 @@ import numpy.typing as npt
 __all__ = ["Axis", "Bars", "Points", "Stretch", "histogram", "mark", "scatter", "steps"]
 
 _WIDTH, _HEIGHT = 380, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 18, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 18, 38
 # Marks by name, one unit from centre to edge, of about the same area.
 _MARKS = {
     "circle": "M-1,0a1,1 0 1,0 2,0a1,1 0 1,0 -2,0z",
@@ -58,7 +59,7 @@ class Axis:
         step = next(ten * factor for factor in (1, 2, 5, 10) if ten * factor >= rough)
         step = max(step, 1.0) if self.whole else step
         first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        return [i * step for i in range(first, last + 1)]
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,16 @@ def scatter(name: str, labels: tuple[str, str], kinds: Sequence[Points]) -> str:
     x = Axis(labels[0], middle[0] - wide * unit / 2, middle[0] + wide * unit / 2)
     y = Axis(labels[1], middle[1] - tall * unit / 2, middle[1] + tall * unit / 2)
     plot = _Plot(name, x, y, round(tall + _TOP + _BOTTOM))
-    for kind in kinds:
-        for (horizontal, vertical), title in zip(kind.places.tolist(), kind.titles, strict=True):
-            plot.mark(kind, plot.x(horizontal), plot.y(vertical), title)
+    drawn = [
+        (kind, place, title)
+        for kind in kinds
+        for place, title in zip(kind.places.tolist(), kind.titles, strict=True)
+    ]
+    # In no order, so that no kind lies on top of the others.
+    random.Random(0).shuffle(drawn)
+    size = _MARK_SIZE if len(drawn) < 500 else _MARK_SIZE * 0.7
+    for kind, place, title in drawn:
+        plot.mark(kind, plot.x(place[0]), plot.y(place[1]), size, title)
     return plot.svg()
 
 
@@ -193,8 +201,9 @@ class _Plot:
         return bottom - self._y.place(value) * (bottom - _TOP)
 
     def rectangle(self, style: str, left: float, right: float, top: float, bottom: float) -> None:
-        # At least half a unit wide: what is there is seen.
-        box = {"x": left, "y": top, "width": max(right - left, 0.5), "height": bottom - top}
+        # What is there is seen, however little it is.
+        wide, tall = max(right - left, 0.5), max(bottom - top, 1.0)
+        box = {"x": left, "y": bottom - tall, "width": wide, "height": tall}
         numbers = {key: f"{value:.1f}" for key, value in box.items()}
         ElementTree.SubElement(self._root, "rect", {"class": style, **numbers})
 
@@ -215,8 +224,8 @@ class _Plot:
             shift = -4 if end else 4
             self.text(f"words {'end' if end else ''}", self.x(value) + shift, _TOP - 4, words)
 
-    def mark(self, kind: Points, x: float, y: float, title: str) -> None:
-        transform = f"translate({x:.1f},{y:.1f}) scale({_MARK_SIZE})"
+    def mark(self, kind: Points, x: float, y: float, size: float, title: str) -> None:
+        transform = f"translate({x:.1f},{y:.1f}) scale({size:.2f})"
         style = f"point {kind.style}"
         attributes = {"class": style, "d": _MARKS[kind.mark], "transform": transform}
         element = ElementTree.SubElement(self._root, "path", attributes)

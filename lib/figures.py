@@ -97,10 +97,14 @@ def norms_figure(found: Survey) -> Figure:
     title, norms = "Norms of the vectors", found.norms
     if not len(norms):
         return Figure(title, "", [_no_vectors(found)])
-    heights, edges = np.histogram(norms, min(_BINS, 5 + len(norms) // 4))
+    low, high = float(norms.min()), float(norms.max())
+    # Norms that hardly differ do not fill the axis with what is rounding.
+    margin = max((high - low) * 0.02, high * 1e-4) or 0.5
+    edges = np.linspace(max(0.0, low - margin), high + margin, min(_BINS, 5 + len(norms) // 4) + 1)
+    heights = np.histogram(norms, edges)[0]
     words = [
-        f"Euclidean norm of {found.column}: smallest {norms.min():.4g}, median "
-        f"{np.median(norms):.4g}, largest {norms.max():.4g}."
+        f"Euclidean norm of {found.column}: smallest {low:.4g}, median "
+        f"{np.median(norms):.4g}, largest {high:.4g}."
     ]
     x = Axis(f"norm of {found.column}", float(edges[0]), float(edges[-1]))
     svg = histogram(f"{title}: {words[0]}", x, "records", edges, [Bars("whole", heights)])

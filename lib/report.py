@@ -42,18 +42,18 @@ _SEAL_BYTES = 120
 class Report:
     """What a report shows of a run.
 
-    facts, model: text by name. extremes, attempts: tables of text and numbers.
+    model: its name, and whether it is untrained. facts, properties: of the run and of the model.
     """
 
     run: int
     uuid: str
     status: str
-    model_name: str
+    model: str
     input_name: str
     written: str
     warnings: list[str]
     facts: dict[str, str | None]
-    model: dict[str, str | None]
+    properties: dict[str, str | None]
     figures: list[Figure]
     extremes: Table
     attempts: Table
@@ -71,7 +71,7 @@ def make_report(url: str, run_id: int, written: str) -> Report:
     written: the time, UTC ISO 8601. Raises what `open_run` and `survey` raise.
     """
     detail = run_detail(url, run_id)
-    status = str(detail.run.dictionaries()[0]["status"])
+    line = detail.run.dictionaries()[0]
     run = open_run(url, run_id, partial=True)
     found = survey(run)
     attempts = query(
@@ -88,13 +88,13 @@ def make_report(url: str, run_id: int, written: str) -> Report:
     return Report(
         run=run_id,
         uuid=run.facts["uuid"],
-        status=status,
-        model_name=run.model["name"],
+        status=line["status"],
+        model=line["model"],
         input_name=PurePath(run.facts["input_path"]).name,
         written=moment(written),
-        warnings=_warnings(run, found, status, detail, attempts),
+        warnings=_warnings(run, found, detail, attempts),
         facts=_facts(run, detail),
-        model=_model(run, attempts),
+        properties=_properties(run, attempts),
         figures=[
             lengths_figure(found, run.facts["max_residues"]),
             throughput_figure([Work(*row) for row in work.rows]),
@@ -169,7 +169,7 @@ def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
     }
 
 
-def _model(run: RunEmbeddings, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+def _properties(run: RunEmbeddings, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     model = run.model
     return {
         "name": model["name"],
@@ -189,7 +189,6 @@ def _model(run: RunEmbeddings, attempts: Sequence[Mapping[str, Any]]) -> dict[st
 def _warnings(
     run: RunEmbeddings,
     found: Survey,
-    status: str,
     detail: RunDetail,
     attempts: Sequence[Mapping[str, Any]],
 ) -> list[str]:
@@ -197,9 +196,10 @@ def _warnings(
     kept, told = run.facts, []
     if run.model["untrained"]:
         told.append("Untrained weights: the vectors mean nothing.")
+    status = detail.run.dictionaries()[0]["status"]
     if status != "finished":
         told.append(
-            f"The run is {status}: {count(len(run))} of {records(kept['records_total'])} embedded."
+            f"Status {status}: {count(len(run))} of {records(kept['records_total'])} embedded."
         )
     if kept["records_truncated"]:
         told.append(

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = {
         "run": report.run,
         "status": report.status,
-        "model": report.model_name,
+        "model": report.model,
         "warnings": report.warnings,
         "to": str(to),
     }
