@@ -148,7 +148,7 @@ def scatter(name: str, labels: tuple[str, str], kinds: Sequence[Points]) -> str:
     middle, spread = (low + high) / 2, (high - low) * 1.08
     wide = _WIDTH - _LEFT - _RIGHT
     unit = max(spread[0] / wide, spread[1] / wide)
-    tall = max(wide / 2, spread[1] / unit)
+    tall = max(wide * 0.6, spread[1] / unit)
     x = Axis(labels[0], middle[0] - wide * unit / 2, middle[0] + wide * unit / 2)
     y = Axis(labels[1], middle[1] - tall * unit / 2, middle[1] + tall * unit / 2)
     plot = _Plot(name, x, y, round(tall + _TOP + _BOTTOM))
