@@ -30,9 +30,10 @@ from sklearn.decomposition import PCA
 from lib.charts import Axis
 from lib.database import open_for_writing, transaction
 from lib.digest import file_sha256
+from lib.embeddings import open_run
 from lib.figures import Work, norms_figure, throughput_figure
 from lib.projection import project
-from lib.survey import Extreme, Survey
+from lib.survey import Extreme, Survey, survey
 from schema.parquet import FOOTER_KEY
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import Array, fasta, read_run, write_fasta
@@ -320,6 +321,31 @@ def test_a_large_run_is_sampled_and_says_so(
     assert "15 records: shortest" in page.words[0]
 
 
+def test_a_survey_stands_in_the_order_of_the_fasta(
+    place: Place, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.fasta.WINDOW_RECORDS", 5)
+    monkeypatch.setattr("lib.survey.SAMPLE_RECORDS", 8)
+    folder = embed(
+        "--set", "input.max_residues=300", "--set", "output.checkpoint_records=2",
+        "--set", "compute.tokens_per_pack=300", "--include", "bos", "mean",
+        "--repr-layers", "0", "2",
+    )  # fmt: skip
+    assert len(list(folder.glob("*.parquet"))) > 4
+    found, expected, rows = survey(open_run(place.database, 1)), vectors(folder), read_run(folder)
+    assert found.column == "mean_2"
+    assert found.lengths.tolist() == [len(sequence) for _, sequence in fasta(SOME_PROTEINS)]
+    assert found.embedded.tolist() == [min(length, 300) for length in found.lengths.tolist()]
+    assert np.allclose(found.norms, np.linalg.norm(expected.astype(np.float64), axis=1), rtol=1e-12)
+    assert found.sample.tolist() == list(range(0, 15, 2))
+    assert found.sample_ids == [rows[record]["id"] for record in range(0, 15, 2)]
+    assert found.sample_vectors.tobytes() == expected[::2].tobytes()
+    order = np.argsort(found.norms).tolist()
+    assert [one.record for one in found.smallest] == order[:3]
+    assert [one.record for one in found.largest] == order[:-4:-1]
+    assert found.largest[0].id == rows[order[-1]]["id"]
+
+
 @pytest.mark.parametrize(
     ("include", "told", "points"),
     [
@@ -499,11 +525,11 @@ def test_ticks_of_a_logarithmic_axis(low: int, factor: float) -> None:
 def test_norms_of_any_size_are_drawn(norm: float, records: int, spread: float) -> None:
     found = norm * (1 + spread * np.linspace(0, 1, records))
     nothing = np.zeros(0, np.int32)
-    survey = Survey(
+    seen = Survey(
         "mean_2", nothing, nothing, found, [Extreme(0, 0, "")], [], nothing.astype(np.int64), [],
         np.zeros((0, 2), np.float32), 0,
     )  # fmt: skip
-    svg = norms_figure(survey).svg
+    svg = norms_figure(seen).svg
     assert "nan" not in svg
     assert "inf" not in svg
     boxes = re.findall(r' height="([\d.]+)"', svg)
