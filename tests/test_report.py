@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from lib.charts import Axis
+from lib.charts import Axis, Bars, histogram
 from lib.database import open_for_writing, transaction
 from lib.digest import file_sha256
 from lib.embeddings import open_run
@@ -487,6 +487,24 @@ def test_throughput_of_many_checkpoints_is_merged_within_attempts() -> None:
     residues = sum(one.residues for one in work)
     assert f"{residues:,} residues in 6 d 22 h of computing" in figure.words[0]
     assert "time computing, days" in figure.svg
+
+
+def test_parts_of_a_bar_stand_upon_each_other() -> None:
+    parts = [Bars("whole", np.array([2, 0, 3])), Bars("truncated", np.array([1, 4, 0]))]
+    svg = histogram("", Axis("", 0, 30), "", np.array([0.0, 10, 20, 30]), parts)
+    found = re.findall(
+        r'class="(whole|truncated)" x="(\S+)" y="(\S+)" width="\S+" height="(\S+)"', svg
+    )
+    boxes = {(style, float(x)): (float(y), float(height)) for style, x, y, height in found}
+    first, second, third = sorted({x for _, x in boxes})
+    assert set(boxes) == {
+        ("whole", first), ("whole", third), ("truncated", first), ("truncated", second),
+    }  # fmt: skip
+    unit, floor = boxes["truncated", first][1], sum(boxes["whole", first])
+    assert sum(boxes["truncated", first]) == pytest.approx(boxes["whole", first][0], abs=0.11)
+    assert sum(boxes["truncated", second]) == pytest.approx(floor, abs=0.11)
+    heights = [boxes[key][1] / unit for key in (("whole", first), ("truncated", second))]
+    assert heights == pytest.approx([2, 4], rel=0.01)
 
 
 # --- numbers of all sizes -----------------------------------------------------------------------
