@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from lib.disk import disk_errors, new_path
 from lib.embeddings import RunEmbeddings, open_run
+from lib.errors import IdentityRefusedError
 from lib.figures import (
     Figure,
     Work,
@@ -30,6 +31,7 @@ from lib.overview import attempts_table, run_fields
 from lib.sqlite_file import database_path
 from lib.survey import Survey, survey
 from lib.units import count, moment, printable, records
+from schema.esm2_config import ESM2Config, load_snapshot
 
 __all__ = ["Report", "default_place", "make_report", "write_report"]
 
@@ -68,11 +70,16 @@ def default_place(url: str, run_id: int) -> Path:
 def make_report(url: str, run_id: int, written: str) -> Report:
     """Read a run, finished or not, and the files of its checkpoints.
 
-    written: the time, UTC ISO 8601. Raises what `open_run` and `survey` raise.
+    written: the time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
+    IdentityRefusedError for model metadata that is not complete.
     """
     detail = run_detail(url, run_id)
     line = detail.run.dictionaries()[0]
     run = open_run(url, run_id, partial=True)
+    try:
+        model = load_snapshot(run.model)
+    except ValueError as error:
+        raise IdentityRefusedError(f"run {run_id}: {error}") from None
     found = survey(run)
     attempts = query(
         url,
@@ -94,7 +101,7 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         written=moment(written),
         warnings=_warnings(run, found, detail, attempts),
         facts=_facts(run, detail),
-        properties=_properties(run, attempts),
+        properties=_properties(model, attempts),
         figures=[
             lengths_figure(found, run.facts["max_residues"]),
             throughput_figure([Work(*row) for row in work.rows]),
@@ -169,19 +176,18 @@ def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
     }
 
 
-def _properties(run: RunEmbeddings, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
-    model = run.model
+def _properties(model: ESM2Config, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     return {
-        "name": model["name"],
-        "layers": count(model["num_layers"]),
-        "width of a vector": count(model["hidden_dim"]),
-        "attention heads": count(model["attention_heads"]),
-        "token dropout": "yes" if model["token_dropout"] else "no",
-        "parameters": count(model["parameters"]),
-        "untrained": "yes" if model["untrained"] else "no",
-        "format": model["weights_format"],
-        "stored as": model["dtype"],
-        "SHA-256": model["sha256"],
+        "name": model.name,
+        "layers": count(model.num_layers),
+        "width of a vector": count(model.hidden_dim),
+        "attention heads": count(model.attention_heads),
+        "token dropout": "yes" if model.token_dropout else "no",
+        "parameters": count(model.parameters),
+        "untrained": "yes" if model.untrained else "no",
+        "format": model.weights_format,
+        "stored as": model.dtype,
+        "SHA-256": model.sha256,
         "read from": attempts[-1]["weights_path"] if attempts else None,
     }
 

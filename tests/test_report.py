@@ -456,6 +456,37 @@ def test_a_run_whose_process_died(script: Script, place: Place, embed: Embed) ->
     assert "Status killed: 15 of 15 records embedded." in page_of(script, place).warnings
 
 
+def test_rows_without_model_metadata_are_refused(
+    script: Script, place: Place, embed: Embed
+) -> None:
+    embed()
+    change(place, "DELETE FROM checkpoints")
+    for snapshot, fact in (("NULL", "no model metadata (NULL)"), ("'{}'", "model metadata lacks ")):
+        change(place, f"UPDATE runs SET status = 'failed', esm2_config = {snapshot}")
+        answer = script("report", "--run", "1")
+        assert answer.status == 3
+        assert answer.error.startswith(f"run 1: {fact}")
+    assert not (place.folder / "reports" / "run-000001.html").exists()
+
+
+def test_the_newest_of_many_attempts_are_shown(script: Script, place: Place, embed: Embed) -> None:
+    embed()
+    columns = (
+        "run_id, host, pid, weights_path, device, device_name, threads, tokens_per_pack, "
+        "versions, started_at, heartbeat_at"
+    )
+    copy = f"INSERT INTO attempts ({columns}) SELECT {columns} FROM attempts WHERE id = 1"
+    change(place, *[copy] * 25)
+    page = page_of(script, place)
+    shown = [
+        value.text
+        for cell, value in pairwise(page.elements)
+        if cell.attributes.get("data-name") == "attempt"
+    ]
+    assert shown == [str(number) for number in range(7, 27)]
+    assert "Earlier attempts, not shown: 6." in page.source
+
+
 # --- throughput ---------------------------------------------------------------------------------
 
 
