@@ -6,7 +6,7 @@
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
-#   TO      export: where to write
+#   TO      export, report: where to write
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
 
@@ -89,6 +89,10 @@ $(venv)/.installed-browse: $(installed)
 .PHONY: export
 export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
+
+.PHONY: report
+report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
+	@$(python) scripts/report.py $(config) $(run) $(to) $(ARGS)
 
 .PHONY: model
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, load_settings
+from lib.units import printable
 
 __all__ = [
     "LiveLines",
@@ -280,6 +281,4 @@ def _width() -> int:
 
 
 def _cell(value: object) -> str:
-    text = "" if value is None else str(value)
-    # Headers and ids come from files of strangers: no control characters reach the terminal.
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return "" if value is None else printable(str(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,15 +36,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_path(path: Path, *, folder: bool) -> Iterator[Path]:
+def new_path(
+    path: Path, *, folder: bool, replaceable: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Give a temporary path beside `path`; what was made there is synced and takes that name.
 
-    With `folder` it is an empty folder, whose files are flat. Nothing that exists is replaced,
-    and nothing is left of work that failed.
+    With `folder` it is an empty folder, whose files are flat. Nothing that exists is replaced
+    but a file that is `replaceable`, and nothing is left of work that failed.
 
     Raises SettingsError if `path` exists or its folder does not, MachineError for the disk.
     """
-    _refuse_existing(path)
+    _refuse_existing(path, replaceable)
     if not path.parent.is_dir():
         raise SettingsError(f"{path.parent}: no such folder")
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -60,7 +62,7 @@ def new_path(path: Path, *, folder: bool) -> Iterator[Path]:
                     os.fsync(written.fileno())
             if folder:
                 sync_folder(temporary)
-            _refuse_existing(path)
+            _refuse_existing(path, replaceable)
             temporary.rename(path)
             sync_folder(path.parent)
     finally:
@@ -70,6 +72,6 @@ def new_path(path: Path, *, folder: bool) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _refuse_existing(path: Path) -> None:
-    if path.exists() or path.is_symlink():
+def _refuse_existing(path: Path, replaceable: Callable[[Path], bool] | None) -> None:
+    if (path.exists() or path.is_symlink()) and not (replaceable and replaceable(path)):
         raise SettingsError(f"{path}: exists already")

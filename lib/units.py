@@ -1,10 +1,10 @@
-"""Units: durations, sizes and counts as people say them."""
+"""Units: durations, sizes and counts as people say them, and what of a text can be shown."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-__all__ = ["count", "duration", "moment", "seconds_between", "size"]
+__all__ = ["count", "duration", "moment", "printable", "records", "seconds_between", "size"]
 
 
 def count(number: float) -> str:
@@ -26,6 +26,19 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60} min"
     hours = minutes // 60
     return f"{hours // 24} d {hours % 24} h"
+
+
+def printable(text: str) -> str:
+    """Return a text without what ends a line, moves a cursor or turns the direction of reading.
+
+    Headers and ids come from files of strangers; each such character is shown as U+FFFD.
+    """
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def records(number: float) -> str:
+    """Return so many records: `1 record`, `2,000 records`."""
+    return "1 record" if number == 1 else f"{count(number)} records"
 
 
 def size(number: float) -> str:

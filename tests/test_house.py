@@ -35,7 +35,7 @@ def test_the_readme_names_every_file_of_a_folder(folder: str) -> None:
     there = {
         path.name
         for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".sql") and path.name != "__init__.py"
+        if path.suffix in (".py", ".sql", ".html") and path.name != "__init__.py"
     }
     assert named == there
 

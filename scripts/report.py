@@ -1,0 +1,49 @@
+"""Write one run as a page of HTML: facts, warnings, lengths, throughput, vectors, attempts.
+
+    python scripts/report.py --run 1
+    python scripts/report.py --run 1 --to run.html
+
+One file that needs no other and no network. Without --to it is reports/run-000001.html beside the
+run database. An earlier report of the same run is replaced unless it was altered, nothing else
+ever is. A run that is not finished is reported as far as it is. Every vector of a layer is read
+once. Exit status: 0 written, 2 refused, 3 files are not what the database lists, 4 disk failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lib.console import arguments, database_url, print_result, run_script
+from lib.report import default_place, make_report, write_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a report and say where it lies."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where (default: reports/)")
+    parsed = parser.parse_args(argv)
+    url = database_url(parsed)
+    report = make_report(url, parsed.run, datetime.now(UTC).isoformat())
+    to = parsed.to
+    if to is None:
+        to = default_place(url, parsed.run)
+        to.parent.mkdir(exist_ok=True)
+    write_report(report, to)
+    content = {
+        "run": report.run,
+        "status": report.status,
+        "model": report.model,
+        "warnings": report.warnings,
+        "to": str(to),
+    }
+    lines = [f"run {report.run} {report.status}: report in {to}"]
+    lines += [f"  {warning}" for warning in report.warnings]
+    print_result(content, lines, as_json=parsed.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
