@@ -1,7 +1,4 @@
-"""Attention of every sequence of a pack to itself, by what is fastest on a device in a precision.
-
-Queries and keys come with rotary positions applied and queries scaled by head_dim ** -0.5.
-"""
+"""Attention of every sequence of a pack to itself, by what is fastest for device and precision."""
 
 from __future__ import annotations
 
@@ -23,21 +20,35 @@ _COLUMNS = 32
 _BLOCKED_TOKENS = 2048
 
 
-def attend(qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    """Return (T, heads, head_dim) in the type of `v`.
+def attend(qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+    """Return (T, heads, head_dim) in the type of `qkv`, which may be overwritten.
 
-    qk: (T, 2, heads, head_dim), queries and keys, in the type of `v` or in float32 (then they
-    are rounded first); v: (T, heads, head_dim), any strides.
+    qkv: (T, 3, heads, head_dim), of queries and keys the numbers that turn together neighbours;
+    rotary: (T, 2, 1, head_dim / 2) complex64, the turn of every token's query and key, with the
+    scale of the scores in the query's.
     """
+    v = qkv[:, 2]
     if v.device.type == "cuda" and v.dtype is not torch.float32:
-        return _varlen(qk.to(v.dtype), v, groups)
+        return _varlen(_turned(qkv, rotary), v, groups)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
-        blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
         part = slice(group.start, group.stop)
+        # By group and not by pack: what is turned is used while it is in the cache.
+        qk = _turned(qkv[part], rotary[part])
+        blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
         attend_group = _blocked if blocked else _flash
-        attend_group(qk[part], v[part], mixed[part], group)
+        attend_group(qk, v[part], mixed[part], group)
     return mixed
+
+
+def _turned(qkv: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Return (T, 2, heads, head_dim) float32: queries and keys with rotary positions.
+
+    One complex product in place (Su et al. 2021).
+    """
+    qk = qkv[:, :2].float()
+    torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
+    return qk
 
 
 def _flash(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group) -> None:
@@ -83,7 +94,7 @@ def _varlen(qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group]) -> torch
     """torch's variable-length attention on CUDA: the whole pack in one call."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k = qk.unbind(1)
+    q, k = qk.to(v.dtype).unbind(1)
     bounds = sequence_bounds(groups).to(v.device, non_blocking=True)
     longest = max(group.tokens for group in groups)
     attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)

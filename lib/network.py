@@ -135,11 +135,7 @@ class Network:
         heads = self.shape.attention_heads
         qkv = linear(self._norm(x, layer.attention_norm), layer.qkv)
         qkv = qkv.view(tokens, 3, heads, width // heads)
-        # Rows of q and k are loaded so that the two numbers that turn together are neighbours,
-        # a complex number: rotary positions (Su et al. 2021) are one product in place.
-        qk = qkv[:, :2].float()
-        torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
-        return attend(qk, qkv[:, 2], groups).view(tokens, width)
+        return attend(qkv, rotary, groups).view(tokens, width)
 
     def _norm(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
         return _norm(x, weight_bias).to(self.dtype)
@@ -198,7 +194,8 @@ def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:
 def _pair_neighbours(stored: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of every head from (0 … w/2, w/2 … w) to (0, w/2, 1, w/2 + 1, …).
 
-    Done to q and k alike it leaves their products what they were.
+    Done to q and k alike it leaves their products what they were, and the two numbers that a
+    rotary position turns together are neighbours, a complex number.
     """
     halves = stored.view(heads, 2, -1, *stored.shape[1:])
     return halves.transpose(1, 2).reshape(stored.shape)

@@ -14,22 +14,26 @@ HEADS, WIDTH = 3, 8
 
 
 def pack(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list[Group]]:
-    """Return queries with keys, values, and the groups of a pack of mixed lengths."""
+    """Return queries, keys and values, turns, and the groups of a pack of mixed lengths."""
     torch.manual_seed(0)
     tokens = sum(LENGTHS) + 2 * len(LENGTHS)
-    qkv = torch.randn(tokens, 3, HEADS, WIDTH)
-    qkv[:, 0] *= WIDTH**-0.5  # queries come scaled
-    return qkv[:, :2], qkv[:, 2].to(dtype), group_equal_lengths(LENGTHS)
+    qkv = torch.randn(tokens, 3, HEADS, WIDTH).to(dtype)
+    angles = torch.randn(tokens, 1, 1, WIDTH // 2)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    return qkv, torch.cat((turns * WIDTH**-0.5, turns), dim=1), group_equal_lengths(LENGTHS)
 
 
-def by_hand(qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def by_hand(qkv: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Return attention of every sequence by its definition, in float64."""
+    even, odd = qkv[:, :2, :, 0::2].double(), qkv[:, :2, :, 1::2].double()
+    cos, sin = rotary.real.double(), rotary.imag.double()
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     result, start = [], 0
     for length in LENGTHS:
         part = slice(start, start + length + 2)
-        q, k = qk[part].double().unbind(1)
+        q, k = turned[part].unbind(1)
         scores = torch.einsum("qhd,khd->hqk", q, k).softmax(-1)
-        result.append(torch.einsum("hqk,khd->qhd", scores, v[part].double()))
+        result.append(torch.einsum("hqk,khd->qhd", scores, qkv[part, 2].double()))
         start += length + 2
     return torch.cat(result)
 
@@ -42,19 +46,20 @@ def test_a_token_attends_to_its_own_sequence_only(
     dtype: torch.dtype, bound: float, score_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
-    qk, v, groups = pack(dtype)
-    torch.testing.assert_close(
-        attend(qk, v, groups).double(), by_hand(qk, v), atol=bound, rtol=bound
-    )
+    qkv, rotary, groups = pack(dtype)
+    expected = by_hand(qkv, rotary)
+    found = attend(qkv, rotary, groups).double()
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
 
 
 def test_long_sequences_go_through_the_kernel_that_holds_no_scores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCKED_TOKENS", 50)
-    qk, v, groups = pack(torch.bfloat16)
-    found = attend(qk, v, groups).double()
-    torch.testing.assert_close(found, by_hand(qk, v), atol=3e-2, rtol=3e-2)
+    qkv, rotary, groups = pack(torch.bfloat16)
+    expected = by_hand(qkv, rotary)
+    found = attend(qkv, rotary, groups).double()
+    torch.testing.assert_close(found, expected, atol=3e-2, rtol=3e-2)
 
 
 def test_bounds_are_the_first_token_of_every_sequence_and_the_end() -> None:
@@ -83,6 +88,6 @@ def test_the_cuda_path_hands_the_whole_pack_over_with_its_bounds(
         return result
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    qk, v, groups = pack(torch.float16)
-    found = attention._varlen(qk.to(v.dtype), v, groups)
-    torch.testing.assert_close(found.double(), by_hand(qk, v), atol=4e-3, rtol=4e-3)
+    qkv, rotary, groups = pack(torch.float16)
+    found = attention._varlen(attention._turned(qkv, rotary), qkv[:, 2], groups)
+    torch.testing.assert_close(found.double(), by_hand(qkv, rotary), atol=4e-3, rtol=4e-3)
