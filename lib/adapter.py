@@ -84,6 +84,11 @@ class _AdaptedWeights(Weights):
     base: Weights
     adapter: Adapter
 
+    @property
+    def unadapted(self) -> Weights:
+        """The base."""
+        return self.base
+
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if base or adapter are not those whose metadata was read."""
         self.base.refuse_if_changed()

@@ -20,7 +20,7 @@ from lib.disk import disk_errors, sync_folder
 from lib.errors import MachineError
 from lib.fasta import Owner
 from lib.vectors import Vectors
-from schema.parquet import FOOTER_KEY
+from schema.parquet import CONTACTS, FOOTER_KEY
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -64,7 +64,11 @@ class CheckpointWriter:
         self._rows: list[pa.RecordBatch] = []
         self._held = 0
         self.records = 0
-        floats = [name for name in columns.names if name.startswith(("mean_", "bos_", "per_tok_"))]
+        floats = [
+            name
+            for name in columns.names
+            if name.startswith(("mean_", "bos_", "per_tok_", CONTACTS))
+        ]
         with disk_errors(self._temporary):
             self._writer = pq.ParquetWriter(
                 self._temporary,

@@ -13,9 +13,10 @@ import torch
 from lib.alphabet import tokenise
 from lib.detection import Detection, detect
 from lib.device import choose_device, choose_pack, choose_precision, device_name, use_threads
-from lib.download import download_weights
+from lib.download import download_regression, download_weights
 from lib.errors import MachineError, WeightsError
 from lib.network import Network, load_network
+from lib.regression import regression_path
 from lib.runs import AttemptFacts
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
@@ -47,14 +48,22 @@ def with_weights(
 ) -> Detection:
     """Return a detection with weights on disk, downloading a released name if it must.
 
-    `show` is given the name and gives, while it lasts, what is told of bytes received and in all.
+    If contacts are to be predicted, so is its contact regression. `show` is given the name and
+    gives, while it lasts, what is told of bytes received and in all.
     """
-    if detection.weights is not None:
-        return detection
-    assert detection.released is not None
-    with show(detection.released) as progress:
-        download_weights(replace(settings.model, esm_model=detection.released), progress)
-    return detect(settings.model)
+    contacts = "contacts" in settings.output.include
+    if detection.weights is None:
+        assert detection.released is not None
+        with show(detection.released) as progress:
+            download_weights(replace(settings.model, esm_model=detection.released), progress)
+        detection = detect(settings.model, contacts=contacts)
+    assert detection.weights is not None
+    regression = regression_path(detection.weights.unadapted.path)
+    if contacts and detection.released is not None and not regression.exists():
+        with show(regression.stem) as progress:
+            download_regression(settings.model, detection, progress)
+        detection = detect(settings.model, contacts=True)
+    return detection
 
 
 def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
@@ -71,10 +80,11 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
     settings = replace(settings, compute=chosen)
     threads = use_threads(settings.compute)
+    contacts = "contacts" in settings.output.include
     try:
         digest = _beside(weights.sha256) if sha256 is None else None
-        network = load_network(detection, device, getattr(torch, precision))
-        config = detection.config(digest.result() if digest else str(sha256))
+        network = load_network(detection, device, getattr(torch, precision), contacts=contacts)
+        config = detection.config(digest.result() if digest else str(sha256), contacts=contacts)
         weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

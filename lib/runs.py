@@ -6,12 +6,12 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.orm import Session, selectinload
@@ -264,9 +264,7 @@ def next_checkpoint_number(run: Run) -> int:
 
 def _model(session: Session, config: ESM2Config) -> Model:
     """Return the row of this model, made if it is new."""
-    values: Mapping[str, Any] = {
-        key: value for key, value in config.snapshot().items() if key != "repr_layers"
-    }
+    values = config.weights_snapshot()
     found = session.scalar(select(Model).filter_by(**values))
     if found is not None:
         return found
