@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lib.adapter import Adapter, is_adapter, merge_at_read, read_adapter, with_base
+from lib.adapter import (
+    Adapter,
+    is_adapter,
+    merge_at_read,
+    read_adapter,
+    refuse_contact_head,
+    with_base,
+)
 from lib.catalog import RELEASED, ReleasedModel, trunk_parameters, trunk_shapes
 from lib.errors import SettingsError, WeightsError
 from lib.regression import Regression, read_regression, regression_path
@@ -101,7 +108,10 @@ def detect(model: ModelSettings, *, contacts: bool = False) -> Detection:
     """
     path = find_weights(model)
     if path is not None and is_adapter(path):
-        found = _detect_adapted(model, read_adapter(path))
+        adapter = read_adapter(path)
+        if contacts:
+            refuse_contact_head(adapter)
+        found = _detect_adapted(model, adapter)
     else:
         found = _detect_whole(model, path)
     return _with_regression(found) if contacts and found.weights is not None else found

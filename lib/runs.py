@@ -42,6 +42,8 @@ __all__ = [
     "unfinished_runs",
 ]
 
+_LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
+
 
 @dataclass(frozen=True)
 class AttemptFacts:
@@ -74,8 +76,9 @@ def create_run(
 
     All of it appears in one transaction or not at all; what leaves the block early is recorded as
     the attempt's end. Raises SettingsError if the folder that the run would get has something in
-    it.
+    it, or for contacts that no checkpoint can hold.
     """
+    _refuse_large_contacts(settings, inventory)
     with transaction(engine) as session:
         run = Run(
             uuid=str(uuid.uuid4()),
@@ -302,6 +305,17 @@ def _owner(run: Run) -> str:
         return "owned by another process"
     last = run.attempts[-1]
     return f"owned by process {last.pid} on {last.host} since {last.started_at}"
+
+
+def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
+    longest = inventory.longest
+    if settings.input.long_sequences == "truncate":
+        longest = min(longest, settings.input.max_residues)
+    if "contacts" in settings.output.include and longest**2 > _LARGEST_LIST:
+        raise SettingsError(
+            f"include contacts: {longest} residues have {longest**2} contacts, a list of a "
+            f"checkpoint holds {_LARGEST_LIST}"
+        )
 
 
 def _make_folder(folder: Path) -> IO[bytes]:
