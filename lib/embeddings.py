@@ -211,7 +211,8 @@ class RunEmbeddings:
 
         record: position in the FASTA. Raises SettingsError for a record that is not there.
         """
-        return self._row(self.column("per_tok", layer), record).reshape(-1, self.hidden_dim)
+        column = self.column("per_tok", layer)
+        return self.row(record, column)[column].reshape(-1, self.hidden_dim)
 
     def contacts(self, record: int) -> npt.NDArray[np.float32]:
         """Return (embedded_length, embedded_length) probabilities of one record.
@@ -219,20 +220,22 @@ class RunEmbeddings:
         Raises SettingsError for a record that is not there, or a run that kept none.
         """
         self._refuse_unkept(CONTACTS)
-        row = self._row(CONTACTS, record)
-        return row.reshape(math.isqrt(row.size), -1)
+        found = self.row(record, CONTACTS)[CONTACTS]
+        return found.reshape(math.isqrt(found.size), -1)
 
-    def _row(self, column: str, record: int) -> Array:
-        """Return the numbers of one record in a column of lists, flat."""
+    def row(self, record: int, *columns: str) -> dict[str, Array]:
+        """Return the numbers that columns have of one record, flat, in the type that was kept.
+
+        Raises SettingsError for a record that is not there.
+        """
         position = int(np.searchsorted(self.records, record))
         if position == len(self) or self.records[position] != record:
             raise SettingsError(f"run {self.facts['id']}: no record {record}")
         file, group, row = (int(one) for one in self._places[position])
         path = self._files[file].path
         with disk_errors(path), _open(path) as parquet:
-            table = parquet.read_row_group(group, columns=[column])
-        (found,) = lists(table.column(column).slice(row, 1))
-        return found
+            table = parquet.read_row_group(group, columns=list(columns))
+        return {column: values(table.column(column).slice(row, 1)) for column in columns}
 
     def stored(self, *columns: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Yield every row once, a row group at a time, as it lies on disk.
@@ -261,7 +264,7 @@ class RunEmbeddings:
 
 
 def values(column: pa.ChunkedArray) -> Array:
-    """Return the numbers of a column of fixed-size lists, flat."""
+    """Return the numbers of a column of lists, flat."""
     return np.asarray(pc.list_flatten(column).to_numpy())
 
 
