@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from lib.adapter import (
@@ -42,13 +41,15 @@ class Detection:
     """What is known of a model before any of its tensors is read.
 
     `weights` is None for a released name that is not on disk: then the values are the
-    catalog's. `released` is the released model that this is, or that it adapts.
+    catalog's. `released` is the released model that this is, or that it adapts. `regression` is
+    there if contacts are to be predicted and it is on disk.
     """
 
     name: str
     weights: Weights | None
     properties: dict[str, Property]
     released: str | None = None
+    regression: Regression | None = None
 
     def value(self, key: str) -> int:
         """Return the value of a whole-number property."""
@@ -68,19 +69,16 @@ class Detection:
         """Whether the weights say that they were made by scripts/make_model.py."""
         return self.weights is not None and self.weights.untrained
 
-    @cached_property
-    def regression(self) -> Regression:
-        """The contact regression of weights on disk; raises WeightsError if they have none."""
+    def find_regression(self) -> Regression:
+        """Read the contact regression of weights on disk; raises WeightsError if there is none."""
         assert self.weights is not None
         return read_regression(
             self.weights, self.value("num_layers"), self.value("attention_heads")
         )
 
-    def config(self, sha256: str, *, contacts: bool = False) -> ESM2Config:
-        """Return the ESM2Config of weights on disk whose digest has been taken.
-
-        contacts: whether contacts are predicted, which makes the contact regression part of it.
-        """
+    def config(self, sha256: str) -> ESM2Config:
+        """Return the ESM2Config of weights on disk whose digest has been taken."""
+        own = self.regression.sha256 or sha256 if self.regression else None
         return ESM2Config(
             name=self.name,
             num_layers=self.value("num_layers"),
@@ -93,7 +91,7 @@ class Detection:
             dtype=str(self.properties["dtype"].value),
             sha256=sha256,
             untrained=self.untrained,
-            contact_regression_sha256=(self.regression.sha256 or sha256) if contacts else None,
+            contact_regression_sha256=own,
         )
 
 
@@ -139,10 +137,12 @@ def _with_regression(detection: Detection) -> Detection:
     assert detection.weights is not None
     path = regression_path(detection.weights.unadapted.path)
     if detection.released is not None and not path.exists():
-        place = Property(f"{path} (not on disk)", "catalog")
+        regression, place = None, Property(f"{path} (not on disk)", "catalog")
     else:
-        place = Property(str(detection.regression.path), "file")
-    return replace(detection, properties=detection.properties | {"contact_regression": place})
+        regression = detection.find_regression()
+        place = Property(str(regression.path), "file")
+    properties = detection.properties | {"contact_regression": place}
+    return replace(detection, properties=properties, regression=regression)
 
 
 def _detect_whole(model: ModelSettings, path: Path | None) -> Detection:

@@ -40,19 +40,17 @@ class Reference:
 class FairEsm:
     """fair-esm's ESM2 in float32 on the CPU, one sequence at a time."""
 
-    def __init__(self, detection: Detection, *, contacts: bool) -> None:
-        """Load detected weights; contacts: whether to load the contact regression.
+    def __init__(self, detection: Detection) -> None:
+        """Load detected weights, and their contact regression if contacts are to be predicted.
 
         Raises MachineError if the model does not fit into memory, WeightsError if the weights
         changed meanwhile.
         """
         weights = detection.weights
         assert weights is not None
-        self._layers, self._heads = (
-            detection.value("num_layers"),
-            detection.value("attention_heads"),
-        )
-        self._contacts = contacts
+        self._layers = detection.value("num_layers")
+        self._heads = detection.value("attention_heads")
+        self._contacts = detection.regression is not None
         needed, available = 4 * detection.value("parameters"), available_bytes(_CPU)
         if available is not None and needed > available:
             raise MachineError(
@@ -67,10 +65,10 @@ class FairEsm:
         names = [*trunk_shapes(self._layers, width)]
         names += [name for name in weights.tensors if name.endswith("rot_emb.inv_freq")]
         state = dict(weights.read(names))
-        if contacts:
-            regression = detection.regression
-            state["contact_head.regression.weight"] = regression.weight.reshape(1, -1)
-            state["contact_head.regression.bias"] = torch.tensor([regression.bias])
+        if detection.regression is not None:
+            weight, bias = detection.regression.weight, detection.regression.bias
+            state["contact_head.regression.weight"] = weight.reshape(1, -1)
+            state["contact_head.regression.bias"] = torch.tensor([bias])
         # Without the language-model head, which no vector goes through.
         self._model.load_state_dict(state, strict=False)
         self._model.eval()

@@ -114,12 +114,13 @@ def check_sha256(run: Run, detection: Detection, sha256: str) -> None:
             f"{_place(detection)}"
         )
     if "contacts" in run.include:
-        found = detection.regression.sha256 or sha256
+        regression = detection.regression or detection.find_regression()
+        found = regression.sha256 or sha256
         recorded = run_config(run).contact_regression_sha256
         if found != recorded:
             raise IdentityRefusedError(
                 f"run {run.id}: sha256 of the contact regression is {recorded} in the run, "
-                f"{found} in {detection.regression.path}"
+                f"{found} in {regression.path}"
             )
 
 

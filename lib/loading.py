@@ -70,7 +70,8 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     """Load the detected weights on the device of the settings.
 
     sha256: their digest; where no identity had to be checked before, it is taken meanwhile.
-    Raises MachineError for a missing device or memory.
+    Raises MachineError for a missing device or memory, WeightsError if contacts are to be kept and
+    the contact regression is not on disk.
     """
     weights = detection.weights
     assert weights is not None
@@ -80,11 +81,12 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
     settings = replace(settings, compute=chosen)
     threads = use_threads(settings.compute)
-    contacts = "contacts" in settings.output.include
+    if "contacts" in settings.output.include and detection.regression is None:
+        raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
     try:
         digest = _beside(weights.sha256) if sha256 is None else None
-        network = load_network(detection, device, getattr(torch, precision), contacts=contacts)
-        config = detection.config(digest.result() if digest else str(sha256), contacts=contacts)
+        network = load_network(detection, device, getattr(torch, precision))
+        config = detection.config(digest.result() if digest else str(sha256))
         weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

@@ -162,14 +162,11 @@ class Network:
         return _norm(x, weight_bias).to(self.dtype)
 
 
-def load_network(
-    detection: Detection, device: torch.device, dtype: torch.dtype, *, contacts: bool = False
-) -> Network:
+def load_network(detection: Detection, device: torch.device, dtype: torch.dtype) -> Network:
     """Read the tensors of detected weights into memory on `device`, a few mapped at a time.
 
     Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
     first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
-    contacts: whether to load the contact regression.
     Raises WeightsError for rotary frequencies that differ by layer.
     """
     weights = detection.weights
@@ -204,8 +201,7 @@ def load_network(
     final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
     inv_freq = _inverse_frequencies(weights, shape).to(device)
     embedding = tensors["embed_tokens.weight"]
-    regression = detection.regression if contacts else None
-    return Network(shape, dtype, embedding, layers, final, inv_freq, regression)
+    return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
 
 
 def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:

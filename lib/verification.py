@@ -167,7 +167,7 @@ def verify_run(
         raise SettingsError(f"run {run_id}: no record is done")
     drawn = sorted(random.Random(seed).sample(there, min(sample, len(there))))
     use_threads(admission.settings.compute)
-    reference = FairEsm(admission.detection, contacts=CONTACTS in run.include)
+    reference = FairEsm(admission.detection)
     sequences = _sequences(admission.settings, admission.inventory, drawn)
     left_out = [*_too_large(sequences, reference)]
     for line in left_out:

@@ -26,9 +26,10 @@ from lib.fasta import Owner, Sequence
 from lib.network import load_network
 from lib.settings import load_settings
 from lib.vectors import compute
-found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
+settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
+found = detect(settings.model, contacts="contacts" in sys.argv)
 network = load_network(
-    found, torch.device("cpu"), getattr(torch, sys.argv[2]), contacts="contacts" in sys.argv
+    found, torch.device("cpu"), getattr(torch, sys.argv[2])
 )
 def pack(count, residues):
     owner = [Owner(0, "a", "", residues)]
