@@ -175,12 +175,11 @@ def test_the_contact_regression_is_fetched_if_contacts_are_asked_for(
     base = tmp_path / f"{NAME}.pt"
     regression = make_model(base, 6, 320, 20)
     server.body = regression.read_bytes()
-    shutil.copy(base, place.folder)
-    place.set("model", "weights_directory", place.folder)
+    (place.folder / "weights").mkdir()
+    shutil.copy(base, place.folder / "weights")
     answer = script("validate", "--esm-model", NAME, "--set", "output.include=contacts")
     assert answer.status == 2
     assert answer.error.endswith("no contact regression on disk (embed downloads it)")
-    place.set("model", "weights_directory", place.folder / "weights")
     answer = embed_contacts(script, place, base)
     assert answer.status == 0, answer.err
     assert server.path == f"/regression/{regression.name}"
