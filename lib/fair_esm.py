@@ -19,9 +19,9 @@ __all__ = ["FairEsm", "Reference"]
 
 _CPU = torch.device("cpu")
 # Attention of all heads is held as scores, as probabilities and as a copy; for contacts, that of
-# all layers as stacked, without <eos>, as a copy, made symmetric and corrected.
+# all layers as made, stacked, without <eos>, as a copy, made symmetric and corrected.
 _MAPS_ALIVE = 3
-_STACKS_ALIVE = 5
+_STACKS_ALIVE = 6
 
 Array = npt.NDArray[np.float32]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +22,7 @@ from lib.regression import regression_path
 from lib.untrained import make_folder
 from schema.parquet import FOOTER_KEY
 from schema.tables import Run
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, write_fasta
 from tests.test_adapter import TENSORS, save_adapter
 from tests.test_resume import QUICK, killed_at
@@ -239,8 +241,8 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
 ) -> None:
     source = write_fasta(place.folder / "two.fasta", [("long", "MK" * 25), ("short", "MKV")])
     embed(script, small_model, source=source)
-    # Maps of 52 tokens: three of each of the four heads, and five of each of both layers' heads.
-    monkeypatch.setattr(verification, "available_bytes", lambda _: 52 * 4 * 52**2 - 1)
+    # Maps of 52 tokens: three of each of the four heads, and six of each of both layers' heads.
+    monkeypatch.setattr(verification, "available_bytes", lambda _: 60 * 4 * 52**2 - 1)
     answer = script("verify", *ALL)
     assert answer.status == 0
     assert "left out: record 0 (long): 50 residues need 0.0 GB of memory in fair-esm" in answer.err
@@ -253,6 +255,32 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
     answer = script("verify", *ALL)
     assert answer.status == 4
     assert "parameters in float32 need 0.0 GB of memory" in answer.error
+
+
+# Peak of a sequence in fair-esm, beyond what the process had after a tiny one, and the estimate.
+PEAK = """
+import re, sys
+from lib.detection import detect
+from lib.fair_esm import FairEsm
+from lib.settings import load_settings
+settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
+model = FairEsm(detect(settings.model, contacts=sys.argv[2] == "contacts"))
+def peak(residues):
+    model.compute("M" * residues, [2])
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak(10)
+print(peak(1022) - before, model.needed_bytes(1022))
+"""
+
+
+@pytest.mark.parametrize("kind", ["contacts", "mean"])
+def test_fair_esm_takes_no_more_than_estimated(small_model: Path, kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(small_model), kind],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    taken, needed = map(int, done.stdout.split())
+    assert taken <= needed
 
 
 def test_the_worst_of_several_records_is_named() -> None:
