@@ -62,6 +62,10 @@ detect: $(installed) ## print a model's properties and where each came from
 validate: $(installed) ## check settings, model, input and database; with RUN= audit a run
 	@$(python) scripts/validate.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
 
+.PHONY: verify
+verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compare
+	@$(python) scripts/verify.py $(config) $(model) $(input) $(run) $(ARGS)
+
 .PHONY: embed
 embed: $(installed) ## embed INPUT= with MODEL= as a run on the record
 	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(ARGS)

@@ -22,7 +22,14 @@ from lib.torch_archive import TensorInfo
 from lib.weights import Weights
 from schema.settings import ModelSettings
 
-__all__ = ["Adapter", "is_adapter", "merge_at_read", "read_adapter", "with_base"]
+__all__ = [
+    "Adapter",
+    "is_adapter",
+    "merge_at_read",
+    "read_adapter",
+    "refuse_contact_head",
+    "with_base",
+]
 
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -83,6 +90,11 @@ class _AdaptedWeights(Weights):
 
     base: Weights
     adapter: Adapter
+
+    @property
+    def unadapted(self) -> Weights:
+        """The base."""
+        return self.base
 
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if base or adapter are not those whose metadata was read."""
@@ -162,6 +174,13 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(
         folder, stored[0], str(base) if base else None, scaled, replacements, tensors, stamp
     )
+
+
+def refuse_contact_head(adapter: Adapter) -> None:
+    """Raise WeightsError if an adapter stores a contact head: contacts are those of its base's."""
+    for name in adapter.tensors:
+        if ".contact_head." in name:
+            raise WeightsError(f"{adapter.file}: tensor {name}: of a contact head of its own")
 
 
 def with_base(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:

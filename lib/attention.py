@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from lib.packing import Group
 
-__all__ = ["attend"]
+__all__ = ["attend", "turned"]
 
 # Scores are kept this small so that they stay in a core's cache between the two products.
 _SCORE_BYTES = 2 << 20
@@ -29,24 +29,23 @@ def attend(qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group]) -> 
     """
     v = qkv[:, 2]
     if v.device.type == "cuda" and v.dtype is not torch.float32:
-        return _varlen(_turned(qkv, rotary), v, groups)
+        return _varlen(turned(qkv[:, :2].float(), rotary), v, groups)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
         part = slice(group.start, group.stop)
         # By group and not by pack: what is turned is used while it is in the cache.
-        qk = _turned(qkv[part], rotary[part])
+        qk = turned(qkv[part, :2].float(), rotary[part])
         blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
         attend_group = _blocked if blocked else _flash
         attend_group(qk, v[part], mixed[part], group)
     return mixed
 
 
-def _turned(qkv: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Return (T, 2, heads, head_dim) float32: queries and keys with rotary positions.
+def turned(qk: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Give queries and keys, (T, 2, heads, head_dim) float32, their rotary positions in place.
 
-    One complex product in place (Su et al. 2021).
+    One complex product (Su et al. 2021).
     """
-    qk = qkv[:, :2].float()
     torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
     return qk
 

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,7 +21,7 @@ from lib.disk import disk_errors, sync_folder
 from lib.errors import MachineError
 from lib.fasta import Owner
 from lib.vectors import Vectors
-from schema.parquet import FOOTER_KEY
+from schema.parquet import CONTACTS, FOOTER_KEY
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -64,7 +65,11 @@ class CheckpointWriter:
         self._rows: list[pa.RecordBatch] = []
         self._held = 0
         self.records = 0
-        floats = [name for name in columns.names if name.startswith(("mean_", "bos_", "per_tok_"))]
+        floats = [
+            name
+            for name in columns.names
+            if name.startswith(("mean_", "bos_", "per_tok_", CONTACTS))
+        ]
         with disk_errors(self._temporary):
             self._writer = pq.ParquetWriter(
                 self._temporary,
@@ -83,12 +88,15 @@ class CheckpointWriter:
         vectors: Vectors,
     ) -> None:
         """Append a row for every owner of every sequence; lengths: embedded residues of each."""
-        batch = _rows(self._columns, lengths, owners, vectors)
-        self._rows.append(batch)
-        self._held += batch.nbytes
-        self.records += batch.num_rows
-        if self._held >= _ROW_GROUP_BYTES:
-            self._flush()
+        index = np.repeat(np.arange(len(owners)), [len(shared) for shared in owners])
+        flat = [owner for shared in owners for owner in shared]
+        for rows in _cut(index, vectors):
+            batch = _rows(self._columns, lengths, index[rows], flat[rows], vectors)
+            self._rows.append(batch)
+            self._held += batch.nbytes
+            self.records += batch.num_rows
+            if self._held >= _ROW_GROUP_BYTES:
+                self._flush()
 
     def finish(self, first_position: int, stop_position: int) -> FinishedFile:
         """Close and sync the file; it keeps its temporary name until `rename_into_place`."""
@@ -138,15 +146,28 @@ def leftovers(folder: Path, listed: set[str]) -> list[Path]:
     )
 
 
+def _cut(index: npt.NDArray[np.int64], vectors: Vectors) -> Iterator[slice]:
+    """Yield the rows in parts of about a row group: a sequence may have thousands of owners."""
+    sizes = np.zeros(int(index.max()) + 1, np.int64)
+    for column in vectors.columns.values():
+        sizes += [vector.nbytes for vector in column]
+    ends = np.cumsum(sizes[index])
+    start = 0
+    while start < len(index):
+        limit = (int(ends[start - 1]) if start else 0) + _ROW_GROUP_BYTES
+        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
 def _rows(
     columns: pa.Schema,
     lengths: Sequence[int],
-    owners: Sequence[Sequence[Owner]],
+    index: npt.NDArray[np.int64],
+    flat: Sequence[Owner],
     vectors: Vectors,
 ) -> pa.RecordBatch:
-    """Return the Arrow rows of a few sequences, one per owner."""
-    index = np.repeat(np.arange(len(owners)), [len(shared) for shared in owners])
-    flat = [owner for shared in owners for owner in shared]
+    """Return the Arrow rows of records; index: (records,) the sequence of each, flat: its owner."""
     arrays = {
         "record": pa.array([owner.number for owner in flat], pa.int64()),
         "id": pa.array([owner.id for owner in flat], pa.string()),

@@ -76,7 +76,9 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
             option = f"--{flag.replace('_', '-')}"
             group.add_argument(option, metavar=metavar, help=explanation)
     if "include" in flags:
-        group.add_argument("--include", nargs="+", metavar="KIND", help="mean, bos, per_tok")
+        group.add_argument(
+            "--include", nargs="+", metavar="KIND", help="mean, bos, per_tok, contacts"
+        )
     if "repr_layers" in flags:
         group.add_argument(
             "--repr-layers",

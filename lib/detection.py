@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.adapter import Adapter, is_adapter, merge_at_read, read_adapter, with_base
+from lib.adapter import (
+    Adapter,
+    is_adapter,
+    merge_at_read,
+    read_adapter,
+    refuse_contact_head,
+    with_base,
+)
 from lib.catalog import RELEASED, ReleasedModel, trunk_parameters, trunk_shapes
 from lib.errors import SettingsError, WeightsError
+from lib.regression import Regression, read_regression, regression_path
 from lib.weights import Weights, find_weights, open_weights
 from schema.esm2_config import ESM2Config
 from schema.settings import ModelSettings
@@ -33,13 +41,15 @@ class Detection:
     """What is known of a model before any of its tensors is read.
 
     `weights` is None for a released name that is not on disk: then the values are the
-    catalog's. `released` is the released model that this is, or that it adapts.
+    catalog's. `released` is the released model that this is, or that it adapts. `regression` is
+    there if contacts are to be predicted and it is on disk.
     """
 
     name: str
     weights: Weights | None
     properties: dict[str, Property]
     released: str | None = None
+    regression: Regression | None = None
 
     def value(self, key: str) -> int:
         """Return the value of a whole-number property."""
@@ -59,8 +69,16 @@ class Detection:
         """Whether the weights say that they were made by scripts/make_model.py."""
         return self.weights is not None and self.weights.untrained
 
+    def find_regression(self) -> Regression:
+        """Read the contact regression of weights on disk; raises WeightsError if there is none."""
+        assert self.weights is not None
+        return read_regression(
+            self.weights, self.value("num_layers"), self.value("attention_heads")
+        )
+
     def config(self, sha256: str) -> ESM2Config:
         """Return the ESM2Config of weights on disk whose digest has been taken."""
+        own = self.regression.sha256 or sha256 if self.regression else None
         return ESM2Config(
             name=self.name,
             num_layers=self.value("num_layers"),
@@ -73,19 +91,28 @@ class Detection:
             dtype=str(self.properties["dtype"].value),
             sha256=sha256,
             untrained=self.untrained,
+            contact_regression_sha256=own,
         )
 
 
-def detect(model: ModelSettings) -> Detection:
+def detect(model: ModelSettings, *, contacts: bool = False) -> Detection:
     """Detect the chosen model: metadata and tensor shapes, checked against catalog and config.
+
+    contacts: whether they are to be predicted; then weights without a contact regression are
+    refused, but for a released name, whose regression can be downloaded.
 
     Raises WeightsError if the weights are no complete ESM-2 model or a property is missing,
     SettingsError if config.ini contradicts them or asks for a layer they do not have.
     """
     path = find_weights(model)
     if path is not None and is_adapter(path):
-        return _detect_adapted(model, read_adapter(path))
-    return _detect_whole(model, path)
+        adapter = read_adapter(path)
+        if contacts:
+            refuse_contact_head(adapter)
+        found = _detect_adapted(model, adapter)
+    else:
+        found = _detect_whole(model, path)
+    return _with_regression(found) if contacts and found.weights is not None else found
 
 
 def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
@@ -103,6 +130,19 @@ def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
     found["weights_format"] = Property(weights.format, "file")
     found["base"] = Property(str(base.weights.path), source)
     return replace(base, name=name, weights=weights, properties=found)
+
+
+def _with_regression(detection: Detection) -> Detection:
+    """Show where the contact regression lies; refuse weights without one."""
+    assert detection.weights is not None
+    path = regression_path(detection.weights.unadapted.path)
+    if detection.released is not None and not path.exists():
+        regression, place = None, Property(f"{path} (not on disk)", "catalog")
+    else:
+        regression = detection.find_regression()
+        place = Property(str(regression.path), "file")
+    properties = detection.properties | {"contact_regression": place}
+    return replace(detection, properties=properties, regression=regression)
 
 
 def _detect_whole(model: ModelSettings, path: Path | None) -> Detection:

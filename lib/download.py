@@ -15,12 +15,13 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
-from lib.detection import detect
+from lib.detection import Detection, detect
 from lib.errors import LedgerError, MachineError, WeightsError
+from lib.regression import read_regression_file, regression_path
 from lib.weights import hub_checkpoints
 from schema.settings import ModelSettings
 
-__all__ = ["download_target", "download_weights"]
+__all__ = ["download_regression", "download_target", "download_weights"]
 
 _CHUNK = 1 << 20
 _VERSION = "version"
@@ -43,13 +44,48 @@ def download_weights(model: ModelSettings, progress: Callable[[int, int | None],
     """
     target = download_target(model)
     url = f"{model.download_url.rstrip('/')}/{target.name}"
+
+    def verify(part: Path) -> None:
+        detect(replace(model, weights_directory=str(part.parent)))
+
+    _download(url, target, verify, progress)
+    return target
+
+
+def download_regression(
+    model: ModelSettings, detection: Detection, progress: Callable[[int, int | None], None]
+) -> Path:
+    """Fetch the contact regression of a released model that is on disk, to beside its file.
+
+    fair-esm publishes it in the folder `regression` beside that of the models. Works and raises as
+    `download_weights` does.
+    """
+    assert detection.weights is not None
+    target = regression_path(detection.weights.unadapted.path)
+    models = model.download_url.rstrip("/")
+    url = f"{models.rpartition('/')[0]}/regression/{target.name}"
+    layers, heads = detection.value("num_layers"), detection.value("attention_heads")
+
+    def verify(part: Path) -> None:
+        read_regression_file(part, layers, heads)
+
+    _download(url, target, verify, progress)
+    return target
+
+
+def _download(
+    url: str,
+    target: Path,
+    verify: Callable[[Path], object],
+    progress: Callable[[int, int | None], None],
+) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.parent / f".download-{model.esm_model}") as folder:
+        with _alone(target.parent / f".download-{target.stem}") as folder:
             if not target.is_file():  # the process that was waited for may have brought it
                 part = folder / target.name
                 _fetch(url, part, progress)
-                _verify(replace(model, weights_directory=str(folder)), part, url)
+                _verify(verify, part, url)
                 part.rename(target)
     except LedgerError:
         raise
@@ -59,7 +95,6 @@ def download_weights(model: ModelSettings, progress: Callable[[int, int | None],
         raise MachineError(f"{url}: {error.reason}") from None
     except (OSError, HTTPException, ValueError) as error:
         raise MachineError(f"{url}: {error}") from None
-    return target
 
 
 @contextmanager
@@ -90,11 +125,11 @@ def _locked(folder: Path) -> IO[bytes] | None:
     return None
 
 
-def _verify(model: ModelSettings, part: Path, url: str) -> None:
-    """Raise WeightsError, and forget the part, if it is not the very released model."""
+def _verify(verify: Callable[[Path], object], part: Path, url: str) -> None:
+    """Raise WeightsError, and forget the part, if `verify` does."""
     version = part.with_name(_VERSION)
     try:
-        detect(model)
+        verify(part)
     except WeightsError as error:
         fact = str(error).replace(str(part), part.name)
         raise WeightsError(f"{url}: {fact}") from None

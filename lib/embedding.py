@@ -29,7 +29,7 @@ from lib.runs import (
 )
 from lib.settings import Settings
 from lib.vectors import Vectors, compute
-from schema.parquet import checkpoint_columns
+from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 
 __all__ = ["Job", "work"]
@@ -119,9 +119,7 @@ class _Stretch:
         self._columns = checkpoint_columns(
             run.include, run.repr_layers, self._config.hidden_dim, run.per_tok_dtype
         )
-        self.vector_columns = [
-            f"{kind}_{layer}" for kind in run.include for layer in run.repr_layers
-        ]
+        self.vector_columns = vector_columns(run.include, run.repr_layers)
         self._number = next_checkpoint_number(run)
         self._writer: CheckpointWriter | None = None
         self._positions = range(0)

@@ -6,6 +6,7 @@
     run.ids, run.matrix()              # (N,) and (N, hidden_dim) float32, in FASTA order
     run.matrix(to="vectors.npy")       # the same, memory-mapped
     run.residues(7)                    # (embedded_length, hidden_dim) of record 7
+    run.contacts(7)                    # (embedded_length, embedded_length) of record 7
 
 Rows lie in the order of the plan, longest first within a window. They are read once, a row group
 at a time, and each is put where FASTA order wants it: memory holds one row group and, of every
@@ -15,6 +16,7 @@ record, its number.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from lib.errors import IdentityRefusedError, SettingsError
 from lib.footer import read_footer
 from lib.history import query
 from lib.sqlite_file import database_path
+from schema.parquet import CONTACTS
 
 __all__ = ["RunEmbeddings", "open_run", "values"]
 
@@ -144,9 +147,7 @@ class RunEmbeddings:
         Negative layers count from the end; None is the last that was kept. Raises SettingsError
         if the run did not keep it.
         """
-        if kind not in self.facts["include"]:
-            kept = " ".join(self.facts["include"])
-            raise SettingsError(f"run {self.facts['id']}: {kind} is not kept, only {kept}")
+        self._refuse_unkept(kind)
         if layer is None:
             layer = self.layers[-1]
         counted = layer + self.model["num_layers"] + 1 if layer < 0 else layer
@@ -211,15 +212,30 @@ class RunEmbeddings:
         record: position in the FASTA. Raises SettingsError for a record that is not there.
         """
         column = self.column("per_tok", layer)
+        return self.row(record, column)[column].reshape(-1, self.hidden_dim)
+
+    def contacts(self, record: int) -> npt.NDArray[np.float32]:
+        """Return (embedded_length, embedded_length) probabilities of one record.
+
+        Raises SettingsError for a record that is not there, or a run that kept none.
+        """
+        self._refuse_unkept(CONTACTS)
+        found = self.row(record, CONTACTS)[CONTACTS]
+        return found.reshape(math.isqrt(found.size), -1)
+
+    def row(self, record: int, *columns: str) -> dict[str, Array]:
+        """Return the numbers that columns have of one record, flat, in the type that was kept.
+
+        Raises SettingsError for a record that is not there.
+        """
         position = int(np.searchsorted(self.records, record))
         if position == len(self) or self.records[position] != record:
             raise SettingsError(f"run {self.facts['id']}: no record {record}")
         file, group, row = (int(one) for one in self._places[position])
         path = self._files[file].path
         with disk_errors(path), _open(path) as parquet:
-            table = parquet.read_row_group(group, columns=[column])
-        (found,) = lists(table.column(column).slice(row, 1))
-        return found.reshape(-1, self.hidden_dim)
+            table = parquet.read_row_group(group, columns=list(columns))
+        return {column: values(table.column(column).slice(row, 1)) for column in columns}
 
     def stored(self, *columns: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Yield every row once, a row group at a time, as it lies on disk.
@@ -233,6 +249,11 @@ class RunEmbeddings:
                     numbers = table.column("record").to_numpy()
                     yield np.searchsorted(self.records, numbers), table.select(list(columns))
 
+    def _refuse_unkept(self, kind: str) -> None:
+        if kind not in self.facts["include"]:
+            kept = " ".join(self.facts["include"])
+            raise SettingsError(f"run {self.facts['id']}: {kind} is not kept, only {kept}")
+
     def _refuse_incomplete(self) -> None:
         name, total = f"run {self.facts['id']}", self.facts["records_total"]
         twice = np.flatnonzero(self.records[1:] == self.records[:-1])
@@ -243,7 +264,7 @@ class RunEmbeddings:
 
 
 def values(column: pa.ChunkedArray) -> Array:
-    """Return the numbers of a column of fixed-size lists, flat."""
+    """Return the numbers of a column of lists, flat."""
     return np.asarray(pc.list_flatten(column).to_numpy())
 
 

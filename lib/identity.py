@@ -102,9 +102,10 @@ def check_properties(run: Run, detection: Detection) -> None:
 
 
 def check_sha256(run: Run, detection: Detection, sha256: str) -> None:
-    """Compare the digest of the weights in hand with the run's.
+    """Compare the digest of the weights in hand with the run's; with contacts, the regression's.
 
-    Raises IdentityRefusedError if they are other weights of the same shape.
+    Raises IdentityRefusedError if they are other weights of the same shape, WeightsError if the
+    contact regression is not there.
     """
     expected = run_config(run).sha256
     if sha256 != expected:
@@ -112,6 +113,15 @@ def check_sha256(run: Run, detection: Detection, sha256: str) -> None:
             f"run {run.id}: sha256 of the weights is {expected} in the run, {sha256} in "
             f"{_place(detection)}"
         )
+    if "contacts" in run.include:
+        regression = detection.regression or detection.find_regression()
+        found = regression.sha256 or sha256
+        recorded = run_config(run).contact_regression_sha256
+        if found != recorded:
+            raise IdentityRefusedError(
+                f"run {run.id}: sha256 of the contact regression is {recorded} in the run, "
+                f"{found} in {regression.path}"
+            )
 
 
 def check_input(run: Run, inventory: Inventory) -> None:
@@ -183,11 +193,17 @@ def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:
             f"{list(config.repr_layers)} in its model metadata",
             damaged=False,
         )
+    if ("contacts" in run.include) != (config.contact_regression_sha256 is not None):
+        yield Finding(
+            f"run {run.id}: include is {run.include} in the row, contact_regression_sha256 "
+            f"{config.contact_regression_sha256} in its model metadata",
+            damaged=False,
+        )
     if run.model is None:
         yield Finding(f"run {run.id}: model_id is {run.model_id}: no such model", damaged=False)
         return
-    snapshot = config.snapshot()
-    columns = {key: getattr(run.model, key) for key in snapshot if key != "repr_layers"}
+    snapshot = config.weights_snapshot()
+    columns = {key: getattr(run.model, key) for key in snapshot}
     difference = _first_difference({key: snapshot[key] for key in columns}, columns)
     if difference:
         key, was, now = difference

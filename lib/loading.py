@@ -13,9 +13,10 @@ import torch
 from lib.alphabet import tokenise
 from lib.detection import Detection, detect
 from lib.device import choose_device, choose_pack, choose_precision, device_name, use_threads
-from lib.download import download_weights
+from lib.download import download_regression, download_weights
 from lib.errors import MachineError, WeightsError
 from lib.network import Network, load_network
+from lib.regression import regression_path
 from lib.runs import AttemptFacts
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
@@ -47,21 +48,30 @@ def with_weights(
 ) -> Detection:
     """Return a detection with weights on disk, downloading a released name if it must.
 
-    `show` is given the name and gives, while it lasts, what is told of bytes received and in all.
+    If contacts are to be predicted, so is its contact regression. `show` is given the name and
+    gives, while it lasts, what is told of bytes received and in all.
     """
-    if detection.weights is not None:
-        return detection
-    assert detection.released is not None
-    with show(detection.released) as progress:
-        download_weights(replace(settings.model, esm_model=detection.released), progress)
-    return detect(settings.model)
+    contacts = "contacts" in settings.output.include
+    if detection.weights is None:
+        assert detection.released is not None
+        with show(detection.released) as progress:
+            download_weights(replace(settings.model, esm_model=detection.released), progress)
+        detection = detect(settings.model, contacts=contacts)
+    assert detection.weights is not None
+    regression = regression_path(detection.weights.unadapted.path)
+    if contacts and detection.released is not None and not regression.exists():
+        with show(regression.stem) as progress:
+            download_regression(settings.model, detection, progress)
+        detection = detect(settings.model, contacts=True)
+    return detection
 
 
 def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
     """Load the detected weights on the device of the settings.
 
     sha256: their digest; where no identity had to be checked before, it is taken meanwhile.
-    Raises MachineError for a missing device or memory.
+    Raises MachineError for a missing device or memory, WeightsError if contacts are to be kept and
+    the contact regression is not on disk.
     """
     weights = detection.weights
     assert weights is not None
@@ -71,6 +81,8 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
     settings = replace(settings, compute=chosen)
     threads = use_threads(settings.compute)
+    if "contacts" in settings.output.include and detection.regression is None:
+        raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
     try:
         digest = _beside(weights.sha256) if sha256 is None else None
         network = load_network(detection, device, getattr(torch, precision))

@@ -6,11 +6,14 @@ allocation is not to be waited for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["available_bytes", "pack_bytes"]
+from lib.contacts import BLOCK_BYTES
+
+__all__ = ["available_bytes", "contact_bytes", "pack_bytes"]
 
 # Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
 # the feed-forward its input and norm and the 4-wide inner one, in attention q, k, v and copies.
@@ -32,6 +35,17 @@ def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
     """
     # What is kept lies once as arrays and once as the rows of a Parquet file.
     return 4 * tokens * hidden_dim * (_ARRAYS_ALIVE + 3 * kept_layers)
+
+
+def contact_bytes(lengths: Sequence[int]) -> int:
+    """Return an upper estimate of what the contacts of a pack take beside `pack_bytes`.
+
+    lengths: (N,) residues per sequence.
+    """
+    longest = max(BLOCK_BYTES, 4 * (max(lengths) + 2) ** 2)
+    # A block of attention as scores, as probabilities and twice while it is summed up; contacts
+    # as sums, as probabilities, and as the rows of a Parquet file.
+    return 4 * longest + 5 * sum(4 * residues**2 for residues in lengths)
 
 
 def available_bytes(device: torch.device) -> int | None:

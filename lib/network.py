@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from lib.attention import attend
+from lib.attention import attend, turned
 from lib.catalog import trunk_shapes
+from lib.contacts import ContactMaps
 from lib.detection import Detection
 from lib.errors import WeightsError
 from lib.linear import Affine, linear, linear_add, linear_gelu
 from lib.packing import Group, group_equal_lengths
+from lib.regression import Regression
 from lib.weights import Weights
 
 __all__ = ["Network", "load_network"]
@@ -67,7 +69,7 @@ _FIELDS = {
 class Network:
     """An ESM-2 trunk whose weights are in memory; made by `load_network`.
 
-    `dtype` is the type of matrix products.
+    `dtype` is the type of matrix products, `regression` what contacts are predicted with.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Network:
         layers: list[_Layer],
         final_norm: Affine,
         inv_freq: torch.Tensor,
+        regression: Regression | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
@@ -86,15 +89,21 @@ class Network:
         self._layers = layers
         self._final_norm = final_norm
         self._inv_freq = inv_freq
+        self.regression = regression
 
     def forward(
-        self, tokens: torch.Tensor, lengths: Sequence[int], repr_layers: Iterable[int]
+        self,
+        tokens: torch.Tensor,
+        lengths: Sequence[int],
+        repr_layers: Iterable[int],
+        maps: ContactMaps | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (layer, (tokens, hidden_dim) float32) for each of `repr_layers`, ascending.
 
         tokens: (T,) of sequences end to end, each with <cls> and <eos>; lengths: (N,) residues
         per sequence. What is yielded may be overwritten when the next layer is asked for, and
-        layers after the last one wanted are not computed.
+        layers after the last one wanted are not computed, but all of them if `maps`, which the
+        attention of every layer is added to, is given.
         """
         wanted = set(repr_layers)
         groups = group_equal_lengths(lengths)
@@ -104,8 +113,9 @@ class Network:
         if 0 in wanted:
             yield 0, x
         rotary = self._rotary(groups)
-        for number, layer in enumerate(self._layers[: max(wanted)], start=1):
-            x = linear_add(self._attention(layer, x, groups, rotary), layer.out, x)
+        last = max(wanted) if maps is None else self.shape.num_layers
+        for number, layer in enumerate(self._layers[:last], start=1):
+            x = linear_add(self._attention(layer, x, groups, rotary, maps), layer.out, x)
             inner = linear_gelu(self._norm(x, layer.ffn_norm), layer.fc1)
             x = linear_add(inner, layer.fc2, x)
             if number == self.shape.num_layers:
@@ -129,12 +139,19 @@ class Network:
         return torch.stack((turns * scale, turns), dim=1)[rows].unsqueeze(2)
 
     def _attention(
-        self, layer: _Layer, x: torch.Tensor, groups: Sequence[Group], rotary: torch.Tensor
+        self,
+        layer: _Layer,
+        x: torch.Tensor,
+        groups: Sequence[Group],
+        rotary: torch.Tensor,
+        maps: ContactMaps | None,
     ) -> torch.Tensor:
         tokens, width = x.shape
         heads = self.shape.attention_heads
         qkv = linear(self._norm(x, layer.attention_norm), layer.qkv)
         qkv = qkv.view(tokens, 3, heads, width // heads)
+        if maps is not None:
+            maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), rotary))
         return attend(qkv, rotary, groups).view(tokens, width)
 
     def _norm(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
@@ -179,7 +196,8 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
         layers.append(_Layer(**parts))
     final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
     inv_freq = _inverse_frequencies(weights, shape).to(device)
-    return Network(shape, dtype, tensors["embed_tokens.weight"], layers, final, inv_freq)
+    embedding = tensors["embed_tokens.weight"]
+    return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
 
 
 def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:

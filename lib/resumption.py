@@ -88,7 +88,8 @@ def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:
     """
     try:
         # The layers are the run's: another model may not even have them.
-        found = detect(replace(settings.model, repr_layers=None))
+        contacts = "contacts" in run.include
+        found = detect(replace(settings.model, repr_layers=None), contacts=contacts)
     except SettingsError as error:
         raise IdentityRefusedError(f"run {run.id}: {error}") from None
     check_properties(run, found)

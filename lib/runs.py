@@ -6,12 +6,12 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.orm import Session, selectinload
@@ -41,6 +41,8 @@ __all__ = [
     "start_attempt",
     "unfinished_runs",
 ]
+
+_LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def create_run(
 
     All of it appears in one transaction or not at all; what leaves the block early is recorded as
     the attempt's end. Raises SettingsError if the folder that the run would get has something in
-    it.
+    it, or for contacts that no checkpoint can hold.
     """
+    _refuse_large_contacts(settings, inventory)
     with transaction(engine) as session:
         run = Run(
             uuid=str(uuid.uuid4()),
@@ -264,9 +267,7 @@ def next_checkpoint_number(run: Run) -> int:
 
 def _model(session: Session, config: ESM2Config) -> Model:
     """Return the row of this model, made if it is new."""
-    values: Mapping[str, Any] = {
-        key: value for key, value in config.snapshot().items() if key != "repr_layers"
-    }
+    values = config.weights_snapshot()
     found = session.scalar(select(Model).filter_by(**values))
     if found is not None:
         return found
@@ -304,6 +305,17 @@ def _owner(run: Run) -> str:
         return "owned by another process"
     last = run.attempts[-1]
     return f"owned by process {last.pid} on {last.host} since {last.started_at}"
+
+
+def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
+    longest = inventory.longest
+    if settings.input.long_sequences == "truncate":
+        longest = min(longest, settings.input.max_residues)
+    if "contacts" in settings.output.include and longest**2 > _LARGEST_LIST:
+        raise SettingsError(
+            f"include contacts: {longest} residues have {longest**2} contacts, a list of a "
+            f"checkpoint holds {_LARGEST_LIST}"
+        )
 
 
 def _make_folder(folder: Path) -> IO[bytes]:

@@ -6,6 +6,7 @@ Li-Jing-1997/VirNucPro.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from lib.disk import new_path
 from lib.embeddings import RunEmbeddings, lists, values
 from lib.errors import LedgerError, MachineError
 from lib.selection import Selection, facts_of, facts_text, ordered_vectors, refuse_repeats
+from schema.parquet import CONTACTS, vector_columns
 
 __all__ = ["write_esm_extract", "write_virnucpro"]
 
@@ -27,12 +29,14 @@ _KEYS = {
     "per_tok": "representations",
     "mean": "mean_representations",
     "bos": "bos_representations",
+    CONTACTS: CONTACTS,
 }
 _LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> None:
-    """Write a folder with a .pt per record: label, and {layer: float32 tensor} per kind kept.
+    """Write a folder with a .pt per record: label, and {layer: float32 tensor} per kind kept,
+    of contacts the one tensor.
 
     label is the header; the file is named by it, with `/` as `_`. Raises LedgerError for labels
     that would share a file name or are too long for one.
@@ -46,7 +50,7 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
             )
     refuse_repeats(run, names, "file name")
     kinds = [kind for kind in _KEYS if kind in run.facts["include"]]
-    columns = [f"{kind}_{layer}" for kind in kinds for layer in run.layers]
+    columns = vector_columns(kinds, run.layers)
     with new_path(to, folder=True) as folder:
         (folder / "run.json").write_text(facts_text(facts_of(run)), encoding="utf-8")
         for positions, table in run.stored("id", "description", *columns):
@@ -54,11 +58,13 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
             vectors = {name: _rows(run, name, table.column(name)) for name in columns}
             for row, position in enumerate(positions.tolist()):
                 result: dict[str, Any] = {"label": labels[row]}
-                for kind in kinds:
+                for kind in (one for one in kinds if one != CONTACTS):
                     result[_KEYS[kind]] = {
                         layer: torch.from_numpy(vectors[f"{kind}_{layer}"][row].astype(np.float32))
                         for layer in run.layers
                     }
+                if CONTACTS in kinds:
+                    result[CONTACTS] = torch.from_numpy(vectors[CONTACTS][row].copy())
                 _save(result, folder / names[position], to)
 
 
@@ -88,6 +94,8 @@ def _file_name(label: str) -> str:
 
 
 def _rows(run: RunEmbeddings, name: str, column: Any) -> list[npt.NDArray[Any]]:  # noqa: ANN401
+    if name == CONTACTS:
+        return [row.reshape(math.isqrt(row.size), -1) for row in lists(column)]
     if name.startswith("per_tok_"):
         return [row.reshape(-1, run.hidden_dim) for row in lists(column)]
     return list(values(column).reshape(-1, run.hidden_dim))

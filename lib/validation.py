@@ -67,7 +67,7 @@ def validate(settings: Settings, say: Callable[[str], None]) -> Validation:
     The weights are digested, loaded and tried on one short sequence. Raises the LedgerError of
     the first thing that is wrong.
     """
-    detection = detect(settings.model)
+    detection = detect(settings.model, contacts="contacts" in settings.output.include)
     say(f"settings: good, model {detection.name}")
     if detection.weights is None:
         raise WeightsError(f"{detection.name}: weights are not on disk (embed downloads them)")

@@ -12,11 +12,13 @@ import torch
 
 from lib import pooling
 from lib.alphabet import tokenise
+from lib.contacts import ContactMaps
 from lib.errors import LedgerError, MachineError
 from lib.fasta import Sequence as FastaSequence
-from lib.memory import available_bytes, pack_bytes
+from lib.memory import available_bytes, contact_bytes, pack_bytes
 from lib.network import Network
 from lib.packing import group_equal_lengths
+from schema.parquet import CONTACTS
 
 __all__ = ["NonFiniteError", "Vectors", "compute"]
 
@@ -28,7 +30,7 @@ class Vectors:
     """What is kept of a few sequences, by column name, in the order of the plan.
 
     `mean_L` and `bos_L` are (sequences, hidden_dim) float32 arrays, `per_tok_L` a list with
-    one (residues, hidden_dim) array per sequence.
+    one (residues, hidden_dim) array per sequence, `contacts` one with (residues, residues).
     """
 
     columns: Mapping[str, Column]
@@ -41,7 +43,7 @@ class NonFiniteError(LedgerError):
 def compute(
     network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], per_tok_dtype: str
 ) -> Vectors:
-    """Run a pack through the network and keep `columns` ("mean_6", "per_tok_0", …) of it.
+    """Run a pack through the network and keep `columns` ("mean_6", "contacts", …) of it.
 
     A pack that does not fit into the device's memory is computed in halves. Raises MachineError
     naming a record that does not fit alone, NonFiniteError naming the first record and layer
@@ -76,11 +78,15 @@ def _compute(
     groups = group_equal_lengths(lengths)
     tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
     by_layer: dict[int, list[str]] = {}
-    for column in columns:
+    maps = None
+    if CONTACTS in columns:
+        assert network.regression is not None
+        maps = ContactMaps(network.regression, groups, network.device)
+    for column in (name for name in columns if name != CONTACTS):
         by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
     kept: dict[str, Column] = {}
     with torch.inference_mode():
-        for layer, hidden in network.forward(tokens, lengths, by_layer):
+        for layer, hidden in network.forward(tokens, lengths, by_layer, maps):
             for column in by_layer[layer]:
                 kind = column.rpartition("_")[0]
                 if kind == "per_tok":
@@ -91,6 +97,9 @@ def _compute(
                     pool = pooling.mean if kind == "mean" else pooling.bos
                     kept[column] = pool(hidden, groups).cpu().numpy()
                 _refuse_non_finite(kept[column], sequences, column)
+        if maps is not None:
+            kept[CONTACTS] = [one.cpu().numpy() for one in maps.finish()]
+            _refuse_non_finite(kept[CONTACTS], sequences, CONTACTS)
     return Vectors(kept)
 
 
@@ -101,15 +110,16 @@ def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column:
         if not np.isfinite(vector).all():
             owner = sequence.owners[0]
             kind, _, layer = column.rpartition("_")
-            raise NonFiniteError(
-                f"record {owner.number} ({owner.id}): non-finite value in {kind} of layer {layer}"
-            )
+            place = column if column == CONTACTS else f"{kind} of layer {layer}"
+            raise NonFiniteError(f"record {owner.number} ({owner.id}): non-finite value in {place}")
 
 
 def _needed(network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]) -> int:
-    tokens = sum(len(sequence.residues) + 2 for sequence in sequences)
+    lengths = [len(sequence.residues) for sequence in sequences]
+    tokens = sum(lengths) + 2 * len(lengths)
     kept_layers = sum(column.startswith("per_tok_") for column in columns)
-    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers)
+    maps = contact_bytes(lengths) if CONTACTS in columns else 0
+    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -50,6 +50,11 @@ class Weights:
     untrained: bool
     stamp: tuple[object, ...]
 
+    @property
+    def unadapted(self) -> Weights:
+        """These weights, or those that an adapter changes."""
+        return self
+
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if the files on disk are not those whose metadata was read."""
         if _stamp(self.path) != self.stamp:

@@ -19,7 +19,9 @@ class ESM2Config:
     last, after the final layer norm). `parameters` counts the numbers in the embedding trunk:
     token embedding, layers and final layer norm, without the language-model head, the contact
     regression and buffers. `sha256` is the digest of the weights as they lie on disk,
-    a LoRA adapter's with its base's.
+    a LoRA adapter's with its base's. `contact_regression_sha256` is there if contacts are
+    predicted: the digest of the file or folder that holds the contact regression, or of the
+    weights that hold it.
     """
 
     name: str
@@ -33,17 +35,28 @@ class ESM2Config:
     dtype: str
     sha256: str
     untrained: bool
+    contact_regression_sha256: str | None = None
 
     def snapshot(self) -> dict[str, Any]:
         """Return the JSON-ready dictionary that is stored with runs, checkpoints and footers."""
         dumped: dict[str, Any] = ESM2ConfigSchema().dump(self)
+        if self.contact_regression_sha256 is None:
+            del dumped["contact_regression_sha256"]
         return dumped
+
+    def weights_snapshot(self) -> dict[str, Any]:
+        """Return the part of `snapshot` that the table of models holds: no run's choices."""
+        chosen = ("repr_layers", "contact_regression_sha256")
+        return {key: value for key, value in self.snapshot().items() if key not in chosen}
 
 
 class ESM2ConfigSchema(Schema):
-    """A snapshot is complete or it is refused: every key is required, none may be unknown."""
+    """A snapshot is complete or it is refused: no key may be unknown, and every one is required
+    but that of the contact regression, which runs without contacts do not have.
+    """
 
     _positive = validate.Range(min=1)
+    _digest = validate.Regexp(r"[0-9a-f]{64}\Z")
 
     name = fields.String(required=True, validate=validate.Length(min=1))
     num_layers = fields.Integer(required=True, strict=True, validate=_positive)
@@ -63,8 +76,9 @@ class ESM2ConfigSchema(Schema):
     dtype = fields.String(
         required=True, validate=validate.OneOf(["float16", "bfloat16", "float32"])
     )
-    sha256 = fields.String(required=True, validate=validate.Regexp(r"[0-9a-f]{64}\Z"))
+    sha256 = fields.String(required=True, validate=_digest)
     untrained = fields.Boolean(required=True)
+    contact_regression_sha256 = fields.String(validate=_digest)
 
     @post_load
     def _make(self, data: dict[str, Any], **_: object) -> ESM2Config:

@@ -19,7 +19,7 @@ __all__ = [
     "SettingsSections",
 ]
 
-INCLUDES = ("mean", "bos", "per_tok")
+INCLUDES = ("mean", "bos", "per_tok", "contacts")
 _LARGEST = 2**31 - 1  # lengths are int32 in checkpoints, and SQLite's integers end
 _POSITIVE = validate.Range(min=1, max=_LARGEST)
 

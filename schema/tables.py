@@ -89,7 +89,7 @@ class Run(Base):
         comment="JSON snapshot of the model (ESM2Config); NULL is refused by resume"
     )
     repr_layers: Mapped[list[int]] = mapped_column(comment="JSON list of the layers kept")
-    include: Mapped[list[str]] = mapped_column(comment="JSON list: mean, bos, per_tok")
+    include: Mapped[list[str]] = mapped_column(comment="JSON list: mean, bos, per_tok, contacts")
     precision: Mapped[str] = mapped_column(
         comment="type of matrix products: float32, bfloat16 or float16"
     )

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
 
         # ---- What will be done: detected, checked, displayed
-        detection = detect(settings.model)
+        detection = detect(settings.model, contacts="contacts" in settings.output.include)
         columns = ["property", "value", "source"]
         print_table(columns, describe_detection(detection), to_stderr=True)
         inventory = preflight(settings.input)

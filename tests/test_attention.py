@@ -89,5 +89,5 @@ def test_the_cuda_path_hands_the_whole_pack_over_with_its_bounds(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     qkv, rotary, groups = pack(torch.float16)
-    found = attention._varlen(attention._turned(qkv, rotary), qkv[:, 2], groups)
+    found = attention._varlen(attention.turned(qkv[:, :2].float(), rotary), qkv[:, 2], groups)
     torch.testing.assert_close(found.double(), by_hand(qkv, rotary), atol=4e-3, rtol=4e-3)

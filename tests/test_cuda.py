@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from lib.settings import load_settings
 from lib.untrained import make_model
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import Reference, read_run, worst_residue_error
+from tests.test_contacts import BOUNDS, FairEsm, predicted
 from tests.test_network import MIXED_PACK, hidden
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +38,15 @@ def test_every_layer_of_a_mixed_pack_equals_fair_esm(
         truth = reference.tokens(sequence, layers)
         for layer in layers:
             assert worst_residue_error(computed[layer][i], truth[layer]) <= bound
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_contacts_of_a_mixed_pack_are_those_of_fair_esm(
+    small_model: Path, dtype: torch.dtype
+) -> None:
+    found = predicted(small_model, MIXED_PACK, dtype, torch.device("cuda", 0))
+    for one, sequence in zip(found, MIXED_PACK, strict=True):
+        assert np.abs(one - FairEsm(small_model)(sequence)).max() <= BOUNDS[dtype]
 
 
 def test_auto_is_float16_and_a_run_ends(script: Script, place: Place, small_model: Path) -> None:

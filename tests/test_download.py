@@ -6,6 +6,7 @@ where the network broke.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,55 @@ def test_progress_counts_to_the_whole(place: Place, server: Server, published: b
     assert told[-1] == (len(published), len(published))
     assert [received for received, _ in told] == sorted({received for received, _ in told})
     assert len(told) > 5
+
+
+def embed_contacts(script: Script, place: Place, base: Path) -> Answer:
+    """Embed with contacts, with weights of a released name in weights_directory."""
+    folder = place.folder / "weights"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(base, folder / base.name)
+    flags = ["--input", SOME_PROTEINS, "--include", "contacts", "--set", "input.max_residues=40"]
+    return script("embed", "--esm-model", NAME, *flags)
+
+
+def test_the_contact_regression_is_fetched_if_contacts_are_asked_for(
+    script: Script, place: Place, server: Server, tmp_path: Path
+) -> None:
+    base = tmp_path / f"{NAME}.pt"
+    regression = make_model(base, 6, 320, 20)
+    server.body = regression.read_bytes()
+    (place.folder / "weights").mkdir()
+    shutil.copy(base, place.folder / "weights")
+    answer = script("validate", "--esm-model", NAME, "--set", "output.include=contacts")
+    assert answer.status == 2
+    assert answer.error.endswith("no contact regression on disk (embed downloads it)")
+    answer = embed_contacts(script, place, base)
+    assert answer.status == 0, answer.err
+    assert server.path == f"/regression/{regression.name}"
+    assert f"{regression.stem}: " in answer.err  # the bar
+    assert sorted(path.name for path in (place.folder / "weights").iterdir()) == sorted(
+        [base.name, regression.name]
+    )
+    assert embed_contacts(script, place, base).status == 0
+    assert server.asked == 1
+
+
+def test_what_is_no_contact_regression_is_not_kept(
+    script: Script, place: Place, server: Server, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other.pt", 2, 64, 4)
+    base = tmp_path / f"{NAME}.pt"
+    make_model(base, 6, 320, 20)
+    server.body = other.read_bytes()
+    answer = embed_contacts(script, place, base)
+    assert answer.status == 2
+    assert "has shape (1, 8), 6 layers of 20 heads have (1, 120)" in answer.error
+    server.status = 404
+    answer = embed_contacts(script, place, base)
+    assert answer.status == 4
+    assert answer.error.endswith("-contact-regression.pt: HTTP status 404 Not Found")
+    assert [path.name for path in (place.folder / "weights").iterdir()] == [base.name]
+    assert not place.output.exists()
 
 
 def failure(script: Script, place: Place, status: int) -> str:

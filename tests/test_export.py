@@ -115,6 +115,25 @@ def test_esm_extract_has_the_keys_and_tensors_of_extract_py(
             assert tensor.numpy().tobytes() == row[f"per_tok_{layer}"].tobytes()
 
 
+def test_esm_extract_has_contacts_as_extract_py_writes_them(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    assert script("embed", *flags, "--include", "contacts", "bos").status == 0
+    to = place.folder / "extracted"
+    answer = script("export", "--run", "1", "--format", "esm-extract", "--to", to)
+    assert answer.status == 0, answer.err
+    rows: dict[int, Row] = dict(read_run(place.output / "run-000001"))
+    for record, (header, _) in enumerate(fasta(SOME_PROTEINS)):
+        row = rows[record]
+        result = torch.load(to / f"{header.replace('/', '_')}.pt", weights_only=True)
+        assert list(result) == ["label", "bos_representations", "contacts"]
+        size = row["embedded_length"]
+        assert result["contacts"].shape == (size, size)
+        assert result["contacts"].dtype == torch.float32
+        assert result["contacts"].numpy().tobytes() == row["contacts"].tobytes()
+
+
 def test_npy_is_a_matrix_and_its_ids(script: Script, place: Place, rows: dict[int, Row]) -> None:
     to = place.folder / "matrix"
     answer = script("export", "--run", "1", "--format", "npy", "--bos", "--layer", "0", "--to", to)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib import memory, vectors
-from lib.memory import available_bytes, pack_bytes
+from lib.memory import available_bytes, contact_bytes, pack_bytes
 from lib.network import Network
 from lib.untrained import make_model
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
@@ -26,7 +26,8 @@ from lib.fasta import Owner, Sequence
 from lib.network import load_network
 from lib.settings import load_settings
 from lib.vectors import compute
-found = detect(load_settings(overrides={"model.esm_model": sys.argv[1]}).model)
+settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
+found = detect(settings.model, contacts="contacts" in sys.argv)
 network = load_network(
     found, torch.device("cpu"), getattr(torch, sys.argv[2])
 )
@@ -44,7 +45,12 @@ print(pack(int(sys.argv[3]), int(sys.argv[4])) - before)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("count", "residues", "columns"),
-    [(16, 1022, ["mean_2"]), (1, 6_000, ["mean_2"]), (16, 1022, ["per_tok_1", "per_tok_2"])],
+    [
+        (16, 1022, ["mean_2"]),
+        (1, 6_000, ["mean_2"]),
+        (16, 1022, ["per_tok_1", "per_tok_2"]),
+        (2, 2_000, ["contacts"]),
+    ],
 )
 def test_a_pack_takes_no_more_than_estimated(
     tmp_path: Path, precision: str, count: int, residues: int, columns: list[str]
@@ -57,7 +63,8 @@ def test_a_pack_takes_no_more_than_estimated(
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     kept = sum(column.startswith("per_tok") for column in columns)
-    assert int(done.stdout) <= pack_bytes(count * (residues + 2), 1280, kept)
+    maps = contact_bytes([residues] * count) if "contacts" in columns else 0
+    assert int(done.stdout) <= pack_bytes(count * (residues + 2), 1280, kept) + maps
 
 
 def test_the_default_pack_takes_at_most_a_gigabyte_at_the_largest_model() -> None:

@@ -37,6 +37,7 @@ from lib.detection import detect
 from lib.errors import LedgerError
 from lib.fasta import preflight, read_records
 from lib.footer import read_footer
+from lib.regression import read_regression_file
 from lib.settings import DEFAULT_CONFIG, load_settings
 from lib.untrained import make_model
 from lib.weights import open_weights
@@ -175,7 +176,7 @@ def _mutated(content: bytes, draw: random.Random) -> bytes:
 
 def _targets(folder: Path) -> list[_Target]:
     model = folder / "tiny.pt"
-    make_model(model, 1, 16, 2)
+    regression = make_model(model, 1, 16, 2)
     fasta = UNIPROT_PART.read_bytes()
     ini = DEFAULT_CONFIG.read_bytes()
     targets = [
@@ -187,6 +188,7 @@ def _targets(folder: Path) -> list[_Target]:
         _Target("compressed FASTA, gains or loses", ".fasta", _several_streams, _read_streams),
         _Target(".pt, bytes", ".pt", _writer(model.read_bytes()), _detect),
         _Target(".pt, pickle", ".pt", _pickle_writer(model), _detect),
+        _Target("contact regression", ".pt", _pickle_writer(regression), _regression),
         _Target("config.json", "", _folder_writer(model, folder, "config.json"), _detect),
         _Target("safetensors", "", _folder_writer(model, folder, "model.safetensors"), _detect),
         _Target("checkpoint footer", ".parquet", _writer(_parquet(folder)), _footer),
@@ -284,6 +286,10 @@ def _read_streams(path: Path) -> None:
 
 def _detect(path: Path) -> None:
     detect(load_settings(overrides={"model.esm_model": str(path)}).model)
+
+
+def _regression(path: Path) -> None:
+    read_regression_file(path, 1, 2)
 
 
 def _footer(path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Compute a random sample of a run again with fair-esm in float32, and compare.
+
+    python scripts/verify.py --run 1
+    python scripts/verify.py --run 1 --sample 100 --seed 7
+    python scripts/verify.py --run 1 --esm-model /new/place/esm2_t33_650M_UR50D.pt
+
+Identity is checked first, as by resume.py: the run's rows, its files, the weights and the input in
+hand, by their digests. Prints the worst and median error and cosine of every column beside the
+bounds for the run's precision. A seed draws the same records again. Exit status: 0 within the
+bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused, 4 disk,
+database or memory failed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Sequence
+
+if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from lib.console import (
+    arguments,
+    database_url,
+    note,
+    overrides,
+    print_json,
+    print_line,
+    print_table,
+    run_script,
+    settings_arguments,
+)
+from lib.interruption import Interruption
+from lib.verification import COLUMNS, verify_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify a run and say how near it is."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument(
+        "--sample", type=int, default=20, metavar="N", help="records to compute (default 20)"
+    )
+    parser.add_argument("--seed", type=int, help="what draws them (default: another every time)")
+    settings_arguments(parser, "esm_model", "input")
+    parsed = parser.parse_args(argv)
+    seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
+    with Interruption().handled():
+        url, said = database_url(parsed), overrides(parsed)
+        found = verify_run(url, parsed.run, said, parsed.sample, seed, note)
+    if parsed.json:
+        print_json(found.json())
+    else:
+        print_table(COLUMNS, [one.cells() for one in found.agreements])
+        print_line(found.describe())
+    return 0 if found.good else 1
+
+
+if __name__ == "__main__":
+    run_script(main)
