@@ -43,6 +43,7 @@ from lib.embedding import Job, work
 from lib.fasta import preflight
 from lib.interruption import Interruption
 from lib.loading import load_model, with_weights
+from lib.progress import Progress
 from lib.runs import create_run
 from lib.settings import load_settings
 from lib.validation import validate
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             note(f"run {ownership.run_id}")
             network = model.network
-            with ResidueBar(inventory.residues, done=0) as bar:
+            with ResidueBar(Progress(inventory.lengths, network.shape.hidden_dim)) as bar:
                 run = work(
                     Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
                 )
