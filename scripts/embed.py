@@ -36,13 +36,14 @@ from lib.display import (
     describe_run,
     describe_start,
     describe_validation,
+    describe_weights,
     run_json,
     validation_json,
 )
 from lib.embedding import Job, work
 from lib.fasta import preflight
 from lib.interruption import Interruption
-from lib.loading import load_model, with_weights
+from lib.loading import load_model, offer_of, with_weights
 from lib.progress import Progress
 from lib.runs import create_run
 from lib.settings import load_settings
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # ---- What will be done: detected, checked, displayed
         detection = detect(settings.model)
+        note(describe_weights(detection, offer_of(settings, detection)))
         columns = ["property", "value", "source"]
         print_table(columns, describe_detection(detection), to_stderr=True)
         inventory = preflight(settings.input)
