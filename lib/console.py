@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, load_settings
-from lib.units import duration
+from lib.units import duration, size
 
 if TYPE_CHECKING:
     from lib.progress import Progress  # it needs numpy, which history can do without
@@ -298,17 +299,29 @@ def _describe_progress(progress: Progress) -> str:
 
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Give a function that shows bytes received, of all if that is known; the line ends with it."""
+    """Give a function that shows bytes received, of all if that is known.
+
+    As a bar on a terminal, elsewhere as a line a minute and one at the end.
+    """
     from tqdm import tqdm
 
-    bar = tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
+    on_terminal = sys.stderr.isatty()
+    line, line_is_due = f"{name}: nothing", time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def show(received: int, total: int | None) -> None:
+        nonlocal line, line_is_due
         bar.total = total
         bar.update(received - bar.n)
+        line = f"{name}: {size(received)}" + (f" of {size(total)}" if total else "")
+        if not on_terminal and time.monotonic() >= line_is_due:
+            note(line)
+            line_is_due = time.monotonic() + _SECONDS_BETWEEN_LINES
 
+    bar = tqdm(desc=name, unit="B", unit_scale=True, disable=not on_terminal, file=sys.stderr)
     with bar:
         yield show
+    if not on_terminal:
+        note(line)
 
 
 def _width() -> int:

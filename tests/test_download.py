@@ -6,6 +6,7 @@ where the network broke.
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.console import download_bar
 from lib.download import download_target, download_weights
 from lib.errors import MachineError
 from lib.settings import load_settings
@@ -182,6 +184,43 @@ def test_progress_counts_to_the_whole(place: Place, server: Server, published: b
     assert told[-1] == (len(published), len(published))
     assert [received for received, _ in told] == sorted({received for received, _ in told})
     assert len(told) > 5
+
+
+def test_a_log_file_gets_a_line_a_minute(
+    script: Script, place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = published
+    whole = size(len(published))
+    lines = embed(script, place).err.splitlines()
+    assert [one for one in lines if one.startswith(NAME)] == [f"{NAME}: {whole} of {whole}"]
+    download_target(load_settings(place.config, {"model.esm_model": NAME}).model).unlink()
+    monkeypatch.setattr("lib.console._SECONDS_BETWEEN_LINES", 0.0)
+    lines = embed(script, place).err.splitlines()
+    said = [one for one in lines if one.startswith(NAME)]
+    assert len(said) > 5
+    assert said[:2] == [f"{NAME}: {size((1 << 20) * i)} of {whole}" for i in (1, 2)]
+
+
+class Terminal(io.StringIO):
+    """Text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(
+    place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body, server.etag, server.breaks_every = published, '"one"', len(published) // 2 + 1
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with download_bar(NAME) as progress:
+        download_weights(model, progress)
+    states = terminal.getvalue().split("\r")
+    assert states[-1].startswith(f"{NAME}: 100%|")
+    assert states[-1].endswith("\n")
+    assert sum("\n" in state for state in states) == 1
 
 
 def failure(script: Script, place: Place, status: int) -> str:
