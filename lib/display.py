@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lib.detection import Detection
+from lib.download import Offer
 from lib.fasta import Inventory
 from lib.loading import LoadedModel
+from lib.units import size
 from lib.validation import RunAudit, Validation
 from schema.tables import Run
 
@@ -18,6 +20,7 @@ __all__ = [
     "describe_run",
     "describe_start",
     "describe_validation",
+    "describe_weights",
     "detection_json",
     "run_json",
     "validation_json",
@@ -35,6 +38,18 @@ def describe_detection(
     if detection.untrained:
         rows.append(("untrained", "yes", "untrained weights: the vectors mean nothing"))
     return rows
+
+
+def describe_weights(detection: Detection, offer: Offer | None) -> str:
+    """Return, in one line, which model this is and where its weights are or come from."""
+    if offer is None:
+        assert detection.weights is not None
+        return f"model {detection.name}: {detection.weights.path}"
+    much = f"size unknown ({offer.why_not})" if offer.size is None else size(offer.size)
+    return (
+        f"model {detection.name}: {offer.target.name} is not on disk, to download: {much} from "
+        f"{offer.url} to {offer.target}"
+    )
 
 
 def detection_json(detection: Detection) -> dict[str, Any]:

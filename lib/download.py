@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 
@@ -21,16 +22,46 @@ from lib.regression import read_regression_file, regression_path
 from lib.weights import hub_checkpoints
 from schema.settings import ModelSettings
 
-__all__ = ["download_regression", "download_target", "download_weights"]
+__all__ = [
+    "Offer", "ask_size", "download_regression", "download_target", "download_weights",
+]  # fmt: skip
 
 _CHUNK = 1 << 20
 _VERSION = "version"
+# Seconds before a connection that broke off is tried again; who gets further has all of them anew.
+_PAUSES = (1.0, 4.0, 15.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server offers: `size` in bytes, or None and `why_not`."""
+
+    url: str
+    target: Path
+    size: int | None
+    why_not: str
+
+
+class _BrokenOffError(MachineError):
+    """A connection ended before the whole file had come."""
 
 
 def download_target(model: ModelSettings) -> Path:
     """Return where a download of the chosen released name is put."""
     folder = Path(model.weights_directory) if model.weights_directory else hub_checkpoints()
     return folder / f"{model.esm_model}.pt"
+
+
+def ask_size(model: ModelSettings) -> Offer:
+    """Ask what a download of the chosen released name is, and wait for an answer ten seconds."""
+    url, target = _url(model), download_target(model)
+    try:
+        with _network_errors(url):
+            with _ask(urllib.request.Request(url, method="HEAD"), seconds=10) as answer:
+                length = answer.headers.get("Content-Length")
+            return Offer(url, target, int(length) if length else None, "no Content-Length")
+    except MachineError as error:
+        return Offer(url, target, None, str(error).removeprefix(f"{url}: "))
 
 
 def download_weights(model: ModelSettings, progress: Callable[[int, int | None], None]) -> Path:
@@ -43,12 +74,11 @@ def download_weights(model: ModelSettings, progress: Callable[[int, int | None],
     fails, WeightsError if it is not the model, which is then removed.
     """
     target = download_target(model)
-    url = f"{model.download_url.rstrip('/')}/{target.name}"
 
     def verify(part: Path) -> None:
         detect(replace(model, weights_directory=str(part.parent)))
 
-    _download(url, target, verify, progress)
+    _download(_url(model), target, verify, progress)
     return target
 
 
@@ -79,7 +109,7 @@ def _download(
     verify: Callable[[Path], object],
     progress: Callable[[int, int | None], None],
 ) -> None:
-    try:
+    with _network_errors(url):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.parent / f".download-{target.stem}") as folder:
             if not target.is_file():  # the process that was waited for may have brought it
@@ -87,6 +117,17 @@ def _download(
                 _fetch(url, part, progress)
                 _verify(verify, part, url)
                 part.rename(target)
+
+
+def _url(model: ModelSettings) -> str:
+    return f"{model.download_url.rstrip('/')}/{model.esm_model}.pt"
+
+
+@contextmanager
+def _network_errors(url: str) -> Iterator[None]:
+    """Turn what network and disk refuse into a MachineError that names the address."""
+    try:
+        yield
     except LedgerError:
         raise
     except urllib.error.HTTPError as error:
@@ -138,23 +179,45 @@ def _verify(verify: Callable[[Path], object], part: Path, url: str) -> None:
 
 
 def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
+    """Receive `url` into `part`; where the connection breaks off, go on after a pause.
+
+    A network that gives nothing from the beginning is not asked again.
+    """
+    found = furthest = _size(part)
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return _receive(url, part, progress)
+        except (_BrokenOffError, urllib.error.URLError, HTTPException, OSError) as error:
+            if _size(part) > furthest:
+                furthest, pauses = _size(part), iter(_PAUSES)
+            pause = next(pauses, None)
+            if not _passes(error) or furthest == found or pause is None:
+                raise
+        time.sleep(pause)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether it may be over in a moment: the network's fault, or a server that is at its end."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    kinds = _BrokenOffError | urllib.error.URLError | HTTPException | ConnectionError | TimeoutError
+    return isinstance(error, kinds)
+
+
+def _receive(url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
     """Receive `url` into `part`, from where an earlier download of the same version broke off."""
     version = part.with_name(_VERSION)
     known = version.read_text() if version.exists() and part.exists() else ""
     received = part.stat().st_size if known else 0
-    request = urllib.request.Request(url)
-    if received:
-        request.add_header("Range", f"bytes={received}-")
-        request.add_header("If-Range", known)
-    # An opener of its own: urlopen keeps to the proxies of its first call.
-    opener = urllib.request.build_opener()
+    headers = {"Range": f"bytes={received}-", "If-Range": known} if received else {}
     try:
-        answer = opener.open(request, timeout=60)
+        answer = _ask(urllib.request.Request(url, headers=headers))
     except urllib.error.HTTPError as error:
         if error.code != 416:  # the part is as long as the file, or longer
             raise
         received = 0
-        answer = opener.open(url, timeout=60)
+        answer = _ask(urllib.request.Request(url))
     with answer:
         now = _version(answer.headers)
         begins = f"bytes {received}-"
@@ -165,18 +228,50 @@ def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None]) ->
             version.unlink(missing_ok=True)
             raise MachineError(f"{url}: changed since its download began")
         received = received if continued else 0
+        length = answer.headers.get("Content-Length")
+        total = received + int(length) if length else None
+        if total is not None:
+            _refuse_if_too_large(url, part, total)
         with part.open("ab" if continued else "wb") as file:
             version.unlink(missing_ok=True) if not now else version.write_text(now)
-            length = answer.headers.get("Content-Length")
-            total = received + int(length) if length else None
-            while chunk := answer.read(_CHUNK):
+            while chunk := _read(answer):
                 file.write(chunk)
                 received += len(chunk)
                 progress(received, total)
-            if total is not None and received != total:
-                raise MachineError(f"{url}: broke off after {received} of {total} bytes")
             file.flush()
+            if chunk is None or (total is not None and received != total):
+                whole = "an unknown number of" if total is None else total
+                raise _BrokenOffError(f"{url}: broke off after {received} of {whole} bytes")
             os.fsync(file.fileno())
+
+
+def _ask(request: urllib.request.Request, seconds: float = 60) -> HTTPResponse:
+    """Send a request; redirects are followed. Raises what urllib does."""
+    # An opener of its own: urlopen keeps to the proxies of its first call.
+    answer: HTTPResponse = urllib.request.build_opener().open(request, timeout=seconds)
+    return answer
+
+
+def _read(answer: HTTPResponse) -> bytes | None:
+    """Return what comes next, empty at the end; None if the connection breaks."""
+    try:
+        return answer.read(_CHUNK)
+    except (OSError, HTTPException):
+        return None
+
+
+def _refuse_if_too_large(url: str, part: Path, total: int) -> None:
+    """Raise MachineError if the disk has no room for `total` bytes, of which `part` has some."""
+    there = _size(part)
+    free = shutil.disk_usage(part.parent).free
+    if total - there > free:
+        raise MachineError(
+            f"{url}: {total} bytes, {there} of them received, {free} free in {part.parent.parent}"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _version(headers: Message) -> str:

@@ -47,13 +47,13 @@ class Job:
     inventory: Inventory
     network: Network
     interruption: Interruption
-    progress: Callable[[int], None]
+    progress: Callable[[Sequence[int]], None]
 
 
 def work(job: Job) -> Run:
     """Compute what is left of a run, committing checkpoints, and record it as finished.
 
-    `job.progress` is told the residues of every pack; signals should be deferred, they are
+    `job.progress` is told the lengths of every pack; signals should be deferred, they are
     looked at before every pack. Returns the finished run. Raises what stopped it, after
     committing what was finished: InterruptedRunError for a signal, NonFiniteError naming the
     record, MachineError for disk, database or memory.
@@ -89,7 +89,7 @@ def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
                 stretch.commit()
                 raise
             stretch.add(positions, sequences, vectors)
-            job.progress(sum(len(sequence.residues) for sequence in sequences))
+            job.progress([len(sequence.residues) for sequence in sequences])
             if stretch.is_due():
                 stretch.commit()
                 last_beat = time.monotonic()

@@ -112,6 +112,8 @@ class Inventory:
     mapped: int = 0
     nucleotide_like: int = 0
     windows: list[_WindowSummary] = field(default_factory=list)
+    # (sequences,) embedded residues, in the order of the plan.
+    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     # (records,) the first record with the same embedded residues; itself if there is none.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # Later records of a sequence from an earlier window, by its first record.
@@ -159,9 +161,9 @@ def preflight(rules: InputSettings) -> Inventory:
     if rules.duplicate_ids == "error":
         _refuse_repeated_ids(_first_equal(id_digests), rules)
     inventory.same_as = _first_equal(sequence_digests)
-    own = inventory.same_as == np.arange(inventory.records)
-    inventory.sequences = int(own.sum())
-    inventory.residues = int(np.frombuffer(lengths, dtype=np.intc)[own].sum(dtype=np.int64))
+    inventory.lengths = _planned(np.frombuffer(lengths, dtype=np.int32), inventory)
+    inventory.sequences = len(inventory.lengths)
+    inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
     after = path.stat()
     # What was digested and what was counted must be the same file.
@@ -362,6 +364,16 @@ def _refuse_repeated_ids(first: npt.NDArray[np.int64], rules: InputSettings) -> 
             raise InputError(
                 f"record {second} ({_shown(record.id)}): id repeats record {first[second]}'s"
             )
+
+
+def _planned(lengths: npt.NDArray[np.int32], inventory: Inventory) -> npt.NDArray[np.int32]:
+    """Return what is computed of (records,) lengths, in the order of `read_windows`."""
+    own = inventory.same_as == np.arange(len(lengths))
+    parts = []
+    for window in inventory.windows:
+        records = slice(window.first_record, window.stop_record)
+        parts.append(-np.sort(-lengths[records][own[records]]))
+    return np.concatenate(parts)
 
 
 def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[Owner]]:

@@ -13,7 +13,7 @@ import torch
 from lib.alphabet import tokenise
 from lib.detection import Detection, detect
 from lib.device import choose_device, choose_pack, choose_precision, device_name, use_threads
-from lib.download import download_regression, download_weights
+from lib.download import Offer, ask_size, download_regression, download_weights
 from lib.errors import MachineError, WeightsError
 from lib.network import Network, load_network
 from lib.regression import regression_path
@@ -21,7 +21,7 @@ from lib.runs import AttemptFacts
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
-__all__ = ["LoadedModel", "load_model", "try_model", "with_weights"]
+__all__ = ["LoadedModel", "load_model", "offer_of", "try_model", "with_weights"]
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
@@ -39,6 +39,14 @@ class LoadedModel:
     facts: AttemptFacts
     settings: Settings
     reasons: tuple[str, str, str]
+
+
+def offer_of(settings: Settings, detection: Detection) -> Offer | None:
+    """Return what `with_weights` would download; None if the weights are on disk."""
+    if detection.weights is not None:
+        return None
+    assert detection.released is not None
+    return ask_size(replace(settings.model, esm_model=detection.released))
 
 
 def with_weights(

@@ -36,13 +36,15 @@ from lib.display import (
     describe_run,
     describe_start,
     describe_validation,
+    describe_weights,
     run_json,
     validation_json,
 )
 from lib.embedding import Job, work
 from lib.fasta import preflight
 from lib.interruption import Interruption
-from lib.loading import load_model, with_weights
+from lib.loading import load_model, offer_of, with_weights
+from lib.progress import Progress
 from lib.runs import create_run
 from lib.settings import load_settings
 from lib.validation import validate
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # ---- What will be done: detected, checked, displayed
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
+        note(describe_weights(detection, offer_of(settings, detection)))
         columns = ["property", "value", "source"]
         print_table(columns, describe_detection(detection), to_stderr=True)
         inventory = preflight(settings.input)
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             note(f"run {ownership.run_id}")
             network = model.network
-            with ResidueBar(inventory.residues, done=0) as bar:
+            with ResidueBar(Progress(inventory.lengths, network.shape.hidden_dim)) as bar:
                 run = work(
                     Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
                 )

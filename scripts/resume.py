@@ -34,6 +34,7 @@ from lib.display import describe_detection, describe_input, describe_run, descri
 from lib.embedding import Job, work
 from lib.interruption import Interruption
 from lib.loading import load_model
+from lib.progress import Progress
 from lib.resumption import admit, clear_leftovers
 from lib.runs import find_run, load_run, own, start_attempt
 
@@ -81,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for path in clear_leftovers(run):
                     note(f"run {run_id}: {path.name}: not in the database, removed")
                 network = model.network
-                done = sum(checkpoint.residues for checkpoint in run.checkpoints)
-                with ResidueBar(inventory.residues, done) as bar:
+                done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
+                counted = Progress(inventory.lengths, network.shape.hidden_dim, done)
+                with ResidueBar(counted) as bar:
                     progress = bar.advance
                     run = work(
                         Job(engine, ownership, settings, inventory, network, interruption, progress)

@@ -6,6 +6,8 @@ where the network broke.
 
 from __future__ import annotations
 
+import io
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,9 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.console import download_bar
 from lib.download import download_target, download_weights
 from lib.errors import MachineError
 from lib.settings import load_settings
+from lib.units import size
 from lib.untrained import make_model
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 
@@ -46,17 +50,36 @@ class Server:
     path: str = ""
     etag: str = ""  # with one, Range and If-Range are answered
     breaks_after: int | None = None  # bytes of the file, counted from its start
+    breaks_every: int | None = None  # bytes of one answer
+    ignores_ranges: bool = False
+    redirects: dict[str, str] = field(default_factory=dict)  # path to where it sends
+    fails: list[int] = field(default_factory=list)  # statuses of answers, before any other
     ranges: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
-def server(place: Place) -> Iterator[Server]:
-    """A server that config.ini names; weights are downloaded into an empty folder."""
+def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that config.ini names; weights are downloaded into an empty folder, in haste."""
+    monkeypatch.setattr("lib.download._PAUSES", (0.0, 0.0, 0.0))
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(told.status)
+            if told.length != "":
+                self.send_header("Content-Length", told.length or str(len(told.body)))
+            self.end_headers()
+
         def do_GET(self) -> None:
             told.asked += 1
             told.path = self.path
+            if told.path in told.redirects:
+                self.send_response(302)
+                self.send_header("Location", told.redirects[told.path])
+                self.end_headers()
+                return
+            if told.asked > 1 and told.fails:
+                self.send_error(told.fails.pop(0))
+                return
             if told.etag:
                 self.answer_in_part()
                 return
@@ -70,14 +93,17 @@ def server(place: Place) -> Iterator[Server]:
         def answer_in_part(self) -> None:
             told.ranges.append(self.headers.get("Range", ""))
             start = 0
-            if self.headers.get("If-Range") == told.etag:
+            if self.headers.get("If-Range") == told.etag and not told.ignores_ranges:
                 start = int(told.ranges[-1].removeprefix("bytes=").removesuffix("-"))
             self.send_response(416 if start >= len(told.body) else 206 if start else 200)
             self.send_header("Content-Range", f"bytes {start}-*/*")
             self.send_header("Content-Length", str(max(len(told.body) - start, 0)))
             self.send_header("ETag", told.etag)
             self.end_headers()
-            self.wfile.write(told.body[start : told.breaks_after])
+            stop = told.breaks_after
+            if told.breaks_every is not None:
+                stop = start + told.breaks_every
+            self.wfile.write(told.body[start:stop])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -207,6 +233,43 @@ def test_what_is_no_contact_regression_is_not_kept(
     assert answer.error.endswith("-contact-regression.pt: HTTP status 404 Not Found")
     assert [path.name for path in (place.folder / "weights").iterdir()] == [base.name]
     assert not place.output.exists()
+
+
+def test_a_log_file_gets_a_line_a_minute(
+    script: Script, place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = published
+    whole = size(len(published))
+    lines = embed(script, place).err.splitlines()
+    assert [one for one in lines if one.startswith(NAME)] == [f"{NAME}: {whole} of {whole}"]
+    download_target(load_settings(place.config, {"model.esm_model": NAME}).model).unlink()
+    monkeypatch.setattr("lib.console._SECONDS_BETWEEN_LINES", 0.0)
+    lines = embed(script, place).err.splitlines()
+    said = [one for one in lines if one.startswith(NAME)]
+    assert len(said) > 5
+    assert said[:2] == [f"{NAME}: {size((1 << 20) * i)} of {whole}" for i in (1, 2)]
+
+
+class Terminal(io.StringIO):
+    """Text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(
+    place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body, server.etag, server.breaks_every = published, '"one"', len(published) // 2 + 1
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with download_bar(NAME) as progress:
+        download_weights(model, progress)
+    states = terminal.getvalue().split("\r")
+    assert states[-1].startswith(f"{NAME}: 100%|")
+    assert states[-1].endswith("\n")
+    assert sum("\n" in state for state in states) == 1
 
 
 def failure(script: Script, place: Place, status: int) -> str:
@@ -346,7 +409,9 @@ def broken(script: Script, place: Place, server: Server, published: bytes) -> in
     assert (answer.status, answer.error) == (4, f"{server.url}/{NAME}.pt: {fact}")
     (hidden,) = (place.folder / "weights").iterdir()
     assert hidden.name == f".download-{NAME}"
+    assert server.ranges == ["", *[f"bytes={half}-"] * 3]  # three pauses, three more tries
     server.breaks_after = None
+    server.ranges.clear()
     return half
 
 
@@ -356,7 +421,7 @@ def test_a_broken_download_is_continued(
     half = broken(script, place, server, published)
     answer = embed(script, place)
     assert answer.status == 0, answer.err
-    assert server.ranges == ["", f"bytes={half}-"]
+    assert server.ranges == [f"bytes={half}-"]
     assert left_behind(place) == [place.folder / f"weights/{NAME}.pt"]
     assert left_behind(place)[0].read_bytes() == published
     assert [path.name for path in (place.folder / "weights").iterdir()] == [f"{NAME}.pt"]
@@ -413,3 +478,160 @@ def test_a_proxy_of_the_environment_is_asked(
     model = load_settings(place.config, {"model.esm_model": NAME}).model
     assert download_weights(model, lambda _received, _total: None).read_bytes() == published
     assert server.path == f"http://mirror.invalid/models/{NAME}.pt"
+
+
+# ---- In one go, through whatever a network does
+
+
+def test_a_connection_that_breaks_off_again_and_again_is_gone_on_with(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    part = len(published) // 9
+    server.body, server.etag, server.breaks_every = published, '"one"', part
+    answer = embed(script, place)
+    assert answer.status == 0, answer.err
+    assert left_behind(place)[0].read_bytes() == published
+    assert server.ranges == ["", *[f"bytes={part * i}-" for i in range(1, 10)]]
+
+
+def test_what_no_version_names_is_begun_again(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published[: len(published) // 2], str(len(published))
+    assert embed(script, place).status == 4
+    assert server.asked == 4
+
+
+def test_a_server_that_is_down_for_a_moment_is_asked_again(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.etag, server.breaks_every = published, '"one"', len(published) // 2 + 1
+    server.fails = [503, 502]
+    assert embed(script, place).status == 0
+    assert left_behind(place)[0].read_bytes() == published
+    assert server.asked == 4
+
+
+def test_a_server_that_refuses_to_go_on_is_not_asked_again(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.etag, server.breaks_every = published, '"one"', len(published) // 2
+    server.fails = [403]
+    answer = embed(script, place)
+    assert (answer.status, server.asked) == (4, 2)
+    assert answer.error == f"{server.url}/{NAME}.pt: HTTP status 403 Forbidden"
+
+
+def test_the_pauses_before_another_try_become_longer(
+    place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("lib.download._PAUSES", (1.0, 4.0))
+    monkeypatch.setattr("time.sleep", slept.append)
+    third = len(published) // 3
+    server.body, server.etag, server.breaks_after = published, '"one"', third
+
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+    with pytest.raises(MachineError, match=f"broke off after {third} of"):
+        download_weights(model, lambda _received, _total: None)
+    assert slept == [1.0, 4.0]
+
+
+def test_a_server_that_ignores_ranges_sends_all_of_it(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    half = broken(script, place, server, published)
+    server.ignores_ranges = True
+    answer = embed(script, place)
+    assert answer.status == 0, answer.err
+    assert server.ranges == [f"bytes={half}-"]
+    assert left_behind(place)[0].read_bytes() == published
+
+
+def test_redirects_are_followed_with_the_range_asked_for(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.redirects = {f"/models/{NAME}.pt": f"{server.url}/elsewhere/file"}
+    half = broken(script, place, server, published)
+    assert embed(script, place).status == 0
+    assert server.path == "/models/elsewhere/file"
+    assert server.ranges == [f"bytes={half}-"]
+    assert left_behind(place)[0].read_bytes() == published
+
+
+def test_redirects_in_a_circle_are_one_line(script: Script, place: Place, server: Server) -> None:
+    path = f"/models/{NAME}.pt"
+    server.redirects = {path: "/models/other", "/models/other": path}
+    assert failure(script, place, 4).startswith(f"{server.url}/{NAME}.pt: HTTP status 302 ")
+
+
+def test_a_file_larger_than_the_disk_is_refused_before_it_comes(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body, server.length = published, str(10**15)
+    told = failure(script, place, 4)
+    free = rf"\d+ free in {place.folder / 'weights'}"
+    assert re.fullmatch(rf"\S+/{NAME}\.pt: {10**15} bytes, 0 of them received, {free}", told)
+    assert server.asked == 1
+
+
+def test_what_was_received_counts_as_room(
+    script: Script, place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = broken(script, place, server, published)
+    usage = shutil.disk_usage(place.folder)
+    missing = len(published) - half
+    for free, status in ((missing - 1, 4), (missing, 0)):
+        small = usage._replace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _path, small=small: small)
+        answer = embed(script, place)
+        assert answer.status == status, answer.err
+    assert left_behind(place)[0].read_bytes() == published
+
+
+# ---- What embed says before it does anything
+
+
+def first_line(answer: Answer) -> str:
+    return answer.err.splitlines()[0]
+
+
+def test_embed_says_at_once_what_it_will_download(
+    script: Script, place: Place, server: Server, published: bytes
+) -> None:
+    server.body = published
+    source, target = f"{server.url}/{NAME}.pt", place.folder / f"weights/{NAME}.pt"
+    what = f"{NAME}.pt is not on disk, to download: {size(len(published))}"
+    fasta = place.folder / "bad.fasta"
+    fasta.write_text("no header\n")
+    answer = script("embed", "--esm-model", NAME, "--input", fasta)
+    assert answer.status == 2
+    assert first_line(answer) == f"model {NAME}: {what} from {source} to {target}"
+    assert server.asked == 0
+    assert first_line(embed(script, place)).startswith(f"model {NAME}: {what}")
+    assert first_line(embed(script, place)) == f"model {NAME}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("status", "length", "why"),
+    [(200, "", "no Content-Length"), (403, None, "HTTP status 403 Forbidden")],
+)
+def test_a_size_that_a_server_does_not_tell_is_said_to_be_unknown(
+    script: Script, place: Place, server: Server, status: int, length: str | None, why: str
+) -> None:
+    server.status, server.length = status, length
+    assert f", to download: size unknown ({why}) from " in first_line(embed(script, place))
+
+
+def test_without_a_network_the_size_is_said_to_be_unknown(
+    script: Script, place: Place, server: Server
+) -> None:
+    place.set("model", "download_url", "http://127.0.0.1:1/models")
+    told = first_line(embed(script, place))
+    assert re.search(r", to download: size unknown \(.*Connection refused\) from http://127", told)
+
+
+def test_with_nothing_said_it_is_the_3b_model(script: Script, place: Place, server: Server) -> None:
+    answer = script("embed", "--input", SOME_PROTEINS)
+    name = "esm2_t36_3B_UR50D"
+    assert first_line(answer).startswith(f"model {name}: {name}.pt is not on disk, to download: ")

@@ -1,0 +1,93 @@
+"""Progress: how much of a run is done, and how long what is left will take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Progress"]
+
+# How much longer an operation of attention takes than one of the large matrix products: measured
+# on CPU at widths 320 to 1280 as 1.0 to 1.6 in float32, 1.5 to 2.9 in bfloat16.
+_ATTENTION = 1.6
+# Share of a run's cost over which the speed is averaged: the last work tells most about the next.
+_RECENT = 0.1
+_CHUNK = 1 << 20
+
+
+class Progress:
+    """Counts residues, and times packs by what they cost.
+
+    A token of a sequence of s tokens takes 24 d² operations in the matrix products of a layer of
+    width d and 4 d s in its attention, so that the long sequences of a window, which come first,
+    are dearer than the others. `residues_before` were embedded by earlier attempts.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int32],
+        hidden_dim: int,
+        done: Sequence[range] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count now.
+
+        lengths: (sequences,) residues in the order of the plan; done: stretches of the plan that
+        earlier attempts committed; clock: tells seconds.
+        """
+        earlier = [lengths[stretch.start : stretch.stop] for stretch in done]
+        self._width = hidden_dim
+        self.residues_total = int(lengths.sum(dtype=np.int64))
+        self.residues_before = sum(int(part.sum(dtype=np.int64)) for part in earlier)
+        self.residues_done = self.residues_before
+        total = self._cost(lengths)
+        self._cost_left = total - sum(map(self._cost, earlier))
+        self._scale = _RECENT * total
+        self._clock = clock
+        self._began = self._last = clock()
+        self._seconds, self._cost_of_seconds = 0.0, 0.0
+        self._packs = 0
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Count a pack as done; lengths: (N,) residues of its sequences."""
+        now, cost = self._clock(), self._cost(np.asarray(lengths))
+        if self._packs == 1:
+            # The first pack also warms things up: it tells of the speed until there is another.
+            self._seconds, self._cost_of_seconds = 0.0, 0.0
+        self._packs += 1
+        faded = math.exp(-cost / self._scale)
+        self._seconds = self._seconds * faded + now - self._last
+        self._cost_of_seconds = self._cost_of_seconds * faded + cost
+        self._cost_left -= cost
+        self._last = now
+        self.residues_done += sum(lengths)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the beginning to the last pack."""
+        return self._last - self._began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that what is left will take from the last pack on; None before the first."""
+        if not self._cost_of_seconds:
+            return None
+        return max(self._cost_left, 0.0) * self._seconds / self._cost_of_seconds
+
+    @property
+    def rate(self) -> float | None:
+        """Residues per second of this attempt; None before its first pack."""
+        return (self.residues_done - self.residues_before) / self.seconds if self.seconds else None
+
+    def _cost(self, lengths: npt.NDArray[Any]) -> float:
+        """Return what sequences cost, in operations per layer over 4 d: Σ s (6 d + a s)."""
+        cost = 0.0
+        for start in range(0, len(lengths), _CHUNK):
+            tokens = lengths[start : start + _CHUNK].astype(np.float64) + 2
+            cost += float(tokens @ (6 * self._width + _ATTENTION * tokens))
+        return cost
