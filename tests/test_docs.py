@@ -210,3 +210,14 @@ def test_a_block_is_read_as_commands_and_what_they_print() -> None:
         "Words\n```console\n$ one \\\n> two\nout\n\nmore\n$ three\n```\n\n```console\n$ four\n```\n"
     )
     assert steps(page) == [Step("one \\\ntwo", "out\n\nmore"), Step("three", ""), Step("four", "")]
+
+
+def test_every_cell_of_the_comparison_can_be_followed() -> None:
+    page = PAGES["docs/compare.md"]
+    cited = set(re.findall(r"(\[\^\w+\])(?!:)", page))
+    assert cited == set(re.findall(r"^(\[\^\w+\]):", page, re.MULTILINE))
+    rows = [line for line in page.splitlines() if line.count(" | ") == 6]
+    assert len(rows) > 30
+    for row in rows:
+        ours = row.strip("| ").split(" | ")[-1]
+        assert "](../tests/test_" in ours or ours == "none" or row.startswith("| |"), row
