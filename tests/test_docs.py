@@ -5,6 +5,7 @@ a command, `> ` continues it, the lines below are what it prints, stdout and std
 shows them. `…` stands for what differs from day to day: within a line for anything but nothing,
 alone on a line for lines. Two or more blanks are as good as any more of them: columns are as wide
 as they need. After a command that fails the page shows `$ echo $?`, or make's `make: *** … Error`.
+A page that needs more than a fresh copy has its own tests/test_docs_PAGE.py, which runs its blocks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,21 @@ CLONED = ["Makefile", "config.ini", "constraints.txt", "pyproject.toml"]
 CLONED_FOLDERS = ["examples", "lib", "schema", "scripts"]
 SECONDS = 600
 MARK = "=== end of command"
+
+
+def runs_its_own(name: str, language: str) -> bool:
+    """Tell whether a page has tests of its own that run its blocks of a language."""
+    stem = Path(name).stem.lower()
+    own = ROOT / "tests" / ("test_readme.py" if name == "README.md" else f"test_docs_{stem}.py")
+    return own.is_file() and f"```{language}" in own.read_text()
+
+
+# Pages whose console blocks run in a fresh copy of the project, here.
+FRESH = [
+    name
+    for name, page in PAGES.items()
+    if "\n```console\n" in page and not runs_its_own(name, "console")
+]
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ def run_in_shell(commands: list[str], folder: Path) -> list[tuple[str, int]]:
     return [(parts[2 * i], int(parts[2 * i + 1])) for i in range(len(commands))]
 
 
-@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if steps(page)])
+@pytest.mark.parametrize("name", FRESH)
 def test_commands_print_what_the_page_says(name: str, tmp_path: Path) -> None:
     page = steps(PAGES[name])
     clone(tmp_path)
@@ -152,11 +168,8 @@ def test_commands_print_what_the_page_says(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_no_block_goes_untested(name: str) -> None:
-    # Blocks of another language are run by the page's own tests.
-    stem = Path(name).stem.lower()
-    own = ROOT / "tests" / ("test_readme.py" if name == "README.md" else f"test_docs_{stem}.py")
     for language, text in blocks(PAGES[name]):
-        tested = language == "console" or (own.is_file() and f"```{language}" in own.read_text())
+        tested = (language == "console" and name in FRESH) or runs_its_own(name, language)
         assert tested, f"{name}: {language or 'a block without a language'}: {text}"
     for step in steps(PAGES[name]):
         # A page that says nothing but `…` compares nothing.
