@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 
-import pytest
-
 from tests.conftest import ROOT, users_environment
 
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
@@ -24,9 +22,11 @@ def test_every_command_of_the_table_exists() -> None:
             assert "\ndef trials(" in (ROOT / "tests" / "torture" / f"{part}.py").read_text()
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(make torture ARGS=[^`]+)`", PAGE))))
-def test_a_torture_of_the_table_runs_as_printed_for_a_moment(command: str) -> None:
-    moment = re.sub(r" --minutes [\d.]+", "", command).replace("'", "'--minutes 0.01 ", 1)
+def test_a_command_of_the_table_runs_as_printed_for_a_moment() -> None:
+    # The quickest part; test_kill, test_damage and test_fuzz run each part for longer.
+    (command,) = set(re.findall(r"`(make torture ARGS='--only fuzz [^`]+)`", PAGE))
+    moment, changed = re.subn(r"--minutes [\d.]+", "--minutes 0.01", command)
+    assert changed == 1
     done = subprocess.run(
         ["sh", "-c", moment],
         cwd=ROOT,
