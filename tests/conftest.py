@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 SOME_PROTEINS = DATA / "some_proteins.fasta"
 UNIPROT_PART = DATA / "uniprot_part.fasta"
+# What make hands down, and the Makefile's variables: `make test ARGS=...` exports them.
+_OF_MAKE = re.compile(
+    r"MAKE\w*|MFLAGS|MODEL|INPUT|OUTPUT|RUN|FORMAT|TO|CONFIG|ARGS|esm_\w+|COLUMNS"
+)
+
+
+def users_environment() -> dict[str, str]:
+    """Return the environment of a user's shell, whatever started the tests."""
+    return {name: value for name, value in os.environ.items() if not _OF_MAKE.fullmatch(name)}
 
 
 @dataclass

@@ -5,7 +5,6 @@ Commands run as printed, in the project's folder, with a settings file of their 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from lib.database import open_for_writing, transaction
 from lib.history import query
 from lib.questions import questions
 from lib.settings import DEFAULT_CONFIG
-from tests.conftest import ROOT
+from tests.conftest import ROOT, users_environment
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -40,9 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def after_commands(folder: Path) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
     """Run the README's commands in their order; `make test` is what runs this."""
-    # make hands its own flags down; the commands are to run as in a user's shell.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    environment = {**inherited, "CONFIG": str(folder / "config.ini")}
+    environment = {**users_environment(), "CONFIG": str(folder / "config.ini")}
     yield {
         command: subprocess.run(
             ["sh", "-c", command],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, users_environment
+
+PAGE = (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_every_command_of_the_table_exists() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    commands = re.findall(r"`(make [^`]+)`", text)
+    commands = re.findall(r"`(make [^`]+)`", PAGE)
     assert len(commands) > 8
     targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in commands:
@@ -18,3 +20,20 @@ def test_every_command_of_the_table_exists() -> None:
             assert (ROOT / file).is_file(), command
         for part in re.findall(r"--only (\w+)", command):
             assert "\ndef trials(" in (ROOT / "tests" / "torture" / f"{part}.py").read_text()
+
+
+def test_a_command_of_the_table_runs_as_printed_for_a_moment() -> None:
+    # The quickest part; test_kill, test_damage and test_fuzz run each part for longer.
+    (command,) = set(re.findall(r"`(make torture ARGS='--only fuzz [^`]+)`", PAGE))
+    moment, changed = re.subn(r"--minutes [\d.]+", "--minutes 0.01", command)
+    assert changed == 1
+    done = subprocess.run(
+        ["sh", "-c", moment],
+        cwd=ROOT,
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ trials, 0 kinds lost something$", done.stdout, re.MULTILINE)
