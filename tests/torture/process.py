@@ -7,6 +7,7 @@ starts in a hundredth of a second. Forks are changed freely: what they patch die
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -115,6 +116,17 @@ def watched(name: str, argv: Sequence[str], folder: Path, moments: Path, kill_at
 
     event.listen(Engine, "after_cursor_execute", executed)
     sys.addaudithook(audited)
+    return script(name, argv)
+
+
+def limited(name: str, argv: Sequence[str], size: int) -> int:
+    """Run a script that the kernel ends within the write that makes a file larger than `size`.
+
+    The write is carried out up to that byte; then SIGXFSZ ends the process as SIGKILL would.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     return script(name, argv)
 
 
