@@ -17,6 +17,7 @@ __all__ = [
     "BUSY_SECONDS",
     "connect_read_only",
     "database_path",
+    "error_fact",
     "refuse_strangers",
     "sqlite_errors",
 ]
@@ -88,7 +89,15 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise MachineError(f"database {path}: {error}") from None
+        raise MachineError(f"database {path}: {error_fact(error)}") from None
+
+
+def error_fact(error: BaseException | None) -> str:
+    """Return what SQLite reports; of a folder whose file system maps no shared memory, that."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_IOERR_SHM"):
+        return f"WAL does not work there: {error} ({name})"
+    return str(error)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -54,7 +54,7 @@ def traced(
     pid = start(lambda: _stopped_first(name, argv), log)
     os.waitpid(pid, os.WUNTRACED)
     command = ["strace", "-f", "-y", "-o", str(record), "-p", str(pid), "-e", f"trace={_CALLS}"]
-    command += [f"--trace-path={path}" for path in files]
+    command += [word for path in files for word in ("-P", str(path))]
     if at is not None:
         command += ["-e", f"inject={at.name}:signal=KILL:when={at.number}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
