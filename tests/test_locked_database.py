@@ -19,30 +19,12 @@ from lib import database, sqlite_file
 from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
 from tests.reference import assert_same_bits
 from tests.torture import strace
-
-# Holds a write lock for so many seconds.
-HOLDER = """
-import sqlite3, sys, time
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("BEGIN IMMEDIATE")
-print("held", flush=True)
-time.sleep(float(sys.argv[2]))
-connection.execute("ROLLBACK")
-"""
+from tests.torture.locked import held
 
 
 def embed(script: Script, model: Path, *flags: str | Path) -> Answer:
     small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
     return script("embed", "--esm-model", model, "--input", SOME_PROTEINS, *small, *flags)
-
-
-def held(path: Path, seconds: float) -> subprocess.Popen[str]:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    return holder
 
 
 def test_a_lock_of_ten_seconds_is_waited_for(

@@ -32,7 +32,8 @@ from lib.loading import load_model
 from lib.settings import load_settings
 from lib.untrained import make_model
 from lib.weights import open_weights
-from tests.conftest import ROOT, Script
+from tests.conftest import ROOT, Place, Script
+from tests.torture import strace
 
 TRUNK = "encoder.sentence_encoder."
 SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
@@ -291,6 +292,33 @@ def test_weights_are_opened_read_only(
     assert ours
     written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     assert [name for name, flags in ours if flags & written] == []
+
+
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_the_kernel_is_asked_to_open_weights_read_only(
+    request: pytest.FixtureRequest, place: Place, small_model: Path, kind: str
+) -> None:
+    # What torch's and safetensors' own code opens, no audit hook of Python sees.
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    files = [path, *path.glob("*")]
+    validate: list[str | Path] = [
+        sys.executable,
+        ROOT / "scripts" / "validate.py",
+        "--config",
+        place.config,
+    ]
+    validate += ["--esm-model", path]
+    changing = "?open,openat,?rename,?renameat,?renameat2,?unlink,unlinkat,ftruncate,?truncate"
+    done = strace.run(validate, f"{changing},write,pwrite64", files, place.folder / "calls")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (place.folder / "calls").read_text().splitlines() if "(" in line]
+    opened = [line for line in lines if re.search(r" open(at)?\(", line)]
+    assert len({file for file in files if any(f'"{file}"' in line for line in opened)}) >= len(
+        [file for file in files if file.is_file()]
+    )
+    assert all("O_RDONLY" in line and "O_CREAT" not in line for line in opened)
+    assert [line for line in lines if line not in opened and "SIG" not in line] == []
 
 
 @pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])

@@ -49,6 +49,7 @@ _STEPS = [
     ("lib.resumption", "", "preflight"),
     ("scripts.embed", "", "preflight"),
 ]
+_MOST_SECONDS = 300
 _AUDITED = ("open", "fcntl.flock", "sqlite3.connect", "os.remove", "os.mkdir", "os.rename")
 
 
@@ -65,6 +66,7 @@ def start(work: Callable[[], int], log: Path) -> int:
     if pid:
         return pid
     status = 70
+    signal.alarm(_MOST_SECONDS)  # what hangs is ended, and told by its status
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):

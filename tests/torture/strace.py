@@ -69,6 +69,15 @@ def traced(
         return finished(pid)
 
 
+def run(
+    command: Sequence[str | Path], calls: str, files: Iterable[Path], record: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; its `calls` (names with commas between) of `files` are written to `record`."""
+    tracer: list[str | Path] = ["strace", "-f", "-y", "-o", record, "-e", f"trace={calls}"]
+    tracer += [word for path in files for word in ("-P", path)]
+    return subprocess.run([*tracer, *command], capture_output=True, text=True, timeout=300)
+
+
 def calls(record: Path) -> list[Call]:
     """Return the calls of a process's first thread that `traced` wrote, in their order."""
     found = []
