@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lib.errors import MachineError, SettingsError
 from schema.tables import Base
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import assert_same_bits
 
 TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version"]
 VIEWS = ["checkpoint_audit", "model_usage", "run_history", "run_progress"]
@@ -153,6 +155,20 @@ def test_a_transaction_is_whole_or_not_at_all(fresh_db: Path) -> None:
         session.connection().exec_driver_sql("DELETE FROM schema_version")
         raise SettingsError("in the middle")
     assert ask(fresh_db, "SELECT count(*) FROM schema_version") == [(1,)]
+
+
+def test_first_runs_at_the_same_instant_are_two_runs(
+    place: Place, small_model: Path, script: Script
+) -> None:
+    flags: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(place.run, "embed", *flags, "--json") for _ in range(2)]
+        answers = [start.result() for start in starts]
+    assert [answer.status for answer in answers] == [0, 0], answers
+    assert sorted(answer.json["run"] for answer in answers) == [1, 2]
+    for run in ("1", "2"):
+        assert script("validate", "--run", run).status == 0
+    assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
 def test_first_starts_at_the_same_instant_make_one_database(place: Place) -> None:

@@ -111,9 +111,15 @@ def test_eight_readers_never_stop_the_writer(
     readers = [threading.Thread(target=read) for _ in range(8)]
     for reader in readers:
         reader.start()
+    # And one that goes on reading what was there before the run.
+    slow = sqlite_file.connect_read_only(place.database)
+    slow.execute("BEGIN")
+    before = slow.execute("SELECT count(*) FROM checkpoints").fetchall()
     try:
         answer = embed(script, small_model)
+        assert slow.execute("SELECT count(*) FROM checkpoints").fetchall() == before
     finally:
+        slow.close()
         stop.set()
         for reader in readers:
             reader.join()
