@@ -255,6 +255,12 @@ def test_a_changed_fasta(script: Script, attacked: Place) -> None:
     assert_refused(script, "sha256 of the input is")
 
 
+def test_a_fasta_that_changed_and_became_invalid(script: Script, attacked: Place) -> None:
+    fasta = attacked.folder / "input.fasta"
+    fasta.write_text(fasta.read_text().replace("MA", "M1", 1))
+    assert_refused(script, "sha256 of the input is")
+
+
 def test_a_fasta_with_a_record_more(script: Script, attacked: Place) -> None:
     with (attacked.folder / "input.fasta").open("a") as file:
         file.write(">one_more\nMKLV\n")
