@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import SettingsError
+from lib.errors import MachineError, SettingsError
 from lib.ownership import is_held
 from lib.sqlite_file import connect_read_only, database_path
 
@@ -48,6 +48,8 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
             return Table(columns, cursor.fetchall())
         except (sqlite3.Error, sqlite3.Warning) as error:
             raise SettingsError(f"SQL: {error}") from None
+        except UnicodeDecodeError:  # SQLite quotes what it cannot read
+            raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
 
 
 def run_history(url: str) -> Table:

@@ -90,6 +90,8 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise MachineError(f"database {path}: {error_fact(error)}") from None
+    except UnicodeDecodeError:  # SQLite quotes what it cannot read
+        raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
 
 
 def error_fact(error: BaseException | None) -> str:

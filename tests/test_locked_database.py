@@ -87,6 +87,23 @@ def test_a_broken_database_is_one_line_and_the_files_stay(
     assert sorted(path.read_bytes() for path in place.output.rglob("*.parquet")) == kept
 
 
+def test_a_schema_that_is_not_utf8_is_one_line(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    # SQLite's message quotes it, which Python cannot decode; found by altering databases.
+    place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    content = place.database.read_bytes()
+    assert b"CREATE TABLE attempts" in content
+    place.database.write_bytes(
+        content.replace(b"CREATE TABLE attempts", b"CREATE \xffABLE attempts")
+    )
+    for name in ("resume", "history", "validate", "query"):
+        flags = ["select 1"] if name == "query" else ["--run", "1"]
+        answer = script(name, *flags)
+        assert answer.status == 4, (name, answer.err)
+        assert answer.error == f"database {place.database}: malformed, its text is not UTF-8"
+
+
 def test_eight_readers_never_stop_the_writer(
     script: Script, place: Place, small_model: Path
 ) -> None:

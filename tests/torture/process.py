@@ -21,6 +21,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.orm import configure_mappers
 
 import scripts.embed
+import scripts.history
 import scripts.resume
 import scripts.validate
 from lib.console import guarded
@@ -28,7 +29,7 @@ from lib.console import guarded
 # Once here instead of in every fork: the scripts, what pyarrow imports at its first array, tables.
 _MAINS = {
     one.__name__.rpartition(".")[2]: one.main
-    for one in (scripts.embed, scripts.resume, scripts.validate)
+    for one in (scripts.embed, scripts.history, scripts.resume, scripts.validate)
 }
 pa.array([1.0])
 configure_mappers()
