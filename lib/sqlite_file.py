@@ -95,11 +95,11 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 
 
 def error_fact(error: BaseException | None) -> str:
-    """Return what SQLite reports; of a folder whose file system maps no shared memory, that."""
+    """Return what SQLite reports, of what the disk refused with which step that was."""
     name = getattr(error, "sqlite_errorname", "")
-    if name.startswith("SQLITE_IOERR_SHM"):
+    if name == "SQLITE_IOERR_SHMMAP":  # a network file system, as a rule
         return f"WAL does not work there: {error} ({name})"
-    return str(error)
+    return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
