@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ from lib.errors import MachineError, SettingsError
 from lib.ownership import is_held
 from lib.sqlite_file import connect_read_only, database_path
 
-__all__ = ["RunDetail", "Table", "query", "run_detail", "run_history", "run_states", "watch"]
+__all__ = [
+    "RunDetail",
+    "Table",
+    "altered_rows",
+    "query",
+    "run_detail",
+    "run_history",
+    "run_states",
+    "watch",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,16 @@ class RunDetail:
     run: Table
     attempts: Table
     checkpoints: Table
+
+
+@contextmanager
+def altered_rows(url: str) -> Iterator[None]:
+    """Turn what rows of the wrong types or names do to their readers into a MachineError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        fact = f"malformed rows: {type(error).__name__}: {error}"
+        raise MachineError(f"database {database_path(url)}: {fact}") from None
 
 
 def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:

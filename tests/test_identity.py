@@ -154,6 +154,14 @@ ROWS = {
         "UPDATE checkpoints SET stop_position = 1000 WHERE first_position > 0",
         "checkpoints reach position 1000 of",
     ),
+    "text where a number belongs": (
+        "UPDATE checkpoints SET residues = 'x1'",
+        "run 1: checkpoints.residues is 'x1', not int",
+    ),
+    "bytes where text belongs": (
+        "UPDATE runs SET output_folder = x'ff'",
+        "run 1: runs.output_folder is b'\\xff', not str",
+    ),
     "a path out of the folder": (
         "UPDATE checkpoints SET path = '../../etc/passwd' WHERE first_position > 0",
         "is no checkpoint's name",
