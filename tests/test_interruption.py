@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -144,6 +145,28 @@ def test_ctrl_c_during_set_up_leaves_no_half_made_run(
         ["interrupted"] if target.endswith("create_run") else []
     )
     assert place.output.exists() == bool(runs)
+
+
+def test_a_second_process_is_refused_while_the_first_lives(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "lib.embedding.compute", "1", "60", *map(str, flags)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stderr is not None
+        while not first.stderr.readline().endswith("reached\n"):
+            assert first.poll() is None
+        answer = script("resume", "--run", "1")
+        (attempt,) = script("history", "--run", "1", "--json").json["attempts"]
+        first.kill()
+    assert answer.status == 4
+    where = f"process {first.pid} on {os.uname().nodename}"
+    assert answer.error == f"run 1: owned by {where} since {attempt['started']}"
+    assert script("resume", "--run", "1").status == 0
 
 
 def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(
