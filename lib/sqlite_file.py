@@ -19,6 +19,7 @@ __all__ = [
     "database_path",
     "error_fact",
     "refuse_strangers",
+    "roll_back",
     "sqlite_errors",
 ]
 
@@ -54,6 +55,16 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
         # A read-only connection would still make a file for ATTACH or VACUUM INTO.
         connection.set_authorizer(_refuse_attach)
     return connection
+
+
+def roll_back(path: Path) -> None:
+    """Undo a change that a kill has cut short, as in the first moments of a database.
+
+    SQLite does so as soon as somebody reads who may write: readers here may not, and fail.
+    """
+    if path.exists() and Path(f"{path}-journal").exists():
+        with sqlite_errors(path), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
+            found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
 
 
 def refuse_strangers(path: Path) -> None:
@@ -99,6 +110,8 @@ def error_fact(error: BaseException | None) -> str:
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_IOERR_SHMMAP":  # a network file system, as a rule
         return f"WAL does not work there: {error} ({name})"
+    if name == "SQLITE_READONLY_ROLLBACK":
+        return f"a change of it was cut short and is not rolled back ({name})"
     return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
 
 
