@@ -20,7 +20,9 @@ from lib.sqlite_file import (
     BUSY_SECONDS,
     connect_read_only,
     database_path,
+    error_fact,
     refuse_strangers,
+    roll_back,
     sqlite_errors,
 )
 from schema.tables import Base, SchemaVersion
@@ -47,6 +49,7 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
         raise SettingsError(f"database {path}: no such file")
     if not path.parent.is_dir():
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
+    roll_back(path)
     refuse_strangers(path)
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
@@ -70,7 +73,7 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
             exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
             if not connection.exec_driver_sql(exists).scalar():
                 _create(connection)
-    return engine
+    return engine.execution_options(file=_file(path))
 
 
 def open_for_reading(url: str) -> Engine:
@@ -83,11 +86,17 @@ def open_for_reading(url: str) -> Engine:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Session]:
-    """Open a session in one transaction: committed at the end, rolled back on any error."""
+    """Open a session in one transaction: committed at the end, rolled back on any error.
+
+    Raises MachineError for what SQLite reports, and if the file is not there any more or another
+    has taken its place.
+    """
     path = Path(engine.url.database or "")
     # SQLite goes on writing to a file that has lost its name, and all of it is gone at the end.
     if not path.exists():
         raise MachineError(f"database {path}: no such file")
+    if _file(path) != engine.get_execution_options().get("file", _file(path)):
+        raise MachineError(f"database {path}: another file has taken its place")
     with (
         _database_errors(path),
         Session(engine, expire_on_commit=False) as session,
@@ -102,7 +111,13 @@ def _database_errors(path: Path) -> Iterator[None]:
         with sqlite_errors(path):
             yield
     except DatabaseError as error:
-        raise MachineError(f"database {path}: {error.orig}") from None
+        raise MachineError(f"database {path}: {error_fact(error.orig)}") from None
+
+
+def _file(path: Path) -> tuple[int, int]:
+    """Return what stays the same of a file that is written to, and is another file's own."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _use_wal(path: Path) -> None:

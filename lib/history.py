@@ -5,16 +5,25 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import SettingsError
+from lib.errors import MachineError, SettingsError
 from lib.ownership import is_held
 from lib.sqlite_file import connect_read_only, database_path
 
-__all__ = ["RunDetail", "Table", "query", "run_detail", "run_history", "run_states", "watch"]
+__all__ = [
+    "RunDetail",
+    "Table",
+    "altered_rows",
+    "query",
+    "run_detail",
+    "run_history",
+    "run_states",
+    "watch",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,16 @@ class RunDetail:
     checkpoints: Table
 
 
+@contextmanager
+def altered_rows(url: str) -> Iterator[None]:
+    """Turn what rows of the wrong types or names do to their readers into a MachineError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        fact = f"malformed rows: {type(error).__name__}: {error}"
+        raise MachineError(f"database {database_path(url)}: {fact}") from None
+
+
 def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
     """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
     path = database_path(url)
@@ -48,6 +67,8 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
             return Table(columns, cursor.fetchall())
         except (sqlite3.Error, sqlite3.Warning) as error:
             raise SettingsError(f"SQL: {error}") from None
+        except UnicodeDecodeError:  # SQLite quotes what it cannot read
+            raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
 
 
 def run_history(url: str) -> Table:

@@ -20,6 +20,7 @@ from schema.tables import Checkpoint, Run
 __all__ = [
     "Finding",
     "audit",
+    "audit_files",
     "check_input",
     "check_properties",
     "check_settings",
@@ -184,6 +185,13 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
             f"run {run.id}: checkpoints reach position {position} of {run.sequences_total}",
             damaged=False,
         )
+
+
+def audit_files(run: Run) -> Iterator[Finding]:
+    """Yield what is wrong with the files of a run whose rows have been found good."""
+    for checkpoint in run.checkpoints:
+        yield from _audit_file(run, checkpoint)
+    yield from _audit_leftovers(run)
 
 
 def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:

@@ -9,11 +9,18 @@ from pathlib import Path
 from lib.checkpoints import leftovers
 from lib.detection import Detection, Property, detect
 from lib.disk import disk_errors
-from lib.errors import IdentityRefusedError, LedgerError, SettingsError, WeightsError
+from lib.errors import (
+    IdentityRefusedError,
+    InputError,
+    LedgerError,
+    SettingsError,
+    WeightsError,
+)
 from lib.fasta import Inventory, input_sha256, preflight
 from lib.identity import (
     Finding,
     audit,
+    audit_files,
     check_input,
     check_properties,
     check_settings,
@@ -61,7 +68,7 @@ def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) ->
     check_settings(run, settings)
     detection, sha256 = weights_in_hand(run, settings)
     inventory = input_in_hand(run, settings)
-    findings = list(audit(run, files=True))
+    findings = list(audit_files(run))
     _refuse(finding for finding in findings if not finding.damaged)
     if findings and not recompute_damaged:
         raise IdentityRefusedError("; ".join(finding.fact for finding in findings))
@@ -108,13 +115,17 @@ def input_in_hand(run: Run, settings: Settings) -> Inventory:
 
     Raises IdentityRefusedError if its content changed, InputError if there is none.
     """
-    digest = input_sha256(settings.input)
-    if digest != run.input_sha256:
+    try:
+        inventory = preflight(settings.input)
+    except InputError:
+        # What has another digest is another input, whatever else is wrong with it.
+        digest = input_sha256(settings.input)
+        if digest == run.input_sha256:
+            raise
         raise IdentityRefusedError(
             f"run {run.id}: sha256 of the input is {run.input_sha256} in the run, {digest} in "
             f"{settings.input.fasta}"
-        )
-    inventory = preflight(settings.input)
+        ) from None
     check_input(run, inventory)
     return inventory
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import Engine, delete, select, update
+from sqlalchemy import JSON, Engine, delete, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from lib.checkpoints import FinishedFile
@@ -25,7 +25,7 @@ from lib.identity import settings_identity
 from lib.ownership import LOCK_NAME, HeldError, take_lock
 from lib.settings import Settings, snapshot
 from schema.esm2_config import ESM2Config
-from schema.tables import Attempt, Checkpoint, Model, Run
+from schema.tables import Attempt, Base, Checkpoint, Model, Run
 
 __all__ = [
     "AttemptFacts",
@@ -222,7 +222,7 @@ def _ended_on_the_record(engine: Engine, ownership: Ownership) -> Iterator[Owner
 def load_run(engine: Engine, run_id: int) -> Run:
     """Return a run with its model, attempts and checkpoints.
 
-    Raises SettingsError if there is none, IdentityRefusedError if its row is not readable.
+    Raises SettingsError if there is none, IdentityRefusedError if a row is not readable.
     """
     try:
         with transaction(engine) as session:
@@ -239,6 +239,9 @@ def load_run(engine: Engine, run_id: int) -> Run:
         raise IdentityRefusedError(f"run {run_id}: metadata is not JSON: {error}") from None
     if run is None:
         raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
+    models = [run.model] if run.model is not None else []
+    for row in (run, *models, *run.attempts, *run.checkpoints):
+        _check_types(run_id, row)
     return run
 
 
@@ -263,6 +266,20 @@ def next_checkpoint_number(run: Run) -> int:
     """Return the number for the next checkpoint file of a run."""
     used = [int(checkpoint.path[11:17]) for checkpoint in run.checkpoints]
     return max(used, default=0) + 1
+
+
+def _check_types(run_id: int, row: Base) -> None:
+    """Refuse text where a number belongs, and the like: SQLite keeps whatever it is given."""
+    for column in row.__table__.columns:
+        value, kind = getattr(row, column.name), column.type.python_type
+        wanted = (int, float) if kind is float else kind
+        if isinstance(column.type, JSON) or (value is None and column.nullable):
+            continue
+        if not isinstance(value, wanted):
+            raise IdentityRefusedError(
+                f"run {run_id}: {row.__tablename__}.{column.name} is {value!r:.80}, "
+                f"not {kind.__name__}"
+            )
 
 
 def _model(session: Session, config: ESM2Config) -> Model:

@@ -17,7 +17,9 @@ __all__ = [
     "BUSY_SECONDS",
     "connect_read_only",
     "database_path",
+    "error_fact",
     "refuse_strangers",
+    "roll_back",
     "sqlite_errors",
 ]
 
@@ -55,6 +57,16 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def roll_back(path: Path) -> None:
+    """Undo a change that a kill has cut short, as in the first moments of a database.
+
+    SQLite does so as soon as somebody reads who may write: readers here may not, and fail.
+    """
+    if path.exists() and Path(f"{path}-journal").exists():
+        with sqlite_errors(path), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
+            found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+
+
 def refuse_strangers(path: Path) -> None:
     """Refuse a database that is not ours, or of another version, before anything is written.
 
@@ -88,7 +100,19 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise MachineError(f"database {path}: {error}") from None
+        raise MachineError(f"database {path}: {error_fact(error)}") from None
+    except UnicodeDecodeError:  # SQLite quotes what it cannot read
+        raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
+
+
+def error_fact(error: BaseException | None) -> str:
+    """Return what SQLite reports, of what the disk refused with which step that was."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name == "SQLITE_IOERR_SHMMAP":  # a network file system, as a rule
+        return f"WAL does not work there: {error} ({name})"
+    if name == "SQLITE_READONLY_ROLLBACK":
+        return f"a change of it was cut short and is not rolled back ({name})"
+    return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

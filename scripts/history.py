@@ -23,7 +23,7 @@ from lib.console import (
     print_table,
     run_script,
 )
-from lib.history import run_detail, run_history, watch
+from lib.history import altered_rows, run_detail, run_history, watch
 from lib.overview import (
     LEAST_NEEDED,
     attempts_table,
@@ -44,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
-    if parsed.watch:
-        show_progress(url, parsed.run, parsed.every, as_json=parsed.json)
-    elif parsed.run is None:
-        show_history(url, as_json=parsed.json)
-    else:
-        show_run(url, parsed.run, as_json=parsed.json)
+    with altered_rows(url):
+        if parsed.watch:
+            show_progress(url, parsed.run, parsed.every, as_json=parsed.json)
+        elif parsed.run is None:
+            show_history(url, as_json=parsed.json)
+        else:
+            show_run(url, parsed.run, as_json=parsed.json)
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lib.settings import load_settings
 from lib.untrained import make_folder, make_model
 from lib.weights import open_weights
 from tests.conftest import SOME_PROTEINS, Place, Script
-from tests.test_weights import found, hidden
+from tests.test_weights import Call, found, hidden
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 QUERY = "esm.encoder.layer.0.attention.self.query"
@@ -80,6 +81,15 @@ def refusal(path: Path) -> str:
     told = str(caught.value)
     assert len(told.splitlines()) == 1
     return told.replace(f"{path}/", "").replace(f"{path}: ", "")
+
+
+def test_a_hostile_bin_is_refused_and_nothing_runs(adapter: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(TENSORS | {"extra": Call(os.mkdir, str(marker))}, adapter / "adapter_model.bin")
+    fact = "refused: its pickle asks for posix.mkdir, which is not in the allow-list"
+    assert refusal(adapter) == f"adapter_model.bin: {fact}"
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from lib.footer import read_footer
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.torture import strace
 
 
 def test_the_order_is_write_sync_rename_sync_folder_commit(
@@ -58,6 +61,40 @@ def test_the_order_is_write_sync_rename_sync_folder_commit(
         f"rename .{file.name}.tmp to {file.name}",
         "sync folder",
         "commit Checkpoint",
+    ]
+
+
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+def test_the_kernel_sees_that_order_too(place: Place, small_model: Path, tmp_path: Path) -> None:
+    folder = place.output / "run-000001"
+    name = "checkpoint-000001.parquet"
+    log = Path(f"{place.database}-wal")
+    embed: list[str | Path] = [
+        sys.executable,
+        ROOT / "scripts" / "embed.py",
+        "--config",
+        place.config,
+    ]
+    embed += ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    files = [folder, folder / name, folder / f".{name}.tmp", log]
+    listed = "write,pwrite64,fsync,fdatasync,?rename,?renameat,?renameat2"
+    done = strace.run(embed, listed, files, tmp_path / "calls")
+    assert done.returncode == 0, done.stderr
+    steps: list[str] = []
+    for call in strace.calls(tmp_path / "calls"):
+        (place_of_it,) = re.findall(r"<(.*?)>|\"(.*?)\"", call.text)[:1]
+        file = Path("".join(place_of_it)).name
+        step = f"{call.name.rstrip('at2')} {file}"
+        if not steps or steps[-1] != step:
+            steps.append(step)
+    start = steps.index(f"write .{name}.tmp")
+    assert steps[start : start + 6] == [
+        f"write .{name}.tmp",
+        f"fsync .{name}.tmp",
+        f"rename .{name}.tmp",
+        "fsync run-000001",
+        "pwrite64 runs.sqlite-wal",
+        "fdatasync runs.sqlite-wal",
     ]
 
 

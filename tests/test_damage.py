@@ -14,6 +14,7 @@ def test_every_kind_of_damage_is_refused() -> None:
         "checkpoint file replaced by a link to it",
         "checkpoint files swapped",
         "checkpoint file of another run",
+        "run database altered: a page, bits, bytes",
         "one bit of a region of 1024 bytes flipped",
     ]
     for _, trials, _, lost in table:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lib.errors import MachineError, SettingsError
 from schema.tables import Base
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import assert_same_bits
 
 TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version"]
 VIEWS = ["checkpoint_audit", "model_usage", "run_history", "run_progress"]
@@ -153,6 +156,48 @@ def test_a_transaction_is_whole_or_not_at_all(fresh_db: Path) -> None:
         session.connection().exec_driver_sql("DELETE FROM schema_version")
         raise SettingsError("in the middle")
     assert ask(fresh_db, "SELECT count(*) FROM schema_version") == [(1,)]
+
+
+# Is killed while it makes a database, with some of its pages written and none committed.
+KILLED_WITHIN = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+connection.execute("CREATE TABLE halves (text)")
+for _ in range(100):
+    connection.execute("INSERT INTO halves VALUES (?)", ["x" * 4000])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_database_whose_making_was_killed_is_made_again(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED_WITHIN, place.database])
+    assert killed.returncode == -signal.SIGKILL
+    assert place.database.stat().st_size > 0
+    assert Path(f"{place.database}-journal").stat().st_size > 0
+    history = script("history")
+    fact = "a change of it was cut short and is not rolled back (SQLITE_READONLY_ROLLBACK)"
+    assert (history.status, history.error) == (4, f"database {place.database}: {fact}")
+    embed = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert embed.status == 0, embed.err
+    assert script("validate", "--run", "1").status == 0
+
+
+def test_first_runs_at_the_same_instant_are_two_runs(
+    place: Place, small_model: Path, script: Script
+) -> None:
+    flags: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(place.run, "embed", *flags, "--json") for _ in range(2)]
+        answers = [start.result() for start in starts]
+    assert [answer.status for answer in answers] == [0, 0], answers
+    assert sorted(answer.json["run"] for answer in answers) == [1, 2]
+    for run in ("1", "2"):
+        assert script("validate", "--run", run).status == 0
+    assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
 def test_first_starts_at_the_same_instant_make_one_database(place: Place) -> None:

@@ -100,6 +100,29 @@ def test_a_quota_reached_is_one_line_and_the_run_goes_on_when_it_is_lifted(
     assert_same_bits(place.output / "run-000001", reference)
 
 
+@pytest.mark.parametrize("limit", [100, 40_000, 120_000])
+def test_a_quota_reached_by_the_database_is_one_line_and_loses_nothing(
+    script: Script, place: Place, small_model: Path, limit: int
+) -> None:
+    # As its first page is written, in set-up, and when some checkpoints are committed.
+    embed = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
+    embed += ["--set", "output.checkpoint_records=1", "--set", "compute.tokens_per_pack=10"]
+    answer = run_code(LIMITED, "embed", limit, *embed)
+    assert answer.status == 4
+    assert answer.error == f"database {place.database}: disk I/O error (SQLITE_IOERR_WRITE)"
+    history = script("history", "--json")
+    shown = history.json if history.status == 0 else []
+    assert bool(shown) == (limit > 100_000)
+    if shown:
+        assert 0 < shown[0]["records_done"] < shown[0]["records_total"]
+        assert script("resume").status == 0
+    elsewhere = ["--output", place.folder / "other"]
+    assert script("embed", *embed, *elsewhere).status == 0
+    if shown:
+        other = place.folder / "other" / "run-000002"
+        assert_same_bits(place.output / "run-000001", other)
+
+
 def test_a_full_disk_keeps_what_is_committed_and_goes_on_when_there_is_room(
     script: Script, place: Place, small_model: Path, reference: Path, small_disk: Path
 ) -> None:

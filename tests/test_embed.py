@@ -226,8 +226,9 @@ def test_an_output_folder_with_something_in_it_is_not_written_to(
     assert script("history", "--json").json == []
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
 def test_non_finite_values_stop_the_run_and_name_the_record(
-    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     from lib import pooling
 
@@ -236,7 +237,7 @@ def test_non_finite_values_stop_the_run_and_name_the_record(
     def spoiled(hidden: object, groups: object) -> object:
         result = true_mean(hidden, groups)  # type: ignore[arg-type]
         if len(result) == 1 and len(done) == 2:
-            result[0, 5] = float("nan")
+            result[0, 5] = float(value)
         done.append(1)
         return result
 

@@ -18,8 +18,8 @@ from tests.torture import fuzz
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    outcomes = fuzz.trials(tmp_path, 6.5, 1)
-    assert len({outcome.what for outcome in outcomes}) == 13
+    outcomes = fuzz.trials(tmp_path, 7.5, 1)
+    assert len({outcome.what for outcome in outcomes}) == 15
     assert [outcome for outcome in outcomes if outcome.lost != "nothing"] == []
     assert all(outcome.trials > 5 for outcome in outcomes)
 

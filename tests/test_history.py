@@ -117,6 +117,19 @@ def test_history_of_an_unknown_run(script: Script, a_run: None) -> None:
     assert answer.error.startswith("run 9: not in database")
 
 
+def test_altered_rows_are_one_line(script: Script, a_run: None, place: Place) -> None:
+    with transaction(open_for_writing(str(place.database))) as session:
+        session.connection().exec_driver_sql("UPDATE checkpoints SET bytes = 'many'")
+    for flags in (["--run", "1"], ["--run", "1", "--json"], []):
+        answer = script("history", *flags)
+        if "--run" in flags and "--json" not in flags:
+            assert answer.status == 4
+            fact = f"database {place.database}: malformed rows: TypeError: "
+            assert answer.error.startswith(fact)
+        else:  # shown as it is
+            assert answer.status == 0
+
+
 def test_query_formats(script: Script, a_run: None) -> None:
     statement = "select run, status, percent from run_progress"
     assert script("query", statement).out == ("run  status    percent\n  1  finished    100.0\n")

@@ -154,6 +154,14 @@ ROWS = {
         "UPDATE checkpoints SET stop_position = 1000 WHERE first_position > 0",
         "checkpoints reach position 1000 of",
     ),
+    "text where a number belongs": (
+        "UPDATE checkpoints SET residues = 'x1'",
+        "run 1: checkpoints.residues is 'x1', not int",
+    ),
+    "bytes where text belongs": (
+        "UPDATE runs SET output_folder = x'ff'",
+        "run 1: runs.output_folder is b'\\xff', not str",
+    ),
     "a path out of the folder": (
         "UPDATE checkpoints SET path = '../../etc/passwd' WHERE first_position > 0",
         "is no checkpoint's name",
@@ -252,6 +260,12 @@ def test_a_footer_changed_with_a_hex_editor(script: Script, attacked: Place) -> 
 def test_a_changed_fasta(script: Script, attacked: Place) -> None:
     fasta = attacked.folder / "input.fasta"
     fasta.write_text(fasta.read_text().replace("MA", "MG", 1))
+    assert_refused(script, "sha256 of the input is")
+
+
+def test_a_fasta_that_changed_and_became_invalid(script: Script, attacked: Place) -> None:
+    fasta = attacked.folder / "input.fasta"
+    fasta.write_text(fasta.read_text().replace("MA", "M1", 1))
     assert_refused(script, "sha256 of the input is")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -77,15 +78,56 @@ def test_a_second_sigint_ends_at_once_and_loses_only_what_is_not_committed(
     assert script("resume").status == 0
 
 
+# Runs embed.py with packs that take so many seconds, and say when they begin and have ended.
+SLOW_PACKS = """
+import sys, time
+import lib.embedding
+from lib.console import guarded
+from scripts.embed import main
+seconds, *argv = sys.argv[1:]
+true = lib.embedding.compute
+def slow(*arguments, **named):
+    print("begins", file=sys.stderr, flush=True)
+    until = time.monotonic() + float(seconds)
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    vectors = true(*arguments, **named)
+    print("ends", time.monotonic(), file=sys.stderr, flush=True)
+    return vectors
+lib.embedding.compute = slow
+sys.exit(guarded(main, argv))
+"""
+PACK_SECONDS = 4.0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_one_signal_commits_within_a_packs_time(
-    script: Script, place: Place, small_model: Path
+    script: Script, place: Place, small_model: Path, number: signal.Signals, status: int
 ) -> None:
-    answer, seconds = signalled(place, small_model, "lib.embedding.compute", 3, 1.0, signal.SIGTERM)
-    assert answer.status == 143
-    assert seconds < 15
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
+    flags += ["--set", "compute.tokens_per_pack=900"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_PACKS, str(PACK_SECONDS), *map(str, flags)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().endswith("begins\n"):  # the bar ends no line
+            assert process.poll() is None
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == status
+        ended = time.monotonic()
+    # The pack that was computed is the last, and is committed: less than another pack's time goes.
+    assert "begins" not in said
+    (pack_ended,) = [line.split()[-1] for line in said.splitlines() if "ends " in line]
+    assert ended - float(pack_ended) < PACK_SECONDS
+    assert f"error: {number.name}: run 1 interrupted, finished work committed" in said
     detail = script("history", "--run", "1", "--json").json
-    assert detail["records_done"] > 0
     assert detail["status"] == "interrupted"
+    assert len(detail["checkpoints"]) == 1
+    assert 0 < detail["records_done"] < detail["records_total"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +145,28 @@ def test_ctrl_c_during_set_up_leaves_no_half_made_run(
         ["interrupted"] if target.endswith("create_run") else []
     )
     assert place.output.exists() == bool(runs)
+
+
+def test_a_second_process_is_refused_while_the_first_lives(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "lib.embedding.compute", "1", "60", *map(str, flags)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stderr is not None
+        while not first.stderr.readline().endswith("reached\n"):
+            assert first.poll() is None
+        answer = script("resume", "--run", "1")
+        (attempt,) = script("history", "--run", "1", "--json").json["attempts"]
+        first.kill()
+    assert answer.status == 4
+    where = f"process {first.pid} on {os.uname().nodename}"
+    assert answer.error == f"run 1: owned by {where} since {attempt['started']}"
+    assert script("resume", "--run", "1").status == 0
 
 
 def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(

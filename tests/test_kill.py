@@ -6,7 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
+from tests.torture import strace
 
 
 def torture(*flags: str) -> list[tuple[str, int, str, str]]:
@@ -28,11 +31,26 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits() -> None:
         "a second resume.py",
         "resume.py --recompute-damaged",
         "embed.py, at a random time",
+        "SIGXFSZ in embed.py, at a random byte of a file",
     ]
     for _, trials, happened, lost in table:
         assert trials > 0
         assert happened.endswith("resumed: the same bits")
         assert lost == "nothing"
+
+
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+def test_killed_within_a_commit_or_a_file_a_run_ends_with_the_same_bits() -> None:
+    table = torture("--only", "calls", "--minutes", "0.25", "--seed", "1")
+    assert [row[0].removeprefix("SIGKILL before a system call of ") for row in table] == [
+        "embed.py",
+        "resume.py",
+        "recomputing",
+    ]
+    assert all(trials > 0 and lost == "nothing" for _, trials, _, lost in table)
+    happened = " ".join(row[2] for row in table)
+    assert "within a transaction" in happened
+    assert "within a checkpoint file" in happened
 
 
 def test_the_torture_refuses_a_part_that_is_none() -> None:

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lib import database, sqlite_file
 from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
-
-# Holds a write lock for so many seconds.
-HOLDER = """
-import sqlite3, sys, time
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("BEGIN IMMEDIATE")
-print("held", flush=True)
-time.sleep(float(sys.argv[2]))
-connection.execute("ROLLBACK")
-"""
+from tests.reference import assert_same_bits
+from tests.torture import strace
+from tests.torture.locked import held
 
 
 def embed(script: Script, model: Path, *flags: str | Path) -> Answer:
     small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
     return script("embed", "--esm-model", model, "--input", SOME_PROTEINS, *small, *flags)
-
-
-def held(path: Path, seconds: float) -> subprocess.Popen[str]:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    return holder
 
 
 def test_a_lock_of_ten_seconds_is_waited_for(
@@ -100,6 +87,23 @@ def test_a_broken_database_is_one_line_and_the_files_stay(
     assert sorted(path.read_bytes() for path in place.output.rglob("*.parquet")) == kept
 
 
+def test_a_schema_that_is_not_utf8_is_one_line(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    # SQLite's message quotes it, which Python cannot decode; found by altering databases.
+    place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    content = place.database.read_bytes()
+    assert b"CREATE TABLE attempts" in content
+    place.database.write_bytes(
+        content.replace(b"CREATE TABLE attempts", b"CREATE \xffABLE attempts")
+    )
+    for name in ("resume", "history", "validate", "query"):
+        flags = ["select 1"] if name == "query" else ["--run", "1"]
+        answer = script(name, *flags)
+        assert answer.status == 4, (name, answer.err)
+        assert answer.error == f"database {place.database}: malformed, its text is not UTF-8"
+
+
 def test_eight_readers_never_stop_the_writer(
     script: Script, place: Place, small_model: Path
 ) -> None:
@@ -124,9 +128,15 @@ def test_eight_readers_never_stop_the_writer(
     readers = [threading.Thread(target=read) for _ in range(8)]
     for reader in readers:
         reader.start()
+    # And one that goes on reading what was there before the run.
+    slow = sqlite_file.connect_read_only(place.database)
+    slow.execute("BEGIN")
+    before = slow.execute("SELECT count(*) FROM checkpoints").fetchall()
     try:
         answer = embed(script, small_model)
+        assert slow.execute("SELECT count(*) FROM checkpoints").fetchall() == before
     finally:
+        slow.close()
         stop.set()
         for reader in readers:
             reader.join()
@@ -139,18 +149,13 @@ def test_eight_readers_never_stop_the_writer(
 def test_a_folder_where_wal_cannot_work_is_refused_with_the_fact(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_connect = sqlite3.connect
+    true_connect: Callable[..., sqlite3.Connection] = sqlite3.connect
 
-    class NoSharedMemory(sqlite3.Connection):
-        """As SQLite answers where its -shm file cannot be mapped: the mode stays what it was."""
-
-        def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
-            if "journal_mode" in sql:
-                sql = "PRAGMA journal_mode"
-            return super().execute(sql, *arguments)  # type: ignore[arg-type]
-
-    def connect(*arguments: object, **named: object) -> sqlite3.Connection:
-        return true_connect(*arguments, **named, factory=NoSharedMemory)  # type: ignore[call-overload,no-any-return]
+    def connect(database: str | Path, **named: Any) -> sqlite3.Connection:  # noqa: ANN401
+        if isinstance(database, Path):
+            # Of SQLite's own ways to use a file system, the one that shares no memory.
+            return true_connect(f"file:{database}?vfs=unix-none", uri=True, **named)
+        return true_connect(database, **named)
 
     monkeypatch.setattr("lib.database.sqlite3.connect", connect)
     answer = embed(script, small_model)
@@ -159,21 +164,88 @@ def test_a_folder_where_wal_cannot_work_is_refused_with_the_fact(
     assert answer.error == f"database {place.database}: {fact}"
 
 
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+def test_a_file_system_that_maps_no_shared_memory_is_refused_with_the_fact(
+    place: Place, small_model: Path
+) -> None:
+    # As network file systems do, the kernel refuses to map SQLite's -shm file.
+    refusing: list[str | Path] = ["strace", "-f", "-o", os.devnull, "-P", f"{place.database}-shm"]
+    refusing += ["-e", "trace=mmap", "-e", "inject=mmap:error=ENODEV", sys.executable]
+    config: list[str | Path] = ["--config", place.config]
+    weights: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    for script, argv in (("embed", [*weights, *config]), ("history", config)):
+        done = subprocess.run(
+            [*refusing, ROOT / "scripts" / f"{script}.py", *argv],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        answer = Answer(done.returncode, done.stdout, done.stderr)
+        assert answer.status == 4
+        assert answer.error == (
+            f"database {place.database}: WAL does not work there: disk I/O error "
+            "(SQLITE_IOERR_SHMMAP)"
+        )
+    assert not place.output.exists()
+
+
+AFTER_ONE = """
+import sys, lib.embedding
+from pathlib import Path
+from lib.console import guarded
+from scripts.embed import main
+true, calls = lib.embedding.add_checkpoint, []
+def add(*arguments):
+    true(*arguments)
+    calls.append(1)
+    if len(calls) == 1:
+        exec(sys.argv[1])
+lib.embedding.add_checkpoint = add
+sys.exit(guarded(main, sys.argv[2:]))
+"""
+
+
+def after_one_checkpoint(action: str, place: Place, model: Path) -> Answer:
+    """Run embed.py, and some code after its first checkpoint."""
+    flags = ["--esm-model", model, "--input", SOME_PROTEINS, "--config", place.config]
+    flags += ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_ONE, action, *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def test_another_file_in_the_databases_place_stops_the_run_and_neither_loses_anything(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    # Another ledger's database: were it only looked for, the run would go on and never end in it.
+    theirs = place.folder / "theirs.sqlite"
+    reference = place.folder / "reference"
+    elsewhere: list[str | Path] = ["--database", theirs, "--output", reference]
+    embedded = place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *elsewhere)
+    assert embedded.status == 0
+    aside = place.folder / "aside"
+    aside.mkdir()
+    action = f"""
+for file in Path({str(place.folder)!r}).glob("runs.sqlite*"):
+    file.rename(Path({str(aside)!r}) / file.name)
+Path({str(theirs)!r}).rename({str(place.database)!r})
+"""
+    content = theirs.read_bytes()
+    answer = after_one_checkpoint(action, place, small_model)
+    assert answer.status == 4
+    assert answer.error == f"database {place.database}: another file has taken its place"
+    assert place.database.read_bytes() == content
+    original = ["--run", "1", "--database", aside / "runs.sqlite"]
+    assert len(script("history", *original, "--json").json["checkpoints"]) == 1
+    assert script("resume", *original).status == 0
+    assert_same_bits(place.output / "run-000001", reference / "run-000001")
+
+
 def test_a_database_deleted_mid_run_is_said_and_the_files_stay(
     script: Script, place: Place, small_model: Path
 ) -> None:
-    code = "import pathlib, sys, lib.embedding\nfrom lib.console import guarded\n"
-    code += "from scripts.embed import main\ntrue = lib.embedding.add_checkpoint\ncalls = []\n"
-    code += "def add(*a):\n    true(*a)\n    calls.append(1)\n    if len(calls) == 1:\n"
-    code += "        [p.unlink() for p in pathlib.Path(sys.argv[1]).glob('runs.sqlite*')]\n"
-    code += "lib.embedding.add_checkpoint = add\nsys.exit(guarded(main, sys.argv[2:]))"
-    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
-    flags += ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(place.folder), *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    answer = Answer(done.returncode, done.stdout, done.stderr)
+    action = f"[p.unlink() for p in Path({str(place.folder)!r}).glob('runs.sqlite*')]"
+    answer = after_one_checkpoint(action, place, small_model)
     assert answer.status == 4, answer.err
     assert answer.error.startswith(f"database {place.database}: ")
     assert len(list((place.output / "run-000001").glob("checkpoint-*"))) >= 1

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.catalog import RELEASED
+from lib.console import arguments, overrides, settings_arguments
 from lib.errors import SettingsError
 from lib.settings import (
     DEFAULT_CONFIG,
@@ -324,6 +325,38 @@ NEARLY_SETTINGS = st.one_of(
 @given(option=st.sampled_from(OPTIONS), value=NEARLY_SETTINGS)
 def test_any_text_is_a_setting_or_refused_in_one_line(option: tuple[str, str], value: str) -> None:
     accepts_or_refuses_in_one_line(DEFAULT_CONFIG, {".".join(option): value})
+
+
+FLAGS = {
+    "--esm-model": "model.esm_model",
+    "--input": "input.fasta",
+    "--output": "output.folder",
+    "--database": "database.url",
+}
+
+
+@hypothesis.settings(deadline=None)
+@given(
+    flags=st.dictionaries(st.sampled_from(sorted(FLAGS)), NEARLY_SETTINGS),
+    option=st.sampled_from(OPTIONS),
+    value=NEARLY_SETTINGS,
+    layers=st.lists(st.integers(), min_size=1),
+    kinds=st.lists(st.sampled_from(["mean", "bos", "per_tok", "contacts"]), min_size=1),
+)
+def test_what_flags_say_arrives_as_it_is_and_is_a_setting_or_refused_in_one_line(
+    flags: dict[str, str], option: tuple[str, str], value: str, layers: list[int], kinds: list[str]
+) -> None:
+    parser = arguments(None)
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    argv = [f"{flag}={text}" for flag, text in flags.items()]
+    argv += [f"--set={'.'.join(option)}={value}", "--include", *kinds]
+    argv += ["--repr-layers", *map(str, layers)]
+    said = overrides(parser.parse_args(argv))
+    expected = {".".join(option): value} | {FLAGS[flag]: text for flag, text in flags.items()}
+    expected["output.include"] = " ".join(kinds)
+    expected["model.repr_layers"] = " ".join(map(str, layers))
+    assert said == expected
+    accepts_or_refuses_in_one_line(DEFAULT_CONFIG, said)
 
 
 @pytest.fixture(scope="module")

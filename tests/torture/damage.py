@@ -2,23 +2,28 @@
 
 Each region of 1,024 bytes has one bit flipped at a random place, the file is cut at a random place,
 emptied, replaced by a folder or a link, swapped with another of its run and with another run's:
-validate.py --run and resume.py must both refuse with status 3.
+validate.py --run and resume.py must both refuse with status 3. The run database is altered, too.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from tests.reference import assert_same_bits
 from tests.torture.bench import Bench, make_bench
 from tests.torture.outcome import Outcome
 from tests.torture.process import in_fork, script
 
 _REGION = 1024
+_PAGE = 4096
 
 
 def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
@@ -49,6 +54,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
     )
     regions = list(range(0, size, _REGION))
     chance.shuffle(regions)
+    outcomes.append(_altered_databases(bench, chance, time.monotonic() + seconds / 4))
     missed: list[str] = []
     tried = 0
     for start in regions:
@@ -59,6 +65,54 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         tried += 1
     what = f"one bit of a region of {_REGION} bytes flipped ({tried} of {len(regions)} regions)"
     return [*outcomes, Outcome(what, tried, _DETECTED, "; ".join(missed) or "nothing")]
+
+
+def _altered_databases(bench: Bench, chance: random.Random, until: float) -> Outcome:
+    """Alter the run database; every script ends in one line, and no vector is lost.
+
+    SQLite keeps no checksums: what is altered and still readable may pass, as a host's name does.
+    """
+    bench.fresh("finished")
+    database = bench.trial / "runs.sqlite"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    bench.keep("one file")
+    ends: Counter[int] = Counter()
+    lost = []
+    while time.monotonic() < until:
+        bench.fresh("one file")
+        _alter(database, chance)
+        for name in ("history", "validate", "resume"):
+            status = in_fork(partial(script, name, bench.resume), bench.log)
+            ends[status] += 1
+            if status not in (0, 2, 3, 4):
+                lost.append(f"{name}.py ended with {status}: {bench.said()}")
+        if in_fork(partial(_same_vectors, bench), bench.log) != 0:
+            lost.append(f"vectors: {bench.said()}")
+    trials = ends.total() // 3
+    happened = ", ".join(f"{count} ended with {status}" for status, count in sorted(ends.items()))
+    what = "run database altered: a page, bits, bytes"
+    return Outcome(what, trials, happened, "; ".join(lost[:3]) or "nothing")
+
+
+def _alter(database: Path, chance: random.Random) -> None:
+    content = bytearray(database.read_bytes())
+    at = chance.randrange(100, len(content) - 8)
+    kind = chance.randrange(3)
+    if kind == 0:
+        page = at // _PAGE * _PAGE
+        content[page : page + _PAGE] = chance.randbytes(_PAGE)
+    elif kind == 1:
+        for _ in range(chance.randint(1, 3)):
+            content[chance.randrange(100, len(content))] ^= 1 << chance.randrange(8)
+    else:
+        content[at : at + 8] = chance.choice([bytes(8), b"\xff" * 8, chance.randbytes(8)])
+    database.write_bytes(content)
+
+
+def _same_vectors(bench: Bench) -> int:
+    assert_same_bits(bench.run, bench.reference)
+    return 0
 
 
 _DETECTED = "refused by validate.py and resume.py"

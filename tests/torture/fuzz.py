@@ -30,8 +30,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from backports import zstd
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from lib.detection import detect
 from lib.errors import LedgerError
@@ -191,6 +192,8 @@ def _targets(folder: Path) -> list[_Target]:
         _Target("contact regression", ".pt", _pickle_writer(regression), _regression),
         _Target("config.json", "", _folder_writer(model, folder, "config.json"), _detect),
         _Target("safetensors", "", _folder_writer(model, folder, "model.safetensors"), _detect),
+        _Target("adapter_config.json", "", _adapter_writer(model, "adapter_config.json"), _detect),
+        _Target("adapter safetensors", "", _adapter_writer(model, "adapter"), _detect),
         _Target("checkpoint footer", ".parquet", _writer(_parquet(folder)), _footer),
         _Target("config.ini", ".ini", _writer(ini), lambda path: load_settings(path)),
     ]
@@ -258,6 +261,33 @@ def _folder_writer(model: Path, folder: Path, part: str) -> Callable[[Path, rand
         is_config = part == "config.json"
         (path / "config.json").write_bytes(_mutated(said, draw) if is_config else said)
         (path / "model.safetensors").write_bytes(good if is_config else changed)
+
+    return write
+
+
+def _adapter_writer(model: Path, part: str) -> Callable[[Path, random.Random], None]:
+    """Write a LoRA adapter of the model, of which one file is mutated."""
+    stem = "base_model.model.esm.encoder.layer.0.attention.self.query.lora_"
+    tensors = {f"{stem}A.weight": torch.ones(2, 16), f"{stem}B.weight": torch.ones(16, 2)}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(model),
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["query"],
+        "alpha_pattern": {"key": 1},
+        "init_lora_weights": True,
+        "modules_to_save": [],
+    }
+    said, good = json.dumps(config).encode(), save(tensors)
+
+    def write(path: Path, draw: random.Random) -> None:
+        path.mkdir(exist_ok=True)
+        is_config = part == "adapter_config.json"
+        (path / "adapter_config.json").write_bytes(_mutated(said, draw) if is_config else said)
+        (path / "adapter_model.safetensors").write_bytes(
+            good if is_config else _mutated(good, draw)
+        )
 
     return write
 

@@ -1,7 +1,8 @@
 """Kill: SIGKILL at every step that touches the disk, and at random times; then resume and compare.
 
 A script's moments (before and after each write, fsync, rename, folder fsync, row and commit, each
-file opened, the database made, weights loaded) are listed by a run that nobody kills.
+file opened, the database made, weights loaded) are listed by a run that nobody kills. A limit to
+the size of files ends a process within a write, at any byte of a checkpoint or of SQLite's log.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.torture.bench import Bench, make_bench
 from tests.torture.outcome import Outcome
-from tests.torture.process import in_fork, killed_after, script, start, watched
+from tests.torture.process import in_fork, killed_after, limited, script, start, watched
 
 
 @dataclass
@@ -75,6 +77,17 @@ class _Kills:
         status = killed_after(pid, self.chance.uniform(0, self._seconds))
         tally.points["killed" if status == -signal.SIGKILL else "ended"] += 1
 
+    def within_a_write(self, tally: _Tally) -> None:
+        self.bench.fresh("finished")
+        largest = max(path.stat().st_size for path in self.bench.run.glob("checkpoint-*"))
+        self.bench.fresh()
+        size = self.chance.randrange(4096, largest)
+        embed = partial(limited, "embed", self.bench.embed, size)
+        status = in_fork(embed, self.bench.log)
+        cut = {path.name for path in self.bench.trial.rglob("*") if path.stat().st_size == size}
+        killed = status == -signal.SIGXFSZ and cut
+        tally.points[f"within {min(cut)}" if killed else f"ended with {status}"] += 1
+
     def _next(self, kind: str, name: str, argv: list[str]) -> int:
         """Return a moment of this kind of trial, each once before any again."""
         if not self._queues.get(kind):
@@ -119,6 +132,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         (kills.second_resume, _Tally("SIGKILL in a second resume.py")),
         (kills.recompute, _Tally("SIGKILL in resume.py --recompute-damaged")),
         (kills.any_time, _Tally("SIGKILL in embed.py, at a random time")),
+        (kills.within_a_write, _Tally("SIGXFSZ in embed.py, at a random byte of a file")),
     ]
     while time.monotonic() < until:
         for kill, tally in kinds:

@@ -7,6 +7,7 @@ starts in a hundredth of a second. Forks are changed freely: what they patch die
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.orm import configure_mappers
 
 import scripts.embed
+import scripts.history
 import scripts.resume
 import scripts.validate
 from lib.console import guarded
@@ -27,7 +29,7 @@ from lib.console import guarded
 # Once here instead of in every fork: the scripts, what pyarrow imports at its first array, tables.
 _MAINS = {
     one.__name__.rpartition(".")[2]: one.main
-    for one in (scripts.embed, scripts.resume, scripts.validate)
+    for one in (scripts.embed, scripts.history, scripts.resume, scripts.validate)
 }
 pa.array([1.0])
 configure_mappers()
@@ -48,6 +50,7 @@ _STEPS = [
     ("lib.resumption", "", "preflight"),
     ("scripts.embed", "", "preflight"),
 ]
+_MOST_SECONDS = 300
 _AUDITED = ("open", "fcntl.flock", "sqlite3.connect", "os.remove", "os.mkdir", "os.rename")
 
 
@@ -64,6 +67,7 @@ def start(work: Callable[[], int], log: Path) -> int:
     if pid:
         return pid
     status = 70
+    signal.alarm(_MOST_SECONDS)  # what hangs is ended, and told by its status
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
@@ -115,6 +119,17 @@ def watched(name: str, argv: Sequence[str], folder: Path, moments: Path, kill_at
 
     event.listen(Engine, "after_cursor_execute", executed)
     sys.addaudithook(audited)
+    return script(name, argv)
+
+
+def limited(name: str, argv: Sequence[str], size: int) -> int:
+    """Run a script that the kernel ends within the write that makes a file larger than `size`.
+
+    The write is carried out up to that byte; then SIGXFSZ ends the process as SIGKILL would.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     return script(name, argv)
 
 

@@ -1,0 +1,110 @@
+"""System calls: what a script asks of the kernel about files, listed by strace, or killed there.
+
+Between the steps that Python sees lie those of SQLite within a commit and of Parquet within a
+file: strace stops at each of them and kills the process before the kernel does what was asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.torture.process import finished, script, start
+
+# Those that change a file or make it durable; names that an architecture lacks have a `?`.
+_CALLS = "?open,openat,?rename,?renameat,?renameat2,?unlink,unlinkat,?mkdir,mkdirat,write,pwrite64,"
+_CALLS += "writev,pwritev,fsync,fdatasync,ftruncate,fallocate,flock"
+_LINE = re.compile(r"(\d+) +(\w+)\((.*)")
+_PR_SET_PTRACER = 0x59616D61
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call of a process: its name, its number among those of that name, its text."""
+
+    name: str
+    number: int
+    text: str
+
+
+def is_there() -> bool:
+    """Return whether strace is installed and may trace a process."""
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode == 0
+
+
+def traced(
+    name: str, argv: Sequence[str], files: Iterable[Path], record: Path, log: Path, at: Call | None
+) -> int:
+    """Run a script in a fork; return its status, -SIGKILL if it was killed before the call `at`.
+
+    Calls that concern `files` are written to `record`. Raises RuntimeError if strace ends.
+    """
+    pid = start(lambda: _stopped_first(name, argv), log)
+    os.waitpid(pid, os.WUNTRACED)
+    command = ["strace", "-f", "-y", "-o", str(record), "-p", str(pid), "-e", f"trace={_CALLS}"]
+    command += [word for path in files for word in ("-P", str(path))]
+    if at is not None:
+        command += ["-e", f"inject={at.name}:signal=KILL:when={at.number}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        while not _has_tracer(pid):
+            if tracer.poll() is not None:
+                os.kill(pid, signal.SIGKILL)
+                finished(pid)
+                raise RuntimeError(f"strace: {tracer.stderr.read()}")
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGCONT)
+        return finished(pid)
+
+
+def run(
+    command: Sequence[str | Path], calls: str, files: Iterable[Path], record: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; its `calls` (names with commas between) of `files` are written to `record`."""
+    tracer: list[str | Path] = ["strace", "-f", "-y", "-o", record, "-e", f"trace={calls}"]
+    tracer += [word for path in files for word in ("-P", path)]
+    return subprocess.run([*tracer, *command], capture_output=True, text=True, timeout=300)
+
+
+def calls(record: Path) -> list[Call]:
+    """Return the calls of a process's first thread that `traced` wrote, in their order."""
+    found = []
+    seen: Counter[str] = Counter()
+    first = None
+    for line in record.read_text(errors="replace").splitlines():
+        matched = _LINE.match(line)
+        if matched is None:
+            continue
+        thread, name, text = matched.groups()
+        first = first or thread
+        if thread == first:
+            seen[name] += 1
+            found.append(Call(name, seen[name], text))
+    return found
+
+
+def _stopped_first(name: str, argv: Sequence[str]) -> int:
+    # Where Yama lets only parents trace, a process may still allow it to anyone.
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    status = script(name, argv)
+    # As at the end of a process: SQLite puts its log into the database when it is closed.
+    gc.collect()
+    return status
+
+
+def _has_tracer(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return re.search(r"^TracerPid:\t0$", status, re.MULTILINE) is None
