@@ -22,7 +22,7 @@ from lib.fasta import Sequence as FastaSequence
 from lib.huggingface import fair_esm_name
 from lib.network import load_network
 from lib.packing import plan_packs
-from lib.vectors import compute
+from lib.vectors import launch
 
 __all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
 
@@ -116,7 +116,7 @@ def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens:
         result = np.empty((len(planned), network.shape.hidden_dim), np.float32)
         for pack in plan_packs(lengths, tokens):
             part = planned[pack.start : pack.stop]
-            kept = compute(network, part, [column], "float32")
+            kept = launch(network, part, [column], "float32").collect()
             result[order[pack.start : pack.stop]] = kept.columns[column]
         return result
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,15 @@ from lib.runs import (
     next_checkpoint_number,
 )
 from lib.settings import Settings
-from lib.vectors import Vectors, compute
+from lib.vectors import Launched, Vectors, launch
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 
 __all__ = ["Job", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
+# A GPU has its next pack before the vectors of the last are read; a CPU computes as it is called.
+_PACKS_AHEAD = {"cpu": 0, "cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Job:
     network: Network
     interruption: Interruption
     progress: Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """A pack on its way through the network."""
+
+    positions: range
+    sequences: Sequence[FastaSequence]
+    launched: Launched
 
 
 def work(job: Job) -> Run:
@@ -71,31 +83,53 @@ def work(job: Job) -> Run:
 
 
 def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
+    ahead = _PACKS_AHEAD[job.network.device.type]
+    on_way: deque[_Pack] = deque()
+    for positions, sequences in _left(job, run):
+        if job.interruption.requested:
+            _take_in_all(job, stretch, on_way)
+            raise job.interruption.error(f"run {run.id} interrupted, finished work committed")
+        try:
+            launched = launch(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
+        except InterruptedRunError:  # a second signal ends the work at once
+            raise
+        except LedgerError:
+            _take_in_all(job, stretch, on_way)
+            raise
+        on_way.append(_Pack(positions, sequences, launched))
+        if len(on_way) > ahead:
+            _take_in(job, stretch, on_way.popleft())
+    _take_in_all(job, stretch, on_way)
+
+
+def _take_in_all(job: Job, stretch: _Stretch, on_way: deque[_Pack]) -> None:
+    """Commit all that was launched."""
+    while on_way:
+        _take_in(job, stretch, on_way.popleft())
+    stretch.commit()
+
+
+def _take_in(job: Job, stretch: _Stretch, pack: _Pack) -> None:
+    """Wait for a pack and keep it; commit if that is due."""
+    try:
+        vectors = pack.launched.collect()
+    except InterruptedRunError:
+        raise
+    except LedgerError:
+        stretch.commit()
+        raise
+    stretch.add(pack.positions, pack.sequences, vectors)
+    job.progress([len(sequence.residues) for sequence in pack.sequences])
+    stretch.commit_if_due()
+
+
+def _left(job: Job, run: Run) -> Iterator[tuple[range, Sequence[FastaSequence]]]:
+    """Yield the packs that no checkpoint covers: their positions in the plan and sequences."""
     done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
-    last_beat = time.monotonic()
     for window in read_windows(job.settings.input, job.inventory):
+        first = window.first_position
         for positions in _packs(window, job.settings.compute.tokens_per_pack, done):
-            if job.interruption.requested:
-                stretch.commit()
-                raise job.interruption.error(f"run {run.id} interrupted, finished work committed")
-            sequences = window.sequences[
-                positions.start - window.first_position : positions.stop - window.first_position
-            ]
-            try:
-                vectors = compute(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
-            except InterruptedRunError:  # a second signal ends the work at once
-                raise
-            except LedgerError:
-                stretch.commit()
-                raise
-            stretch.add(positions, sequences, vectors)
-            job.progress([len(sequence.residues) for sequence in sequences])
-            if stretch.is_due():
-                stretch.commit()
-                last_beat = time.monotonic()
-            elif time.monotonic() - last_beat > _HEARTBEAT_SECONDS:
-                beat(job.engine, job.ownership)
-                last_beat = time.monotonic()
+            yield positions, window.sequences[positions.start - first : positions.stop - first]
 
 
 def _packs(window: Window, tokens_per_pack: int, done: Sequence[range]) -> Iterable[range]:
@@ -124,7 +158,7 @@ class _Stretch:
         self._writer: CheckpointWriter | None = None
         self._positions = range(0)
         self._residues = 0
-        self._since = time.monotonic()
+        self._since = self._last_beat = time.monotonic()
 
     def add(self, positions: range, sequences: Sequence[FastaSequence], vectors: Vectors) -> None:
         """Take in a pack; a gap before it closes the checkpoint first."""
@@ -138,13 +172,17 @@ class _Stretch:
         self._positions = range(self._positions.start, positions.stop)
         self._residues += sum(lengths)
 
-    def is_due(self) -> bool:
-        """Whether [output] asks for a checkpoint by now."""
+    def commit_if_due(self) -> None:
+        """Commit if [output] asks for a checkpoint by now; else say now and then: still alive."""
         output = self._job.settings.output
-        return self._writer is not None and (
+        if self._writer is not None and (
             time.monotonic() - self._since >= output.checkpoint_seconds
             or self._writer.records >= output.checkpoint_records
-        )
+        ):
+            self.commit()
+        elif time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
+            beat(self._job.engine, self._job.ownership)
+            self._last_beat = time.monotonic()
 
     def commit(self) -> None:
         """Make what is finished a checkpoint: file synced and renamed, then the row."""
@@ -165,7 +203,7 @@ class _Stretch:
         self._writer = None
         self._number += 1
         self._residues = 0
-        self._since = time.monotonic()
+        self._since = self._last_beat = time.monotonic()
 
     def discard(self) -> None:
         """Drop what is not committed."""

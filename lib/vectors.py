@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from lib.network import Network
 from lib.packing import group_equal_lengths
 from schema.parquet import CONTACTS
 
-__all__ = ["NonFiniteError", "Vectors", "compute"]
+__all__ = ["Launched", "NonFiniteError", "Vectors", "launch"]
 
 Column = npt.NDArray[Any] | list[npt.NDArray[Any]]
 
@@ -40,21 +41,47 @@ class NonFiniteError(LedgerError):
     """The network gave NaN or infinity."""
 
 
-def compute(
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that went through the network together, and what is kept of them.
+
+    Of per_tok one (tokens, hidden_dim) tensor. `done` has passed when the tensors hold what was
+    copied from a CUDA device; None on CPU, where they hold it already.
+    """
+
+    sequences: Sequence[FastaSequence]
+    kept: Mapping[str, torch.Tensor | list[torch.Tensor]]
+    done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A pack on its way through the network; on CUDA it may still be computed."""
+
+    _parts: Sequence[_Part]
+
+    def collect(self) -> Vectors:
+        """Wait for the vectors; raises NonFiniteError naming the first record and layer with NaN
+        or infinity.
+        """
+        vectors = [_collect_part(part) for part in self._parts]
+        return functools.reduce(_joined, vectors)
+
+
+def launch(
     network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], per_tok_dtype: str
-) -> Vectors:
-    """Run a pack through the network and keep `columns` ("mean_6", "contacts", …) of it.
+) -> Launched:
+    """Send a pack through the network, keeping `columns` ("mean_6", "contacts", …) of it.
 
     A pack that does not fit into the device's memory is computed in halves. Raises MachineError
-    naming a record that does not fit alone, NonFiniteError naming the first record and layer
-    with NaN or infinity.
+    naming a record that does not fit alone.
     """
     needed = _needed(network, sequences, columns)
     available = available_bytes(network.device)
     try:
         if available is not None and needed > available:
             raise MemoryError
-        return _compute(network, sequences, columns, per_tok_dtype)
+        return Launched([_launch_part(network, sequences, columns, per_tok_dtype)])
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -65,18 +92,20 @@ def compute(
             f"memory, {_gigabytes(available)} are available on {network.device}"
         )
     middle = len(sequences) // 2
-    return _joined(
-        compute(network, sequences[:middle], columns, per_tok_dtype),
-        compute(network, sequences[middle:], columns, per_tok_dtype),
-    )
+    halves = sequences[:middle], sequences[middle:]
+    parts = [launch(network, half, columns, per_tok_dtype)._parts for half in halves]
+    return Launched([*parts[0], *parts[1]])
 
 
-def _compute(
+def _launch_part(
     network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], per_tok_dtype: str
-) -> Vectors:
+) -> _Part:
     lengths = [len(sequence.residues) for sequence in sequences]
     groups = group_equal_lengths(lengths)
     tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
+    on_cuda = network.device.type == "cuda"
+    if on_cuda:  # copied while the device computes
+        tokens = tokens.pin_memory()
     by_layer: dict[int, list[str]] = {}
     maps = None
     if CONTACTS in columns:
@@ -84,23 +113,39 @@ def _compute(
         maps = ContactMaps(network.regression, groups, network.device)
     for column in (name for name in columns if name != CONTACTS):
         by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
-    kept: dict[str, Column] = {}
+    kept: dict[str, torch.Tensor | list[torch.Tensor]] = {}
     with torch.inference_mode():
         for layer, hidden in network.forward(tokens, lengths, by_layer, maps):
             for column in by_layer[layer]:
                 kind = column.rpartition("_")[0]
                 if kind == "per_tok":
                     # One copy for the pack: what the network yields is overwritten.
-                    whole = hidden.to("cpu", getattr(torch, per_tok_dtype), copy=True)
-                    kept[column] = [one.numpy() for one in pooling.per_tok(whole, groups)]
+                    dtype = getattr(torch, per_tok_dtype)
+                    kept[column] = hidden.to("cpu", dtype, copy=True, non_blocking=on_cuda)
                 else:
                     pool = pooling.mean if kind == "mean" else pooling.bos
-                    kept[column] = pool(hidden, groups).cpu().numpy()
-                _refuse_non_finite(kept[column], sequences, column)
+                    kept[column] = pool(hidden, groups).to("cpu", non_blocking=on_cuda)
         if maps is not None:
-            kept[CONTACTS] = [one.cpu().numpy() for one in maps.finish()]
-            _refuse_non_finite(kept[CONTACTS], sequences, CONTACTS)
-    return Vectors(kept)
+            kept[CONTACTS] = [one.to("cpu", non_blocking=on_cuda) for one in maps.finish()]
+    done = None
+    if on_cuda:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(network.device))
+    return _Part(sequences, kept, done)
+
+
+def _collect_part(part: _Part) -> Vectors:
+    if part.done is not None:
+        part.done.synchronize()
+    groups = group_equal_lengths([len(sequence.residues) for sequence in part.sequences])
+    columns: dict[str, Column] = {}
+    for name, kept in part.kept.items():
+        if name.startswith("per_tok_"):
+            assert isinstance(kept, torch.Tensor)
+            kept = pooling.per_tok(kept, groups)
+        columns[name] = [one.numpy() for one in kept] if isinstance(kept, list) else kept.numpy()
+        _refuse_non_finite(columns[name], part.sequences, name)
+    return Vectors(columns)
 
 
 def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column: str) -> None:

@@ -28,7 +28,7 @@ from lib.network import load_network
 from lib.regression import regression_path
 from lib.settings import load_settings
 from lib.untrained import make_folder, make_model
-from lib.vectors import compute
+from lib.vectors import launch
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
 from tests.reference import Array, assert_same_bits, fasta, read_run, write_fasta
 from tests.test_adapter import factors, save_adapter
@@ -69,7 +69,7 @@ def predicted(
     network = load_network(found, device, dtype)
     owner = [Owner(0, "a", "", 1)]
     sequences = [FastaSequence(sequence.encode(), owner) for sequence in pack]
-    column = compute(network, sequences, ["contacts"], "float32").columns["contacts"]
+    column = launch(network, sequences, ["contacts"], "float32").collect().columns["contacts"]
     assert isinstance(column, list)
     return column
 
@@ -151,7 +151,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     flags += ["--set", "input.max_residues=200", "--include", "contacts", "bos"]
     assert script("embed", *flags).status == 0
     killed_at(place, ("lib.embedding.rename_into_place", "after", 2), "embed", *flags)
-    killed_at(place, ("lib.embedding.compute", "before", 3), "resume")
+    killed_at(place, ("lib.embedding.launch", "before", 3), "resume")
     answer = script("resume")
     assert answer.status == 0, answer.err
     assert_same_bits(place.output / "run-000002", place.output / "run-000001")

@@ -25,7 +25,7 @@ from lib.detection import detect
 from lib.fasta import Owner, Sequence
 from lib.network import load_network
 from lib.settings import load_settings
-from lib.vectors import compute
+from lib.vectors import launch
 settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
 found = detect(settings.model, contacts="contacts" in sys.argv)
 network = load_network(
@@ -34,7 +34,7 @@ network = load_network(
 def pack(count, residues):
     owner = [Owner(0, "a", "", residues)]
     sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
-    compute(network, sequences, sys.argv[5:], "float32")
+    launch(network, sequences, sys.argv[5:], "float32").collect()
     # Not getrusage: its figure is inherited from the process that started this one.
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = pack(1, 10)

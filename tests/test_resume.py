@@ -41,7 +41,7 @@ setattr(holder, name, killing)
 sys.exit(import_module(f"scripts.{script}").main(argv))
 """
 POINTS = [
-    ("lib.embedding.compute", "before", 4),
+    ("lib.embedding.launch", "before", 4),
     ("lib.embedding.rename_into_place", "before", 2),
     ("lib.embedding.rename_into_place", "after", 2),
     ("lib.embedding.add_checkpoint", "after", 3),
@@ -112,9 +112,9 @@ def test_killed_again_and_again_at_any_moment(
     chance = random.Random(7)
     killed_at(place, ("lib.embedding.add_checkpoint", "after", 1), "embed", *flags)
     for point in (
-        ("lib.embedding.compute", "after", chance.randint(1, 3)),
+        ("lib.embedding.launch", "after", chance.randint(1, 3)),
         ("lib.embedding.rename_into_place", "after", chance.randint(1, 2)),
-        ("lib.embedding.compute", "before", chance.randint(1, 5)),
+        ("lib.embedding.launch", "before", chance.randint(1, 5)),
     ):
         killed_at(place, point, "resume")
     assert script("resume").status == 0
