@@ -115,7 +115,7 @@ class Verification:
         )
 
     def json(self) -> dict[str, Any]:
-        """Return the verification for programs."""
+        """Return the verification for programs; None for a figure that is no number."""
         return {
             "run": self.run.id,
             "good": self.good,
@@ -124,7 +124,10 @@ class Verification:
             "seed": self.seed,
             "records": self.records,
             "left_out": self.left_out,
-            "columns": [{**vars(one), "good": one.good} for one in self.agreements],
+            "columns": [
+                {key: _finite(value) for key, value in vars(one).items()} | {"good": one.good}
+                for one in self.agreements
+            ],
         }
 
 
@@ -265,6 +268,10 @@ def _agreement(run: Run, column: str, compared: Sequence[_Compared]) -> Agreemen
         worst_record=worst.record,
         worst_id=worst.id,
     )
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _largest(errors: Array) -> float:

@@ -149,6 +149,8 @@ def test_what_is_no_number_is_outside(script: Script, place: Place, small_model:
     assert answer.status == 1
     assert "run 1: bos_2 outside the bounds" in answer.out
     assert f"5 ({fasta(SOME_PROTEINS)[5][0].split()[0]})" in answer.out
+    (column,) = [one for one in script("verify", *ALL, "--json").json["columns"] if not one["good"]]
+    assert (column["column"], column["worst_error"], column["worst_record"]) == ("bos_2", None, 5)
 
 
 def test_other_weights_another_regression_another_input_are_refused_first(
