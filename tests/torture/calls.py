@@ -58,7 +58,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         _Kind(f"{what}recomputing", "resume", recompute, lambda: _damaged(bench)),
     ]
     chance = random.Random(seed)
-    while time.monotonic() < until:
+    while not kinds[-1].trials or time.monotonic() < until:
         for kind in kinds:
             _kill(bench, kind, chance)
     return [kind.outcome() for kind in kinds]
