@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from lib.packing import Group
 
-__all__ = ["attend", "turned"]
+__all__ = ["attend", "sequence_bounds", "turned"]
 
 # Scores are kept this small so that they stay in a core's cache between the two products.
 _SCORE_BYTES = 2 << 20
@@ -20,16 +20,18 @@ _COLUMNS = 32
 _BLOCKED_TOKENS = 2048
 
 
-def attend(qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+def attend(
+    qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
+) -> torch.Tensor:
     """Return (T, heads, head_dim) in the type of `qkv`, which may be overwritten.
 
     qkv: (T, 3, heads, head_dim), of queries and keys the numbers that turn together neighbours;
     rotary: (T, 2, 1, head_dim / 2) complex64, the turn of every token's query and key, with the
-    scale of the scores in the query's.
+    scale of the scores in the query's; bounds: `sequence_bounds` of the groups, on the device.
     """
     v = qkv[:, 2]
     if v.device.type == "cuda" and v.dtype is not torch.float32:
-        return _varlen(turned(qkv[:, :2].float(), rotary), v, groups)
+        return _varlen(turned(qkv[:, :2].float(), rotary), v, groups, bounds)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
         part = slice(group.start, group.stop)
@@ -89,12 +91,13 @@ def _by_sequence(part: torch.Tensor, group: Group) -> torch.Tensor:
     return part.view(group.count, group.tokens, *part.shape[1:])
 
 
-def _varlen(qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+def _varlen(
+    qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
+) -> torch.Tensor:
     """torch's variable-length attention on CUDA: the whole pack in one call."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k = qk.to(v.dtype).unbind(1)
-    bounds = sequence_bounds(groups).to(v.device, non_blocking=True)
     longest = max(group.tokens for group in groups)
     attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
     assert isinstance(attended, torch.Tensor)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from lib.attention import attend, turned
+from lib.attention import attend, sequence_bounds, turned
 from lib.catalog import trunk_shapes
 from lib.contacts import ContactMaps
 from lib.detection import Detection
@@ -107,15 +107,15 @@ class Network:
         """
         wanted = set(repr_layers)
         groups = group_equal_lengths(lengths)
-        x = F.embedding(tokens.to(self.device, torch.long), self._embedding)
+        x = F.embedding(self._sent(tokens).long(), self._embedding)
         if self.shape.token_dropout:
             x *= _UNMASKED
         if 0 in wanted:
             yield 0, x
-        rotary = self._rotary(groups)
+        rotary, bounds = self._rotary(groups), self._sent(sequence_bounds(groups))
         last = max(wanted) if maps is None else self.shape.num_layers
         for number, layer in enumerate(self._layers[:last], start=1):
-            x = linear_add(self._attention(layer, x, groups, rotary, maps), layer.out, x)
+            x = linear_add(self._attention(layer, x, groups, rotary, bounds, maps), layer.out, x)
             inner = linear_gelu(self._norm(x, layer.ffn_norm), layer.fc1)
             x = linear_add(inner, layer.fc2, x)
             if number == self.shape.num_layers:
@@ -133,10 +133,13 @@ class Network:
         angles = torch.outer(positions, self._inv_freq)
         turns = torch.polar(torch.ones_like(angles), angles)
         scale = (2 * len(self._inv_freq)) ** -0.5
-        rows = torch.cat(
-            [torch.arange(group.tokens, device=self.device).repeat(group.count) for group in groups]
-        )
-        return torch.stack((turns * scale, turns), dim=1)[rows].unsqueeze(2)
+        rows = torch.cat([torch.arange(group.tokens).repeat(group.count) for group in groups])
+        return torch.stack((turns * scale, turns), dim=1)[self._sent(rows)].unsqueeze(2)
+
+    def _sent(self, host: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the device; CUDA fetches it while the host goes on."""
+        pinned = host.pin_memory() if self.device.type == "cuda" else host
+        return pinned.to(self.device, non_blocking=True)
 
     def _attention(
         self,
@@ -144,6 +147,7 @@ class Network:
         x: torch.Tensor,
         groups: Sequence[Group],
         rotary: torch.Tensor,
+        bounds: torch.Tensor,
         maps: ContactMaps | None,
     ) -> torch.Tensor:
         tokens, width = x.shape
@@ -152,7 +156,7 @@ class Network:
         qkv = qkv.view(tokens, 3, heads, width // heads)
         if maps is not None:
             maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), rotary))
-        return attend(qkv, rotary, groups).view(tokens, width)
+        return attend(qkv, rotary, groups, bounds).view(tokens, width)
 
     def _norm(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
         return _norm(x, weight_bias).to(self.dtype)

@@ -103,9 +103,7 @@ def _launch_part(
     lengths = [len(sequence.residues) for sequence in sequences]
     groups = group_equal_lengths(lengths)
     tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
-    on_cuda = network.device.type == "cuda"
-    if on_cuda:  # copied while the device computes
-        tokens = tokens.pin_memory()
+    on_cuda = network.device.type == "cuda"  # then copies come back through pinned memory
     by_layer: dict[int, list[str]] = {}
     maps = None
     if CONTACTS in columns:
