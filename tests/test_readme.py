@@ -5,13 +5,16 @@ Commands run as printed, in the project's folder, with a settings file of their 
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow
+import numpy as np
 import pytest
 
 from lib.database import open_for_writing, transaction
@@ -19,6 +22,7 @@ from lib.history import query
 from lib.questions import questions
 from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT, users_environment
+from tests.reference import fasta
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -79,28 +83,63 @@ def test_the_demo_says_untrained_and_where_its_output_lies(
     assert "esm2_untrained_t6_8M (untrained)" in out
 
 
+# What the README's lines found, in the words of whoever checks them.
+FOUND = """
+import json
+print(json.dumps({
+    "pandas": [frame["id"].to_list(), frame.columns.to_list()],
+    "polars": [table["id"].to_list(), table.columns],
+    "datasets": [rows.num_rows, rows.column_names],
+    "matrix": matrix.tolist(),
+    "nearest": nearest[:, 0].tolist(),
+    "which": [row[0] for row in which],
+    "similar": [name for (name,) in similar],
+}))
+"""
+# As DuckDB would download it at the first ATTACH.
+SQLITE_READER = """
+from importlib.resources import files
+import duckdb
+wheel = files("duckdb_extension_sqlite_scanner") / "extensions" / f"v{duckdb.__version__}"
+duckdb.sql(f"INSTALL '{wheel / 'sqlite_scanner.duckdb_extension'}'")
+"""
+
+
 def test_the_python_lines_read_a_run(
-    after_commands: dict[str, subprocess.CompletedProcess[str]],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
 ) -> None:
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(folder)
-    names: dict[str, object] = {}
-    exec(lines, names)
-    table = names["table"]
-    assert isinstance(table, pyarrow.Table)
+    found = json.loads(python(folder, SQLITE_READER + lines + FOUND))
+    ids = [header.split()[0] for header, _ in fasta(ROOT / "examples" / "proteins.fasta")]
     columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
     assert columns[0] == "record"
-    assert table.num_rows == 117
-    assert table.schema.names == [
-        "record",
-        "id",
-        "description",
-        "length",
-        "embedded_length",
-        "mean_6",
-    ]
+    own = ["record", "id", "description", "length", "embedded_length", "mean_6"]
+    assert found["pandas"] == [ids, own]
+    assert found["polars"] == [ids, own]
+    assert found["datasets"] == [117, own]
+    unit = np.array(found["matrix"])
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    assert unit.shape == (117, 320)
+    cosines = unit @ unit.T - 2 * np.eye(117)
+    picked = cosines[np.arange(117), found["nearest"]]
+    np.testing.assert_allclose(picked, cosines.max(axis=1), atol=1e-6)
+    assert sorted(found["which"]) == [1] * 117 + [2] * 117 + [3] * 117
+    assert found["similar"] == [ids[0], *(ids[i] for i in np.argsort(-cosines[0])[:4])]
+
+
+def python(folder: Path, program: str) -> str:
+    """Run a program in a folder, with nothing of the user's own around it; return its output."""
+    own = {"HOME": str(folder), "HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, **own, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
