@@ -7,6 +7,7 @@ A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) with rsLoRA; in floa
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,8 +292,13 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> f
     if said != rank:
         raise WeightsError(f"{folder}: {module} has rank {rank}, {_CONFIG} says {said}")
     alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"), folder)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise WeightsError(f"{folder}: {_CONFIG} has lora_alpha {alpha!r} for {module}")
+    if (
+        not isinstance(alpha, int | float)
+        or isinstance(alpha, bool)
+        # JSON may hold numbers that no float can, and infinity.
+        or not abs(alpha) <= sys.float_info.max
+    ):
+        raise WeightsError(f"{folder}: {_CONFIG} has lora_alpha {alpha!r:.80} for {module}")
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 

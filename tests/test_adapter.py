@@ -83,6 +83,13 @@ def refusal(path: Path) -> str:
     return told.replace(f"{path}/", "").replace(f"{path}: ", "")
 
 
+@pytest.mark.parametrize("alpha", ["1" + "0" * 400, "-1e999", "NaN", "true", '"8"'])
+def test_an_alpha_that_is_no_finite_number_is_refused(adapter: Path, alpha: str) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', f'"lora_alpha": {alpha}'))
+    assert refusal(adapter).startswith("adapter_config.json has lora_alpha ")
+
+
 def test_a_hostile_bin_is_refused_and_nothing_runs(adapter: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     (adapter / "adapter_model.safetensors").unlink()

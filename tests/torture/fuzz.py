@@ -168,7 +168,15 @@ def _mutated(content: bytes, draw: random.Random) -> bytes:
         elif kind == 3:
             changed[place:place] = changed[place : place + size] * draw.choice([1, 2, 100])
         elif kind == 4:
-            odd = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\r", b"\n>", b"99999999999"]
+            odd = [
+                b"\xff" * 8,
+                b"\0" * 8,
+                b"\x7f" + b"\xff" * 7,
+                b"\r",
+                b"\n>",
+                b"9" * 11,
+                b"9" * 400,
+            ]
             changed[place : place + size] = draw.choice(odd)
         elif draw.random() < 0.2:
             del changed[place:]
@@ -192,8 +200,13 @@ def _targets(folder: Path) -> list[_Target]:
         _Target("contact regression", ".pt", _pickle_writer(regression), _regression),
         _Target("config.json", "", _folder_writer(model, folder, "config.json"), _detect),
         _Target("safetensors", "", _folder_writer(model, folder, "model.safetensors"), _detect),
-        _Target("adapter_config.json", "", _adapter_writer(model, "adapter_config.json"), _detect),
-        _Target("adapter safetensors", "", _adapter_writer(model, "adapter"), _detect),
+        _Target(
+            "adapter_config.json",
+            "-adapter",
+            _adapter_writer(model, "adapter_config.json"),
+            _detect,
+        ),
+        _Target("adapter safetensors", "-adapter", _adapter_writer(model, "adapter"), _detect),
         _Target("checkpoint footer", ".parquet", _writer(_parquet(folder)), _footer),
         _Target("config.ini", ".ini", _writer(ini), lambda path: load_settings(path)),
     ]
