@@ -130,9 +130,9 @@ def test_a_signal_commits_what_is_finished(
     script: Script, place: Place, small_model: Path, number: signal.Signals, status: int
 ) -> None:
     flags = embed_arguments(small_model, ["mean"])
-    slow = "import lib.embedding as e, time, sys; f = e.compute\n"
+    slow = "import lib.embedding as e, time, sys; f = e.launch\n"
     slow += "def c(*a, **k):\n    time.sleep(0.2)\n    return f(*a, **k)\n"
-    slow += "e.compute = c\nfrom scripts.embed import main\n"
+    slow += "e.launch = c\nfrom scripts.embed import main\n"
     slow += "from lib.console import guarded\nsys.exit(guarded(main, sys.argv[1:]))"
     argv = [
         *map(str, flags),
