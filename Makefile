@@ -115,7 +115,7 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 
 .PHONY: test
 test: $(installed) ## run the tests
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 .PHONY: torture
 torture: $(installed) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost

@@ -123,6 +123,8 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A fresh folder with a copy of config.ini; torch hub's cache is an empty folder of it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    # Tables are as wide as they need to be, whatever the tests are run from.
+    monkeypatch.delenv("COLUMNS", raising=False)
     fresh = Place(tmp_path)
     fresh.config.write_text(DEFAULT_CONFIG.read_text())
     return fresh
