@@ -113,9 +113,10 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 	@$(python) scripts/embed.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta $(output)
 	@$(python) scripts/history.py $(config)
 
+# One thread each: processes that share two cores wait for each other's threads.
 .PHONY: test
 test: $(installed) ## run the tests
-	@$(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 .PHONY: torture
 torture: $(installed) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost

@@ -7,16 +7,19 @@ milder than they are.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lib.catalog import VOCABULARY, trunk_shapes
+from lib.disk import disk_errors, new_path
 from lib.errors import MachineError, SettingsError
 from lib.huggingface import hugging_face_name
 
@@ -44,15 +47,7 @@ def make_model(
     """
     _check_shape(num_layers, hidden_dim, attention_heads)
     regression = path.with_name(f"{path.stem}-contact-regression.pt")
-    for file in (path, regression):
-        if file.exists():
-            raise SettingsError(f"{file}: exists already")
-    trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
-    state = {
-        f"encoder.{'' if 'lm_head' in name else 'sentence_encoder.'}{name}": tensor
-        for name, tensor in trunk.items()
-    }
-    state["encoder.lm_head.weight"] = state["encoder.sentence_encoder.embed_tokens.weight"]
+    _make_parents(path)
     cfg = argparse.Namespace(
         arch="esm2",
         encoder_layers=num_layers,
@@ -62,15 +57,18 @@ def make_model(
         token_dropout=token_dropout,
         untrained=True,
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"cfg": {"model": cfg}, "model": state}, path)
-        torch.save({"model": contact}, regression)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of several lines.
-        path.unlink(missing_ok=True)
-        fact = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise MachineError(f"{path}: {fact}") from None
+    with (
+        new_path(path, folder=False) as model_part,
+        new_path(regression, folder=False) as regression_part,
+    ):
+        trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
+        state = {
+            f"encoder.{'' if 'lm_head' in name else 'sentence_encoder.'}{name}": tensor
+            for name, tensor in trunk.items()
+        }
+        state["encoder.lm_head.weight"] = state["encoder.sentence_encoder.embed_tokens.weight"]
+        _save({"cfg": {"model": cfg}, "model": state}, model_part, path)
+        _save({"model": contact}, regression_part, regression)
     return regression
 
 
@@ -91,9 +89,7 @@ def make_folder(
     weights. Raises as make_model does.
     """
     _check_shape(num_layers, hidden_dim, attention_heads)
-    if folder.exists():
-        raise SettingsError(f"{folder}: exists already")
-    trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
+    _make_parents(folder)
     config = {
         "architectures": ["EsmForMaskedLM"],
         "model_type": "esm",
@@ -114,16 +110,33 @@ def make_folder(
         "dtype": str(dtype).removeprefix("torch."),
         "untrained": True,
     }
-    weights = folder / "model.safetensors"
+    name = "model.safetensors"
+    with new_path(folder, folder=True) as part:
+        trunk, contact = _drawn(num_layers, hidden_dim, attention_heads, seed, dtype)
+        state = {hugging_face_name(key): tensor for key, tensor in (trunk | contact).items()}
+        try:
+            save_file(state, part / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise MachineError(f"{folder}: {error}") from None
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder / name
+
+
+def _make_parents(path: Path) -> None:
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # mkdir's word for a file in a folder's place
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+
+
+def _save(content: dict[str, Any], part: Path, path: Path) -> None:
+    """Write `content` to `part`, which becomes `path`; its bytes do not depend on its name."""
     try:
-        folder.mkdir(parents=True)
-        state = {hugging_face_name(name): tensor for name, tensor in (trunk | contact).items()}
-        save_file(state, weights, metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise MachineError(f"{folder}: {getattr(error, 'strerror', None) or error}") from None
-    return weights
+        with part.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # of several lines, where a disk is full
+        raise MachineError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def _check_shape(num_layers: int, hidden_dim: int, attention_heads: int) -> None:

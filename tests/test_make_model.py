@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def test_an_existing_file_is_not_overwritten(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     script: Script, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(_content: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def save(_content: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 1\nframe #0")
 
     monkeypatch.setattr(torch, "save", save)
@@ -71,4 +72,4 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     answer = script("make_model", "--to", path, "--like", "esm2_t6_8M_UR50D", "--num-layers", "1")
     assert answer.status == 4
     assert answer.error.startswith(f"{path}: [enforce fail")
-    assert not path.exists()
+    assert [one.name for one in place.folder.iterdir()] == ["config.ini"]
