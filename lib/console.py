@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, load_settings
-from lib.units import duration, printable, size
+from lib.units import count, duration, printable, size
 
 if TYPE_CHECKING:
     from lib.progress import Progress  # it needs numpy, which history can do without
@@ -283,18 +283,12 @@ class ResidueBar:
 
 
 def _describe_progress(progress: Progress) -> str:
-    """Return `3.10M of 5.00M residues (2.00M before), 1.20k res/s, 26 min 23 s left`."""
-    from tqdm import tqdm
-
-    done, total, before = (
-        tqdm.format_sizeof(number)
-        for number in (progress.residues_done, progress.residues_total, progress.residues_before)
-    )
-    text = f"{done} of {total} residues"
+    """Return `3,100 of 5,000 residues (2,000 before), 12 res/s, 2 min 38 s left`."""
+    text = f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
     if progress.residues_before:
-        text += f" ({before} before)"
+        text += f" ({count(progress.residues_before)} before)"
     if progress.rate is not None:
-        text += f", {tqdm.format_sizeof(progress.rate)} res/s"
+        text += f", {count(progress.rate)} res/s"
     if progress.seconds_left is not None and progress.residues_done < progress.residues_total:
         text += f", {duration(progress.seconds_left)} left"
     return text

@@ -192,17 +192,18 @@ def test_elsewhere_than_on_a_terminal_it_is_a_line_a_minute(
     clock = Clock()
     progress = Progress(np.full(6000, 400, np.int32), 640, [range(3000)], clock)
     show(progress, clock, [1.0] * 150)
+    fixed = "of 2,400,000 residues (1,200,000 before), 4,000 res/s"
     assert capsys.readouterr().err.splitlines() == [
-        "embedding: 1.44M of 2.40M residues (1.20M before), 4.00k res/s, 4 min 0 s left",
-        "embedding: 1.68M of 2.40M residues (1.20M before), 4.00k res/s, 3 min 0 s left",
-        "embedding: 1.80M of 2.40M residues (1.20M before), 4.00k res/s, 2 min 30 s left",
+        f"embedding: 1,440,000 {fixed}, 4 min 0 s left",
+        f"embedding: 1,680,000 {fixed}, 3 min 0 s left",
+        f"embedding: 1,800,000 {fixed}, 2 min 30 s left",
     ]
 
 
 def test_a_run_of_less_than_a_minute_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     show(Progress(np.full(300, 400, np.int32), 640, clock=clock), clock, [1.6] * 30)
-    assert capsys.readouterr().err == "embedding: 120k of 120k residues, 2.50k res/s\n"
+    assert capsys.readouterr().err == "embedding: 120,000 of 120,000 residues, 2,500 res/s\n"
 
 
 @pytest.mark.parametrize("columns", [100, 0])
