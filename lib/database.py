@@ -93,9 +93,11 @@ def transaction(engine: Engine) -> Iterator[Session]:
     """
     path = Path(engine.url.database or "")
     # SQLite goes on writing to a file that has lost its name, and all of it is gone at the end.
-    if not path.exists():
-        raise MachineError(f"database {path}: no such file")
-    if _file(path) != engine.get_execution_options().get("file", _file(path)):
+    try:
+        found = _file(path)
+    except OSError as error:
+        raise MachineError(f"database {path}: {error.strerror}") from None
+    if found != engine.get_execution_options().get("file", found):
         raise MachineError(f"database {path}: another file has taken its place")
     with (
         _database_errors(path),
