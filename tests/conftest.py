@@ -14,11 +14,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from lib.console import guarded
 from lib.settings import DEFAULT_CONFIG
 from lib.untrained import make_model
+
+# The same examples every time, so that a change fails for what it changed. New ones are tried with
+# `make test ARGS=--hypothesis-profile=default`.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
