@@ -10,7 +10,7 @@ SELECT
     models.name || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
     -- layers kept
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
-    -- what is kept: mean, bos, per_tok
+    -- what is kept: mean, bos, per_tok, contacts
     (SELECT group_concat(value, ' ') FROM json_each(runs.include)) AS include,
     -- the FASTA file, absolute
     runs.input_path AS input,
