@@ -22,7 +22,6 @@ from lib.sqlite_file import (
     database_path,
     error_fact,
     refuse_strangers,
-    roll_back,
     sqlite_errors,
 )
 from schema.tables import Base, SchemaVersion
@@ -49,8 +48,7 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
         raise SettingsError(f"database {path}: no such file")
     if not path.parent.is_dir():
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
-    roll_back(path)
-    refuse_strangers(path)
+    refuse_strangers(path, may_write=True)
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
     )

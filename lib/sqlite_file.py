@@ -19,7 +19,6 @@ __all__ = [
     "database_path",
     "error_fact",
     "refuse_strangers",
-    "roll_back",
     "sqlite_errors",
 ]
 
@@ -57,25 +56,29 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def roll_back(path: Path) -> None:
-    """Undo a change that a kill has cut short, as in the first moments of a database.
-
-    SQLite does so as soon as somebody reads who may write: readers here may not, and fail.
-    """
-    if path.exists() and Path(f"{path}-journal").exists():
-        with sqlite_errors(path), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
-            found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-
-
-def refuse_strangers(path: Path) -> None:
+def refuse_strangers(path: Path, *, may_write: bool = False) -> None:
     """Refuse a database that is not ours, or of another version, before anything is written.
 
+    Who may write undoes a change that a kill has cut short, as in the first moments of a database.
     Raises SettingsError with what was found and what is expected, MachineError for a file that
     SQLite cannot read. A file that is not there, or empty, is nobody's.
     """
     if not path.exists() or path.stat().st_size == 0:
         return
-    with sqlite_errors(path), closing(_connect(path)) as connection:
+    with sqlite_errors(path):
+        try:
+            _refuse_strangers(path)
+        except sqlite3.OperationalError as error:
+            # SQLite also takes a change for cut short that another first start has just ended.
+            if not may_write or error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
+                raise
+            with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
+                found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            _refuse_strangers(path)
+
+
+def _refuse_strangers(path: Path) -> None:
+    with closing(_connect(path)) as connection:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema")]
         if found == 0 and not names:
