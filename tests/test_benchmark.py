@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
 from lib.detection import Detection, detect
+from lib.embedding import Job, work
+from lib.history import query
+from lib.network import Network
 from lib.settings import load_settings
 from scripts.benchmark import table_rows
 from tests.conftest import Place
@@ -87,11 +91,34 @@ def test_the_roof_is_a_rate() -> None:
     assert 1e9 < roof(torch.float32, CPU, repeats=1) < 1e16
 
 
-def test_fasta_to_commit_is_a_share_of_forward(place: Place, small_model: Path) -> None:
+def test_fasta_to_commit_is_a_share_of_forward(
+    place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    committed: list[int] = []
+
+    def clock() -> float:
+        """Give a time that only forward's tokens and committed sequences move on."""
+        return sum(computed) + 1000 * sum(committed)
+
+    def forward(network: Network, tokens: torch.Tensor, *rest: Any) -> Any:  # noqa: ANN401
+        computed.append(len(tokens))
+        return real_forward(network, tokens, *rest)
+
+    def commit(job: Job) -> None:
+        work(job)
+        finished = query(job.settings.database.url, "SELECT finished_at FROM runs").rows
+        assert all(at for (at,) in finished)
+        committed.append(len(finished))
+
+    real_forward = Network.forward
+    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr("benchmarks.measure.work", commit)
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", clock)
     settings = load_settings(place.config, {"model.esm_model": str(small_model)})
     shares = end_to_end_share(settings, detected(small_model), sequences("orf", 30), 2)
-    assert len(shares) == 2
-    assert all(0 < share < 2 for share in shares)
+    tokens = sum(len(one) + 2 for one in sequences("orf", 30))
+    assert shares == [tokens / (tokens + 1000), tokens / (tokens + 2000)]
 
 
 def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
