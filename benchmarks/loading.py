@@ -32,14 +32,13 @@ from lib.device import device_name
 from lib.untrained import make_model
 
 _MEASURE = """
-import json, re, sys, time
+import json, sys, time
+from benchmarks.processes import peak_bytes
 {imports}
 start = time.perf_counter()
 {load}
 ready = time.perf_counter() - start
-# Not getrusage: its figure is inherited from the process that started this one.
-peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-print(json.dumps({{"ready_s": ready, "peak_bytes": peak}}))
+print(json.dumps({{"ready_s": ready, "peak_bytes": peak_bytes()}}))
 """
 _OURS = """import torch
 from lib.detection import detect

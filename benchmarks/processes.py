@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Contender", "Spec"]
+__all__ = ["Contender", "Spec", "peak_bytes"]
 
 _ALLOCATOR = "THP_MEM_ALLOC_ENABLE"
 
@@ -105,10 +105,11 @@ def _serve(connection: Connection, spec: Spec) -> None:
             asked = connection.recv()
         except EOFError:  # the other side closed: done
             return
-        connection.send(_peak_bytes() if asked is None else embed(asked))
+        connection.send(peak_bytes() if asked is None else embed(asked))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the largest resident size of this process so far."""
     # Not getrusage: its figure is inherited from the process that started this one.
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):

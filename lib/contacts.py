@@ -42,14 +42,15 @@ class ContactMaps:
         ]
 
     def add(self, qk: torch.Tensor) -> None:
-        """Add the attention of the next layer, whatever the precision in float32.
+        """Add the attention of the next layer.
 
-        qk: (T, 2, heads, head_dim), queries and keys of the pack as lib.attention takes them.
+        qk: (T, 2, heads, head_dim) float32, queries and keys of the pack with rotary positions,
+        as `lib.attention.turned` gives them.
         """
         weight = self._weight[self._layers_added]
         heads = len(weight)
         for group, halves in zip(self._groups, self._halves, strict=True):
-            part = qk[group.start : group.stop].float()
+            part = qk[group.start : group.stop]
             part = part.view(group.count, group.tokens, *qk.shape[1:])
             q, k = part.permute(2, 0, 3, 1, 4).unbind(0)
             maps = max(1, BLOCK_BYTES // (4 * group.tokens**2))

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from lib.checkpoints import CheckpointWriter, rename_into_place
 from lib.database import WRITER
-from lib.errors import InterruptedRunError, LedgerError
+from lib.errors import MachineError
 from lib.fasta import Inventory, Window, read_windows
 from lib.fasta import Sequence as FastaSequence
 from lib.identity import run_config, run_identity
@@ -29,7 +29,7 @@ from lib.runs import (
     next_checkpoint_number,
 )
 from lib.settings import Settings
-from lib.vectors import Launched, Vectors, launch
+from lib.vectors import Launched, NonFiniteError, Vectors, launch
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 
@@ -91,9 +91,7 @@ def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
             raise job.interruption.error(f"run {run.id} interrupted, finished work committed")
         try:
             launched = launch(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
-        except InterruptedRunError:  # a second signal ends the work at once
-            raise
-        except LedgerError:
+        except MachineError:
             _take_in_all(job, stretch, on_way)
             raise
         on_way.append(_Pack(positions, sequences, launched))
@@ -113,9 +111,7 @@ def _take_in(job: Job, stretch: _Stretch, pack: _Pack) -> None:
     """Wait for a pack and keep it; commit if that is due."""
     try:
         vectors = pack.launched.collect()
-    except InterruptedRunError:
-        raise
-    except LedgerError:
+    except NonFiniteError:
         stretch.commit()
         raise
     stretch.add(pack.positions, pack.sequences, vectors)

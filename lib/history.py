@@ -12,7 +12,7 @@ from typing import Any
 
 from lib.errors import MachineError, SettingsError
 from lib.ownership import is_held
-from lib.sqlite_file import connect_read_only, database_path
+from lib.sqlite_file import connect_read_only, database_path, sqlite_errors
 
 __all__ = [
     "RunDetail",
@@ -60,15 +60,13 @@ def altered_rows(url: str) -> Iterator[None]:
 def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
     """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
     path = database_path(url)
-    with closing(connect_read_only(path)) as connection:
+    with sqlite_errors(path), closing(connect_read_only(path)) as connection:
         try:
             cursor = connection.execute(statement, parameters)
             columns = [column[0] for column in cursor.description or []]
             return Table(columns, cursor.fetchall())
         except (sqlite3.Error, sqlite3.Warning) as error:
             raise SettingsError(f"SQL: {error}") from None
-        except UnicodeDecodeError:  # SQLite quotes what it cannot read
-            raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
 
 
 def run_history(url: str) -> Table:

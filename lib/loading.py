@@ -15,6 +15,7 @@ from lib.detection import Detection, detect
 from lib.device import choose_device, choose_pack, choose_precision, device_name, use_threads
 from lib.download import Offer, ask_size, download_regression, download_weights
 from lib.errors import MachineError, WeightsError
+from lib.memory import ran_out
 from lib.network import Network, load_network
 from lib.regression import regression_path
 from lib.runs import AttemptFacts
@@ -97,7 +98,7 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
         config = detection.config(digest.result() if digest else str(sha256))
         weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not ran_out(error):
             raise
         needed = detection.value("parameters")
         raise MachineError(

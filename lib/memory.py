@@ -13,7 +13,7 @@ import torch
 
 from lib.contacts import BLOCK_BYTES
 
-__all__ = ["available_bytes", "contact_bytes", "pack_bytes"]
+__all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 
 # Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
 # the feed-forward its input and norm and the 4-wide inner one, in attention q, k, v and copies.
@@ -57,6 +57,11 @@ def available_bytes(device: torch.device) -> int | None:
     limits = [_meminfo_available(), _cgroup_available()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
+
+
+def ran_out(error: Exception) -> bool:
+    """Return whether an error is memory's: torch has plain RuntimeErrors for it."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def _meminfo_available() -> int | None:

@@ -86,11 +86,8 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         "SELECT weights_path, device_name, versions FROM attempts WHERE run_id = ? ORDER BY id",
         [run_id],
     ).dictionaries()
-    work = query(
-        url,
-        "SELECT attempt_id, residues, seconds FROM checkpoints WHERE run_id = ? ORDER BY id",
-        [run_id],
-    )
+    checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
+    work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
     table = attempts_table(detail)
     return Report(
         run=run_id,
@@ -104,7 +101,7 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         properties=_properties(model, attempts),
         figures=[
             lengths_figure(found, run.facts["max_residues"]),
-            throughput_figure([Work(*row) for row in work.rows]),
+            throughput_figure(work),
             projection_figure(found),
             norms_figure(found),
         ],

@@ -17,7 +17,7 @@ from lib.embeddings import open_run
 from lib.errors import MachineError, SettingsError
 from lib.fair_esm import FairEsm, Reference
 from lib.fasta import Inventory, read_windows
-from lib.memory import available_bytes
+from lib.memory import available_bytes, ran_out
 from lib.resumption import admit
 from lib.runs import load_run
 from lib.settings import Settings
@@ -224,7 +224,7 @@ def _reference(
     try:
         return reference.compute(residues, layers)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not ran_out(error):
             raise
         raise MachineError(
             f"record {record} ({name}): out of memory in fair-esm for {len(residues)} residues"

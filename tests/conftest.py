@@ -65,6 +65,27 @@ class Answer:
 Script = Callable[..., Answer]
 
 
+def run_program(folder: Path, program: str) -> str:
+    """Run a program as a page prints it, in a folder; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # DuckDB's extensions and the cache of datasets: nothing outside the folder.
+            "HOME": str(folder),
+            "HF_HOME": str(folder / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], place: Place) -> Script:
     """Call a script's main in this process: script("embed", "--input", path)."""

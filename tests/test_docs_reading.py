@@ -5,11 +5,8 @@ Every program runs as printed, in a process of its own, in a folder with a run a
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from lib.embeddings import RunEmbeddings, open_run
 from lib.settings import DEFAULT_CONFIG
 from lib.untrained import make_model
 from scripts.embed import main as embed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_program
 
 PAGE = (ROOT / "docs" / "reading.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -45,23 +42,7 @@ def run(folder: Path) -> RunEmbeddings:
 def output(folder: Path, containing: str) -> str:
     """Run the one program of the page that contains some text; return what it prints."""
     (program,) = [one for one in PROGRAMS if containing in one]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            # DuckDB's extensions and the cache of datasets: nothing outside the folder.
-            "HOME": str(folder),
-            "HF_HOME": str(folder / "huggingface"),
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_program(folder, program)
 
 
 def nearest(run: RunEmbeddings) -> str:

@@ -20,7 +20,8 @@ from tests.reference import read_run, worst_residue_error
 
 # Peak of a pack of that many tokens, beyond what the process had after a tiny one.
 PEAK = """
-import re, sys, torch
+import sys, torch
+from benchmarks.processes import peak_bytes
 from lib.detection import detect
 from lib.fasta import Owner, Sequence
 from lib.network import load_network
@@ -35,8 +36,7 @@ def pack(count, residues):
     owner = [Owner(0, "a", "", residues)]
     sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
     launch(network, sequences, sys.argv[5:], "float32").collect()
-    # Not getrusage: its figure is inherited from the process that started this one.
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    return peak_bytes()
 before = pack(1, 10)
 print(pack(int(sys.argv[3]), int(sys.argv[4])) - before)
 """

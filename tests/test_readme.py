@@ -6,11 +6,9 @@ Commands run as printed, in the project's folder, with a settings file of their 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from lib.database import open_for_writing, transaction
 from lib.history import query
 from lib.questions import questions
 from lib.settings import DEFAULT_CONFIG
-from tests.conftest import ROOT, users_environment
+from tests.conftest import ROOT, run_program, users_environment
 from tests.reference import fasta
 
 README = (ROOT / "README.md").read_text()
@@ -96,20 +94,15 @@ print(json.dumps({
     "similar": [name for (name,) in similar],
 }))
 """
-# As DuckDB would download it at the first ATTACH.
-SQLITE_READER = """
-from importlib.resources import files
-import duckdb
-wheel = files("duckdb_extension_sqlite_scanner") / "extensions" / f"v{duckdb.__version__}"
-duckdb.sql(f"INSTALL '{wheel / 'sqlite_scanner.duckdb_extension'}'")
-"""
+# As DuckDB would download it at the first ATTACH: the last program of that page.
+SQLITE_READER = (ROOT / "docs" / "reading.md").read_text().split("```python\n")[-1].split("```")[0]
 
 
 def test_the_python_lines_read_a_run(
     after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
 ) -> None:
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    found = json.loads(python(folder, SQLITE_READER + lines + FOUND))
+    found = json.loads(run_program(folder, SQLITE_READER + lines + FOUND))
     ids = [header.split()[0] for header, _ in fasta(ROOT / "examples" / "proteins.fasta")]
     columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
     assert columns[0] == "record"
@@ -125,21 +118,6 @@ def test_the_python_lines_read_a_run(
     np.testing.assert_allclose(picked, cosines.max(axis=1), atol=1e-6)
     assert sorted(found["which"]) == [1] * 117 + [2] * 117 + [3] * 117
     assert found["similar"] == [ids[0], *(ids[i] for i in np.argsort(-cosines[0])[:4])]
-
-
-def python(folder: Path, program: str) -> str:
-    """Run a program in a folder, with nothing of the user's own around it; return its output."""
-    own = {"HOME": str(folder), "HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env={**os.environ, **own, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -261,7 +261,8 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
 
 # Peak of a sequence in fair-esm, beyond what the process had after a tiny one, and the estimate.
 PEAK = """
-import re, sys
+import sys
+from benchmarks.processes import peak_bytes
 from lib.detection import detect
 from lib.fair_esm import FairEsm
 from lib.settings import load_settings
@@ -269,7 +270,7 @@ settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
 model = FairEsm(detect(settings.model, contacts=sys.argv[2] == "contacts"))
 def peak(residues):
     model.compute("M" * residues, [2])
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    return peak_bytes()
 before = peak(10)
 print(peak(1022) - before, model.needed_bytes(1022))
 """

@@ -178,23 +178,21 @@ def test_pickles_written_by_hand_are_refused_and_nothing_runs(
 
 # Of each path, the line with which it is refused as weights, and how far the process's peak grew.
 REFUSED_APART = """
-import re, sys
+import sys
+from benchmarks.processes import peak_bytes
 from lib.detection import detect
 from lib.errors import WeightsError
 from lib.settings import load_settings
-def peak():
-    # Not getrusage: its figure is inherited from the process that started this one.
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 for path in sys.argv[1:]:
     model = load_settings(overrides={"model.esm_model": path}).model
-    before = peak()
+    before = peak_bytes()
     try:
         detect(model)
     except WeightsError as error:
-        print(str(error).removeprefix(f"{path}: "), peak() - before, sep="\\n")
-before = peak()
+        print(str(error).removeprefix(f"{path}: "), peak_bytes() - before, sep="\\n")
+before = peak_bytes()
 taken = b"1" * 300_000_000
-print(peak() - before)
+print(peak_bytes() - before)
 """
 LITTLE_MEMORY = 100_000_000
 
