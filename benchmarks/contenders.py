@@ -17,12 +17,13 @@ import torch
 
 from lib.alphabet import tokenise
 from lib.detection import Detection
+from lib.device import packs_at_once
 from lib.fasta import Owner
 from lib.fasta import Sequence as FastaSequence
 from lib.huggingface import fair_esm_name
 from lib.network import load_network
 from lib.packing import plan_packs
-from lib.vectors import launch
+from lib.pipeline import Pack, computed
 
 __all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
 
@@ -114,10 +115,12 @@ def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens:
         planned = [FastaSequence(sequences[i], [Owner(i, "", "", 0)]) for i in order]
         lengths = [len(sequence.residues) for sequence in planned]
         result = np.empty((len(planned), network.shape.hidden_dim), np.float32)
-        for pack in plan_packs(lengths, tokens):
-            part = planned[pack.start : pack.stop]
-            kept = launch(network, part, [column], "float32").collect()
-            result[order[pack.start : pack.stop]] = kept.columns[column]
+        packs = [
+            Pack(pack, planned[pack.start : pack.stop])
+            for pack in plan_packs(lengths, tokens, packs_at_once(device))
+        ]
+        for pack, kept in computed(network, packs, [column], "float32"):
+            result[order[pack.positions.start : pack.positions.stop]] = kept.columns[column]
         return result
 
     return embed

@@ -17,11 +17,13 @@ from benchmarks.contenders import Embed
 from lib.alphabet import tokenise
 from lib.database import open_for_writing
 from lib.detection import Detection
+from lib.device import packs_at_once
 from lib.embedding import Job, work
 from lib.fasta import preflight
 from lib.interruption import Interruption
 from lib.loading import load_model
 from lib.packing import plan_packs
+from lib.pipeline import lanes
 from lib.runs import create_run
 from lib.settings import Settings, override
 
@@ -108,16 +110,24 @@ def end_to_end_share(
         model = replace(model, settings=ready)
         engine = open_for_writing(ready.database.url)
         ordered = sorted(sequences, key=len, reverse=True)
-        packs = plan_packs([len(one) for one in ordered], ready.compute.tokens_per_pack)
-        tokens = [torch.from_numpy(tokenise(ordered[p.start : p.stop])) for p in packs]
-        lengths = [[len(one) for one in ordered[p.start : p.stop]] for p in packs]
+        device = model.network.device
+        plan = plan_packs(
+            [len(one) for one in ordered], ready.compute.tokens_per_pack, packs_at_once(device)
+        )
+        tokens = [torch.from_numpy(tokenise(ordered[p.start : p.stop])) for p in plan]
+        lengths = [[len(one) for one in ordered[p.start : p.stop]] for p in plan]
         last = [model.network.shape.num_layers]
 
-        def forward() -> None:
+        def forward_one(pack: torch.Tensor, sizes: list[int]) -> None:
             with torch.inference_mode():
-                for pack, sizes in zip(tokens, lengths, strict=True):
-                    for _layer, hidden in model.network.forward(pack, sizes, last):
-                        hidden[0, 0].item()
+                for _layer, hidden in model.network.forward(pack, sizes, last):
+                    hidden[0, 0].item()
+
+        def forward() -> None:
+            with lanes(device) as (executor, _ahead):
+                packs = zip(tokens, lengths, strict=True)
+                for done in [executor.submit(forward_one, *one) for one in packs]:
+                    done.result()
 
         def whole() -> None:
             found = preflight(ready.input)

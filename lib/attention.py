@@ -31,7 +31,9 @@ def attend(
     """
     v = qkv[:, 2]
     if v.device.type == "cuda" and v.dtype is not torch.float32:
-        return _varlen(turned(qkv[:, :2].float(), rotary), v, groups, bounds)
+        # float16 is read and written once; there are no complex numbers of bfloat16.
+        qk = qkv[:, :2] if v.dtype is torch.float16 else qkv[:, :2].float()
+        return _varlen(turned(qk, rotary), v, groups, bounds)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
         part = slice(group.start, group.stop)
@@ -44,9 +46,10 @@ def attend(
 
 
 def turned(qk: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Give queries and keys, (T, 2, heads, head_dim) float32, their rotary positions in place.
+    """Give queries and keys, (T, 2, heads, head_dim), their rotary positions in place.
 
-    One complex product (Su et al. 2021).
+    qk: float32 or float16. One complex product (Su et al. 2021), which is complex64's for float16
+    too, rounded when it is stored.
     """
     torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
     return qk

@@ -10,11 +10,19 @@ import torch
 from lib.errors import MachineError
 from schema.settings import ComputeSettings
 
-__all__ = ["choose_device", "choose_pack", "choose_precision", "device_name", "use_threads"]
+__all__ = [
+    "choose_device",
+    "choose_pack",
+    "choose_precision",
+    "device_name",
+    "packs_at_once",
+    "use_threads",
+]
 
-# On CPU more gains nothing, and a pack of the largest model still takes less than 1 GB. On CUDA
+# On CPU more gains nothing, and two packs of the largest model still take less than 1 GB. On CUDA
 # it is what fills the device at the width of the smaller models; it has not been measured.
-_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 32_768}
+_TOKENS_PER_PACK = {"cpu": 2048, "cuda": 32_768}
+_PACKS_AT_ONCE = {"cpu": 2, "cuda": 1}
 
 
 def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
@@ -51,6 +59,11 @@ def choose_pack(compute: ComputeSettings, device: torch.device) -> tuple[int, st
     if compute.tokens_per_pack:
         return compute.tokens_per_pack, "as set"
     return _TOKENS_PER_PACK[device.type], f"auto: {device.type}"
+
+
+def packs_at_once(device: torch.device) -> int:
+    """Return how many packs are computed at once, if there are threads for it."""
+    return _PACKS_AT_ONCE[device.type]
 
 
 def device_name(device: torch.device) -> str:

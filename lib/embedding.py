@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from sqlalchemy import Engine
 
 from lib.checkpoints import CheckpointWriter, rename_into_place
 from lib.database import WRITER
-from lib.errors import MachineError
+from lib.device import packs_at_once
+from lib.errors import InputError, MachineError
 from lib.fasta import Inventory, Window, read_windows
-from lib.fasta import Sequence as FastaSequence
 from lib.identity import run_config, run_identity
 from lib.interruption import Interruption
 from lib.network import Network
 from lib.packing import plan_packs, remaining
+from lib.pipeline import Pack, StoppedError, computed
 from lib.runs import (
     Ownership,
     add_checkpoint,
@@ -29,15 +29,13 @@ from lib.runs import (
     next_checkpoint_number,
 )
 from lib.settings import Settings
-from lib.vectors import Launched, NonFiniteError, Vectors, launch
+from lib.vectors import NonFiniteError, Vectors
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 
 __all__ = ["Job", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
-# A GPU has its next pack before the vectors of the last are read; a CPU computes as it is called.
-_PACKS_AHEAD = {"cpu": 0, "cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,11 @@ class Job:
     progress: Callable[[Sequence[int]], None]
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """A pack on its way through the network."""
-
-    positions: range
-    sequences: Sequence[FastaSequence]
-    launched: Launched
-
-
 def work(job: Job) -> Run:
     """Compute what is left of a run, committing checkpoints, and record it as finished.
 
     `job.progress` is told the lengths of every pack; signals should be deferred, they are
-    looked at before every pack. Returns the finished run. Raises what stopped it, after
+    looked at before a pack is begun. Returns the finished run. Raises what stopped it, after
     committing what was finished: InterruptedRunError for a signal, NonFiniteError naming the
     record, MachineError for disk, database or memory.
     """
@@ -83,58 +72,50 @@ def work(job: Job) -> Run:
 
 
 def _work_through(job: Job, run: Run, stretch: _Stretch) -> None:
-    ahead = _PACKS_AHEAD[job.network.device.type]
-    on_way: deque[_Pack] = deque()
-    for positions, sequences in _left(job, run):
-        if job.interruption.requested:
-            _take_in_all(job, stretch, on_way)
-            raise job.interruption.error(f"run {run.id} interrupted, finished work committed")
-        try:
-            launched = launch(job.network, sequences, stretch.vector_columns, run.per_tok_dtype)
-        except MachineError:
-            _take_in_all(job, stretch, on_way)
-            raise
-        on_way.append(_Pack(positions, sequences, launched))
-        if len(on_way) > ahead:
-            _take_in(job, stretch, on_way.popleft())
-    _take_in_all(job, stretch, on_way)
+    with closing(_computed(job, run, stretch)) as packs:
+        for pack, vectors in packs:
+            stretch.add(pack, vectors)
+            job.progress([len(sequence.residues) for sequence in pack.sequences])
+            stretch.commit_if_due()
 
 
-def _take_in_all(job: Job, stretch: _Stretch, on_way: deque[_Pack]) -> None:
-    """Commit all that was launched."""
-    while on_way:
-        _take_in(job, stretch, on_way.popleft())
-    stretch.commit()
-
-
-def _take_in(job: Job, stretch: _Stretch, pack: _Pack) -> None:
-    """Wait for a pack and keep it; commit if that is due."""
+def _computed(job: Job, run: Run, stretch: _Stretch) -> Generator[tuple[Pack, Vectors], None, None]:
+    """Yield what is left of a run with its vectors; what is finished is committed at an error."""
     try:
-        vectors = pack.launched.collect()
-    except NonFiniteError:
+        yield from computed(
+            job.network,
+            _left(job, run),
+            stretch.vector_columns,
+            run.per_tok_dtype,
+            stopped=lambda: job.interruption.requested is not None,
+        )
+    except (InputError, MachineError, NonFiniteError):
         stretch.commit()
         raise
-    stretch.add(pack.positions, pack.sequences, vectors)
-    job.progress([len(sequence.residues) for sequence in pack.sequences])
-    stretch.commit_if_due()
+    except StoppedError:
+        stretch.commit()
+        fact = f"run {run.id} interrupted, finished work committed"
+        raise job.interruption.error(fact) from None
 
 
-def _left(job: Job, run: Run) -> Iterator[tuple[range, Sequence[FastaSequence]]]:
-    """Yield the packs that no checkpoint covers: their positions in the plan and sequences."""
+def _left(job: Job, run: Run) -> Iterator[Pack]:
+    """Yield the packs that no checkpoint covers."""
     done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
     for window in read_windows(job.settings.input, job.inventory):
         first = window.first_position
-        for positions in _packs(window, job.settings.compute.tokens_per_pack, done):
-            yield positions, window.sequences[positions.start - first : positions.stop - first]
+        for positions in _packs(window, job, done):
+            sequences = window.sequences[positions.start - first : positions.stop - first]
+            yield Pack(positions, sequences)
 
 
-def _packs(window: Window, tokens_per_pack: int, done: Sequence[range]) -> Iterable[range]:
+def _packs(window: Window, job: Job, done: Sequence[range]) -> Iterable[range]:
     """Yield the packs of a window, as positions in the plan, that no checkpoint covers."""
     stop = window.first_position + len(window.sequences)
     if not any(remaining(range(window.first_position, stop), done)):
         return
     lengths = [len(sequence.residues) for sequence in window.sequences]
-    for pack in plan_packs(lengths, tokens_per_pack):
+    tokens, at_once = job.settings.compute.tokens_per_pack, packs_at_once(job.network.device)
+    for pack in plan_packs(lengths, tokens, at_once):
         first = window.first_position
         yield from remaining(range(first + pack.start, first + pack.stop), done)
 
@@ -156,8 +137,9 @@ class _Stretch:
         self._residues = 0
         self._since = self._last_beat = time.monotonic()
 
-    def add(self, positions: range, sequences: Sequence[FastaSequence], vectors: Vectors) -> None:
+    def add(self, pack: Pack, vectors: Vectors) -> None:
         """Take in a pack; a gap before it closes the checkpoint first."""
+        positions, sequences = pack.positions, pack.sequences
         if self._writer is not None and positions.start != self._positions.stop:
             self.commit()
         if self._writer is None:

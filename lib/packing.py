@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 __all__ = ["Group", "group_equal_lengths", "plan_packs", "remaining"]
 
+# Smaller packs are slower: what is done once a pack shows.
+_LEAST_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Group:
@@ -22,23 +25,35 @@ class Group:
         return self.start + self.count * self.tokens
 
 
-def plan_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[range]:
+def plan_packs(lengths: Sequence[int], tokens_per_pack: int, at_once: int = 1) -> list[range]:
     """Cut a run of sequences into packs of at most `tokens_per_pack` tokens.
 
     lengths: (N,) residues per sequence, in the order of the plan. A sequence longer than the
-    budget is a pack of its own. Tokens are residues + 2 (<cls>, <eos>).
+    budget is a pack of its own. Tokens are residues + 2 (<cls>, <eos>). at_once: how many packs
+    are computed at once; if several, the last packs get smaller, so that they end together.
     """
     packs = []
     start, tokens = 0, 0
+    left = sum(lengths) + 2 * len(lengths)
+    budget = _budget(left, tokens_per_pack, at_once)
     for i, residues in enumerate(lengths):
         size = residues + 2
-        if tokens and tokens + size > tokens_per_pack:
+        if tokens and tokens + size > budget:
             packs.append(range(start, i))
+            left -= tokens
+            budget = _budget(left, tokens_per_pack, at_once)
             start, tokens = i, 0
         tokens += size
     if tokens:
         packs.append(range(start, len(lengths)))
     return packs
+
+
+def _budget(left: int, tokens_per_pack: int, at_once: int) -> int:
+    """Return the most tokens of the next pack: half an equal share, once that is less."""
+    if at_once == 1:
+        return tokens_per_pack
+    return min(tokens_per_pack, max(_LEAST_TOKENS, left // (2 * at_once)))
 
 
 def remaining(pack: range, done: Sequence[range]) -> Iterator[range]:

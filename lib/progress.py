@@ -33,12 +33,13 @@ class Progress:
         lengths: npt.NDArray[np.int32],
         hidden_dim: int,
         done: Sequence[range] = (),
+        at_once: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to count now.
 
         lengths: (sequences,) residues in the order of the plan; done: stretches of the plan that
-        earlier attempts committed; clock: tells seconds.
+        earlier attempts committed; at_once: packs that are computed at once; clock: tells seconds.
         """
         earlier = [lengths[stretch.start : stretch.stop] for stretch in done]
         self._width = hidden_dim
@@ -49,23 +50,32 @@ class Progress:
         self._cost_left = total - sum(map(self._cost, earlier))
         self._scale = _RECENT * total
         self._clock = clock
-        self._began = self._last = clock()
+        self._began = self._last = self._timed = clock()
         self._seconds, self._cost_of_seconds = 0.0, 0.0
-        self._packs = 0
+        self._at_once = at_once
+        self._packs, self._cost_of_packs = 0, 0.0
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count a pack as done; lengths: (N,) residues of its sequences."""
-        now, cost = self._clock(), self._cost(np.asarray(lengths))
-        if self._packs == 1:
-            # The first pack also warms things up: it tells of the speed until there is another.
-            self._seconds, self._cost_of_seconds = 0.0, 0.0
-        self._packs += 1
-        faded = math.exp(-cost / self._scale)
-        self._seconds = self._seconds * faded + now - self._last
-        self._cost_of_seconds = self._cost_of_seconds * faded + cost
+        cost = self._cost(np.asarray(lengths))
+        self._last = self._clock()
         self._cost_left -= cost
-        self._last = now
         self.residues_done += sum(lengths)
+        self._packs += 1
+        self._cost_of_packs += cost
+        # Packs that are computed at once end at once: the time of one alone tells nothing.
+        if self._packs % self._at_once == 0:
+            self._count_time()
+
+    def _count_time(self) -> None:
+        """Count what the packs since the last time cost, and the time that they took."""
+        if self._packs == 2 * self._at_once:
+            # The first packs also warm things up: they tell of the speed until there are others.
+            self._seconds, self._cost_of_seconds = 0.0, 0.0
+        faded = math.exp(-self._cost_of_packs / self._scale)
+        self._seconds = self._seconds * faded + self._last - self._timed
+        self._cost_of_seconds = self._cost_of_seconds * faded + self._cost_of_packs
+        self._timed, self._cost_of_packs = self._last, 0.0
 
     @property
     def seconds(self) -> float:
@@ -74,7 +84,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that what is left will take from the last pack on; None before the first."""
+        """Seconds that what is left will take from the last pack on; None before it is known."""
         if not self._cost_of_seconds:
             return None
         return max(self._cost_left, 0.0) * self._seconds / self._cost_of_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from lib.network import Network
 from lib.packing import group_equal_lengths
 from schema.parquet import CONTACTS
 
-__all__ = ["Launched", "NonFiniteError", "Vectors", "launch"]
+__all__ = ["Launched", "NonFiniteError", "Vectors", "launch", "needed_bytes"]
 
 Column = npt.NDArray[Any] | list[npt.NDArray[Any]]
 
@@ -39,6 +40,10 @@ class Vectors:
 
 class NonFiniteError(LedgerError):
     """The network gave NaN or infinity."""
+
+
+class _AbandonedError(Exception):
+    """Nobody waits for the pack any more."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,24 @@ class Launched:
 
 
 def launch(
-    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], per_tok_dtype: str
+    network: Network,
+    sequences: Sequence[FastaSequence],
+    columns: Sequence[str],
+    per_tok_dtype: str,
+    abandoned: threading.Event | None = None,
 ) -> Launched:
     """Send a pack through the network, keeping `columns` ("mean_6", "contacts", …) of it.
 
     A pack that does not fit into the device's memory is computed in halves. Raises MachineError
-    naming a record that does not fit alone.
+    naming a record that does not fit alone. Another thread may set `abandoned`: then nobody
+    collects the pack, and it ends after the layer that is being computed.
     """
-    needed = _needed(network, sequences, columns)
+    needed = needed_bytes(network, sequences, columns)
     available = available_bytes(network.device)
     try:
         if available is not None and needed > available:
             raise MemoryError
-        return Launched([_launch_part(network, sequences, columns, per_tok_dtype)])
+        return Launched([_launch_part(network, sequences, columns, per_tok_dtype, abandoned)])
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -93,12 +103,27 @@ def launch(
         )
     middle = len(sequences) // 2
     halves = sequences[:middle], sequences[middle:]
-    parts = [launch(network, half, columns, per_tok_dtype)._parts for half in halves]
+    parts = [launch(network, half, columns, per_tok_dtype, abandoned)._parts for half in halves]
     return Launched([*parts[0], *parts[1]])
 
 
+def needed_bytes(
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]
+) -> int:
+    """Return an upper estimate of the memory that a pack takes beside the weights."""
+    lengths = [len(sequence.residues) for sequence in sequences]
+    tokens = sum(lengths) + 2 * len(lengths)
+    kept_layers = sum(column.startswith("per_tok_") for column in columns)
+    maps = contact_bytes(lengths) if CONTACTS in columns else 0
+    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
+
+
 def _launch_part(
-    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str], per_tok_dtype: str
+    network: Network,
+    sequences: Sequence[FastaSequence],
+    columns: Sequence[str],
+    per_tok_dtype: str,
+    abandoned: threading.Event | None,
 ) -> _Part:
     lengths = [len(sequence.residues) for sequence in sequences]
     groups = group_equal_lengths(lengths)
@@ -112,9 +137,12 @@ def _launch_part(
     for column in (name for name in columns if name != CONTACTS):
         by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
     kept: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+    last = max(by_layer, default=0) if maps is None else network.shape.num_layers
     with torch.inference_mode():
-        for layer, hidden in network.forward(tokens, lengths, by_layer, maps):
-            for column in by_layer[layer]:
+        for layer, hidden in network.forward(tokens, lengths, range(last + 1), maps):
+            if abandoned is not None and abandoned.is_set():
+                raise _AbandonedError
+            for column in by_layer.get(layer, []):
                 kind = column.rpartition("_")[0]
                 if kind == "per_tok":
                     # One copy for the pack: what the network yields is overwritten.
@@ -155,14 +183,6 @@ def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column:
             kind, _, layer = column.rpartition("_")
             place = column if column == CONTACTS else f"{kind} of layer {layer}"
             raise NonFiniteError(f"record {owner.number} ({owner.id}): non-finite value in {place}")
-
-
-def _needed(network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]) -> int:
-    lengths = [len(sequence.residues) for sequence in sequences]
-    tokens = sum(lengths) + 2 * len(lengths)
-    kept_layers = sum(column.startswith("per_tok_") for column in columns)
-    maps = contact_bytes(lengths) if CONTACTS in columns else 0
-    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

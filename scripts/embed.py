@@ -30,6 +30,7 @@ from lib.console import (
 )
 from lib.database import open_for_writing
 from lib.detection import detect
+from lib.device import packs_at_once
 from lib.display import (
     describe_detection,
     describe_input,
@@ -88,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             note(f"run {ownership.run_id}")
             network = model.network
-            with ResidueBar(Progress(inventory.lengths, network.shape.hidden_dim)) as bar:
+            at_once = packs_at_once(network.device)
+            counted = Progress(inventory.lengths, network.shape.hidden_dim, at_once=at_once)
+            with ResidueBar(counted) as bar:
                 run = work(
                     Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
                 )

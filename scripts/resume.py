@@ -30,6 +30,7 @@ from lib.console import (
     settings_arguments,
 )
 from lib.database import open_for_writing
+from lib.device import packs_at_once
 from lib.display import describe_detection, describe_input, describe_run, describe_start, run_json
 from lib.embedding import Job, work
 from lib.interruption import Interruption
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     note(f"run {run_id}: {path.name}: not in the database, removed")
                 network = model.network
                 done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
-                counted = Progress(inventory.lengths, network.shape.hidden_dim, done)
+                at_once = packs_at_once(network.device)
+                counted = Progress(inventory.lengths, network.shape.hidden_dim, done, at_once)
                 with ResidueBar(counted) as bar:
                     progress = bar.advance
                     run = work(

@@ -89,7 +89,17 @@ def test_the_cuda_path_hands_the_whole_pack_over_with_its_bounds(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     qkv, rotary, groups = pack(torch.float16)
-    found = attention._varlen(
-        attention.turned(qkv[:, :2].float(), rotary), qkv[:, 2], groups, sequence_bounds(groups)
-    )
-    torch.testing.assert_close(found.double(), by_hand(qkv, rotary), atol=4e-3, rtol=4e-3)
+    expected = by_hand(qkv, rotary)
+    qk = attention.turned(qkv[:, :2], rotary)
+    found = attention._varlen(qk, qkv[:, 2], groups, sequence_bounds(groups))
+    torch.testing.assert_close(found.double(), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_float16_is_turned_in_float32() -> None:
+    qkv, rotary, _ = pack(torch.float16)
+    qkv[0] = 60_000  # products of this leave float16
+    expected = attention.turned(qkv[:, :2].float(), rotary).half()
+    values = qkv[:, 2].clone()
+    assert torch.equal(attention.turned(qkv[:, :2], rotary), expected)
+    assert torch.equal(qkv[:, 2], values)

@@ -151,7 +151,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     flags += ["--set", "input.max_residues=200", "--include", "contacts", "bos"]
     assert script("embed", *flags).status == 0
     killed_at(place, ("lib.embedding.rename_into_place", "after", 2), "embed", *flags)
-    killed_at(place, ("lib.embedding.launch", "before", 3), "resume")
+    killed_at(place, ("lib.pipeline.launch", "before", 3), "resume")
     answer = script("resume")
     assert answer.status == 0, answer.err
     assert_same_bits(place.output / "run-000002", place.output / "run-000001")

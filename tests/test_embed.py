@@ -77,10 +77,10 @@ def test_auto_is_resolved_shown_with_its_reason_and_recorded(
 ) -> None:
     place.set("compute", "device", "cpu")
     answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
-    for shown in ("precision float32 (auto: float32 on CPU", "4096 tokens per pack (auto: cpu)"):
+    for shown in ("precision float32 (auto: float32 on CPU", "2048 tokens per pack (auto: cpu)"):
         assert shown in answer.err
     statement = "select precision, settings ->> '$.compute.tokens_per_pack' as n from runs"
-    assert script("query", statement, "--json").json == [{"precision": "float32", "n": 4096}]
+    assert script("query", statement, "--json").json == [{"precision": "float32", "n": 2048}]
 
 
 @pytest.mark.parametrize(

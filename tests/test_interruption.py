@@ -68,7 +68,7 @@ def test_a_second_sigint_ends_at_once_and_loses_only_what_is_not_committed(
     script: Script, place: Place, small_model: Path
 ) -> None:
     twice = (signal.SIGINT, signal.SIGINT)
-    answer, seconds = signalled(place, small_model, "lib.embedding.launch", 4, 60, *twice)
+    answer, seconds = signalled(place, small_model, "lib.pipeline.launch", 4, 60, *twice)
     assert answer.status == 130
     assert answer.error == "SIGINT: interrupted"
     assert seconds < 20
@@ -81,11 +81,11 @@ def test_a_second_sigint_ends_at_once_and_loses_only_what_is_not_committed(
 # Runs embed.py with packs that take so many seconds, and say when they begin and have ended.
 SLOW_PACKS = """
 import sys, time
-import lib.embedding
+import lib.pipeline
 from lib.console import guarded
 from scripts.embed import main
 seconds, *argv = sys.argv[1:]
-true = lib.embedding.launch
+true = lib.pipeline.launch
 def slow(*arguments, **named):
     print("begins", file=sys.stderr, flush=True)
     until = time.monotonic() + float(seconds)
@@ -94,7 +94,7 @@ def slow(*arguments, **named):
     vectors = true(*arguments, **named)
     print("ends", time.monotonic(), file=sys.stderr, flush=True)
     return vectors
-lib.embedding.launch = slow
+lib.pipeline.launch = slow
 sys.exit(guarded(main, argv))
 """
 PACK_SECONDS = 4.0
@@ -152,7 +152,7 @@ def test_a_second_process_is_refused_while_the_first_lives(
 ) -> None:
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW, "lib.embedding.launch", "1", "60", *map(str, flags)],
+        [sys.executable, "-c", SLOW, "lib.pipeline.launch", "1", "60", *map(str, flags)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

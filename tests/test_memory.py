@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from lib import memory, vectors
+from lib.device import choose_pack, packs_at_once
 from lib.memory import available_bytes, contact_bytes, pack_bytes
 from lib.network import Network
+from lib.settings import load_settings
 from lib.untrained import make_model
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import read_run, worst_residue_error
@@ -67,8 +69,10 @@ def test_a_pack_takes_no_more_than_estimated(
     assert int(done.stdout) <= pack_bytes(count * (residues + 2), 1280, kept) + maps
 
 
-def test_the_default_pack_takes_at_most_a_gigabyte_at_the_largest_model() -> None:
-    assert pack_bytes(4096, 5120, 0) <= 1e9
+def test_packs_of_default_size_take_at_most_a_gigabyte_at_the_largest_model() -> None:
+    cpu = torch.device("cpu")
+    tokens, _ = choose_pack(load_settings().compute, cpu)
+    assert packs_at_once(cpu) * pack_bytes(tokens, 5120, 0) <= 1e9
 
 
 def test_a_pack_that_does_not_fit_is_halved(

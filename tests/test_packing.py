@@ -61,6 +61,31 @@ def test_cls_and_eos_count_towards_the_budget(
     assert plan_packs(lengths, budget) == packs
 
 
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200).map(
+        lambda drawn: sorted(drawn, reverse=True)
+    )
+)
+def test_packs_computed_at_once_end_together(lengths: list[int]) -> None:
+    packs = plan_packs(lengths, 2048, at_once=2)
+    assert [i for pack in packs for i in pack] == list(range(len(lengths)))
+    sizes = [sum(lengths[i] + 2 for i in pack) for pack in packs]
+    assert max(sizes) <= 2048
+    # Two computers take the next pack when they are ready; none works alone for long.
+    busy = [0, 0]
+    for size in sizes:
+        busy[busy.index(min(busy))] += size
+    assert max(busy) - min(busy) <= 512
+
+
+def test_the_last_packs_shrink_only_where_several_are_computed_at_once() -> None:
+    lengths = [98] * 80
+    assert [len(pack) for pack in plan_packs(lengths, 2048)] == [20, 20, 20, 20]
+    at_once = [len(pack) for pack in plan_packs(lengths, 2048, at_once=2)]
+    assert at_once == [20, 15, 11, 8, 6, 5, 5, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("done", "parts"),
     [

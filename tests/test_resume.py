@@ -41,7 +41,7 @@ setattr(holder, name, killing)
 sys.exit(import_module(f"scripts.{script}").main(argv))
 """
 POINTS = [
-    ("lib.embedding.launch", "before", 4),
+    ("lib.pipeline.launch", "before", 4),
     ("lib.embedding.rename_into_place", "before", 2),
     ("lib.embedding.rename_into_place", "after", 2),
     ("lib.embedding.add_checkpoint", "after", 3),
@@ -114,9 +114,9 @@ def test_killed_again_and_again_at_any_moment(
     chance = random.Random(7)
     killed_at(place, ("lib.embedding.add_checkpoint", "after", 1), "embed", *flags)
     for point in (
-        ("lib.embedding.launch", "after", chance.randint(1, 3)),
+        ("lib.pipeline.launch", "after", chance.randint(1, 3)),
         ("lib.embedding.rename_into_place", "after", chance.randint(1, 2)),
-        ("lib.embedding.launch", "before", chance.randint(1, 5)),
+        ("lib.pipeline.launch", "before", chance.randint(1, 5)),
     ):
         killed_at(place, point, "resume")
     assert script("resume").status == 0
@@ -132,7 +132,7 @@ def test_a_signal_commits_what_is_finished(
     script: Script, place: Place, small_model: Path, number: signal.Signals, status: int
 ) -> None:
     flags = embed_arguments(small_model, ["mean"])
-    slow = "import lib.embedding as e, time, sys; f = e.launch\n"
+    slow = "import lib.pipeline as e, time, sys; f = e.launch\n"
     slow += "def c(*a, **k):\n    time.sleep(0.2)\n    return f(*a, **k)\n"
     slow += "e.launch = c\nfrom scripts.embed import main\n"
     slow += "from lib.console import guarded\nsys.exit(guarded(main, sys.argv[1:]))"

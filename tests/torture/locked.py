@@ -90,14 +90,14 @@ def _database(bench: Bench) -> Path:
 
 
 def _slowly(bench: Bench) -> int:
-    embedding: Any = import_module("lib.embedding")
-    true = embedding.launch
+    pipeline: Any = import_module("lib.pipeline")
+    true = pipeline.launch
 
     def launch(*arguments: object) -> object:
         time.sleep(1)
         return true(*arguments)
 
-    embedding.launch = launch
+    pipeline.launch = launch
     return script("embed", bench.embed)
 
 

@@ -45,7 +45,7 @@ _STEPS = [
     ("sqlalchemy.engine.default", "DefaultDialect", "do_commit"),
     ("lib.database", "", "_use_wal"),
     ("lib.loading", "", "load_network"),
-    ("lib.embedding", "", "launch"),
+    ("lib.pipeline", "", "launch"),
     ("lib.resumption", "", "detect"),
     ("lib.resumption", "", "preflight"),
     ("scripts.embed", "", "preflight"),
