@@ -12,6 +12,7 @@ import lzma
 import os
 import random
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -528,15 +529,19 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(deadline=None)
 @given(
-    sequences=FEW_SEQUENCES, window_records=st.integers(1, 6), window_residues=st.integers(1, 40)
+    sequences=FEW_SEQUENCES,
+    window_records=st.integers(1, 6),
+    window_residues=st.integers(1, 40),
+    chunk=st.integers(1, 6),
 )
 def test_every_record_is_in_the_plan_once_and_in_file_order(
-    scratch: Path, sequences: list[str], window_records: int, window_residues: int
+    scratch: Path, sequences: list[str], window_records: int, window_residues: int, chunk: int
 ) -> None:
     content = "".join(f">r{i} d{i}\n{sequence}\n" for i, sequence in enumerate(sequences))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fasta, "WINDOW_RECORDS", window_records)
         patch.setattr(fasta, "WINDOW_RESIDUES", window_residues)
+        patch.setattr(fasta, "_CHUNK", chunk)
         inventory, windows = plan(scratch, content)
     planned = [sequence for window in windows for sequence in window.sequences]
     assert len({sequence.residues for sequence in planned}) == len(planned)
@@ -557,6 +562,23 @@ def test_every_record_is_in_the_plan_once_and_in_file_order(
             assert (owner.id, owner.description) == (f"r{owner.number}", f"d{owner.number}")
             written[owner.number] = sequence.residues.decode()
     assert [written[i] for i in range(len(sequences))] == sequences
+    assert inventory.same_as.tolist() == [sequences.index(one) for one in sequences]
+
+
+def test_preflight_takes_few_bytes_a_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fasta, "_CHUNK", 1 << 10)
+    records = 100_000
+    # Every sequence another one: the digits of a number as residues.
+    digits = str.maketrans("0123456789", "ACDEFGHIKL")
+    path.write_text("".join(f">r{i}\n{str(i).translate(digits)}\n" for i in range(records)))
+    inputs = rules(path)
+    tracemalloc.start()
+    inventory = preflight(inputs)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert inventory.records == records
+    assert most < 60 * records
+    assert kept < 15 * records
 
 
 # ---- A file that changes under us
