@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from lib.device import packs_at_once
-from lib.errors import MachineError
+from lib.errors import InputError, LedgerError, MachineError
 from lib.fasta import Sequence as FastaSequence
 from lib.memory import available_bytes
 from lib.network import Network
@@ -60,8 +60,8 @@ def computed(
 
     A pack is computed in the same way whatever is on its way beside it. After `stopped` has
     given true no pack is begun: those on their way are yielded, then StoppedError is raised.
-    Raises what `launch` and `collect` raise, after the packs before have been yielded. When the
-    generator is closed early, packs on their way are abandoned at their next layer.
+    Raises what `packs`, `launch` and `collect` raise, after the packs before have been yielded.
+    When the generator is closed early, packs on their way are abandoned at their next layer.
     """
     abandoned = threading.Event()
 
@@ -71,17 +71,20 @@ def computed(
         return launch(network, pack.sequences, columns, per_tok_dtype, abandoned)
 
     with lanes(network.device) as (executor, ahead):
+        refused: list[LedgerError] = []
         on_way: deque[_OnWay] = deque()
         try:
-            for pack in packs:
+            for pack in _until_refused(packs, refused):
                 needed = needed_bytes(network, pack.sequences, columns)
-                alone = ahead > 0 and _is_alone(pack, needed, on_way, network.device)
-                if alone:
+                alone = _is_alone(pack, network.device)
+                if alone or not _fits_beside(on_way, needed, network.device):
                     yield from _taken(on_way, 0)
                 where = _Here() if alone else executor
                 on_way.append(_OnWay(pack, needed, where.submit(begin, pack)))
                 yield from _taken(on_way, 0 if alone else ahead)
             yield from _taken(on_way, 0)
+            if refused:
+                raise refused[0]
         finally:
             abandoned.set()
 
@@ -123,14 +126,26 @@ class _Here(Executor):
         return future
 
 
-def _is_alone(pack: Pack, needed: int, on_way: Iterable[_OnWay], device: torch.device) -> bool:
-    """Return whether a pack must have the machine to itself."""
-    if device.type == "cuda":
-        return False
-    if max(len(sequence.residues) for sequence in pack.sequences) + 2 > _ALONE_TOKENS:
+def _until_refused(packs: Iterable[Pack], refused: list[LedgerError]) -> Iterator[Pack]:
+    """Yield packs up to an error of the input, which is kept."""
+    try:
+        yield from packs
+    except (InputError, MachineError) as error:
+        refused.append(error)
+
+
+def _is_alone(pack: Pack, device: torch.device) -> bool:
+    """Return whether a pack has the machine to itself."""
+    longest = max(len(sequence.residues) for sequence in pack.sequences)
+    return device.type == "cpu" and longest + 2 > _ALONE_TOKENS
+
+
+def _fits_beside(on_way: Iterable[_OnWay], needed: int, device: torch.device) -> bool:
+    """Return whether there is memory for one more pack; `launch` knows what to do without."""
+    if device.type == "cuda":  # one is computed at a time
         return True
     available = available_bytes(device)
-    return available is not None and needed + sum(one.needed for one in on_way) > available
+    return available is None or needed + sum(one.needed for one in on_way) <= available
 
 
 def _taken(on_way: deque[_OnWay], left: int) -> Iterator[tuple[Pack, Vectors]]:

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import pipeline, pooling, vectors
+from lib import fasta as fasta_reader
+from lib import loading, pipeline, pooling, vectors
 from lib.detection import detect
 from lib.errors import MachineError
 from lib.fasta import Owner
@@ -156,6 +157,32 @@ def test_a_pack_that_is_not_finite_does_not_take_the_one_before_it(
     assert answer.status == 2
     assert f"({longest()[2]}): non-finite value in mean of layer 2" in answer.error
     assert records_done(script) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_file_that_changes_mid_run_takes_nothing_that_is_finished(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(fasta_reader, "WINDOW_RECORDS", 5)
+    content = SOME_PROTEINS.read_bytes()
+    path = place.folder / "changing.fasta"
+    path.write_bytes(content)
+    true = loading.load_model
+
+    def load_model(*arguments: Any) -> loading.LoadedModel:  # noqa: ANN401
+        path.write_bytes(content.rstrip() + b"M\n")
+        return true(*arguments)
+
+    monkeypatch.setattr("scripts.embed.load_model", load_model)
+    flags = ["--set", "compute.tokens_per_pack=10", "--set", f"compute.threads={threads}"]
+    answer = script("embed", "--esm-model", small_model, "--input", path, *flags)
+    assert (answer.status, answer.error) == (2, f"{path}: changed while it was being read")
+    assert records_done(script) == 10
+    monkeypatch.undo()
+    monkeypatch.setattr(fasta_reader, "WINDOW_RECORDS", 5)
+    path.write_bytes(content)
+    assert script("resume", "--run", "1", "--config", place.config).status == 0
+    assert len(read_run(place.output / "run-000001")) == 15
 
 
 # ---- Two packs at once
