@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -115,11 +115,14 @@ def run_states(url: str) -> Table:
     )
 
 
-def watch(url: str, run_id: int | None, seconds: float) -> Iterator[list[dict[str, Any]]]:
+def watch(
+    url: str, run_id: int | None, seconds: float, stopped: threading.Event
+) -> Iterator[list[dict[str, Any]]]:
     """Give the states of the runs that are at work, every so many seconds, until none is.
 
     Watches one run, or all that are running at the start; the last states given are those in
-    which they ended. Raises SettingsError if there is no such run.
+    which they ended, or the last before `stopped` was set. Raises SettingsError if there is no
+    such run.
     """
     states = run_states(url).dictionaries()
     watched = {row["run"] for row in states if row["status"] == "running"}
@@ -132,7 +135,8 @@ def watch(url: str, run_id: int | None, seconds: float) -> Iterator[list[dict[st
         yield shown
         if not any(row["status"] == "running" for row in shown):
             return
-        time.sleep(seconds)
+        if stopped.wait(seconds):
+            return
         states = run_states(url).dictionaries()
 
 

@@ -12,6 +12,8 @@ Opens the run database read-only. Exit status: 0 shown, 2 no such database or ru
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from collections.abc import Sequence
 
 from lib.console import (
@@ -56,15 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool) -> None:
     """Follow runs until they end; Ctrl-C is a good end, too."""
-    lines = LiveLines()
+    lines, stopped = LiveLines(), threading.Event()
+    # Not KeyboardInterrupt, which is lost where it is raised within a destructor.
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: stopped.set())
     try:
-        for states in watch(url, run_id, seconds):
+        for states in watch(url, run_id, seconds, stopped):
             if as_json:
                 print_json(states)
             else:
                 lines.show([progress_line(state) for state in states] or ["no run is running"])
-    except KeyboardInterrupt:
-        return
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_history(url: str, *, as_json: bool) -> None:
