@@ -20,7 +20,12 @@ import numpy.typing as npt
 
 __all__ = ["Contender", "Spec", "peak_bytes"]
 
-_ALLOCATOR = "THP_MEM_ALLOC_ENABLE"
+# What torch and oneDNN do by themselves, where lib sets something else.
+_TORCHS_OWN = {
+    "THP_MEM_ALLOC_ENABLE": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024",
+    "LRU_CACHE_CAPACITY": "1024",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Contender:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
         start = time.perf_counter()
-        with _allocator_of(spec):
+        with _environment_of(spec):
             self._process.start()
         theirs.close()
         self._connection.recv()
@@ -71,17 +76,19 @@ class Contender:
 
 
 @contextmanager
-def _allocator_of(spec: Spec) -> Iterator[None]:
-    """Hand a process the allocator settings that it has when it is started by itself."""
-    before = os.environ.get(_ALLOCATOR)
-    os.environ[_ALLOCATOR] = "1" if spec.name == "esm-ledger" else "0"
+def _environment_of(spec: Spec) -> Iterator[None]:
+    """Hand a process the settings of torch that it has when it is started by itself."""
+    before = {name: os.environ.get(name) for name in _TORCHS_OWN}
+    if spec.name != "esm-ledger":  # whose settings lib has made in this process already
+        os.environ.update(_TORCHS_OWN)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_ALLOCATOR]
-        else:
-            os.environ[_ALLOCATOR] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _serve(connection: Connection, spec: Spec) -> None:
