@@ -57,7 +57,7 @@ def work(job: Job) -> Run:
     `job.progress` is told the lengths of every pack; signals should be deferred, they are
     looked at before a pack is begun. Returns the finished run. Raises what stopped it, after
     committing what was finished: InterruptedRunError for a signal, NonFiniteError naming the
-    record, MachineError for disk, database or memory.
+    record, InputError for a file that has changed, MachineError for disk, database or memory.
     """
     run = load_run(job.engine, job.ownership.run_id)
     stretch = _Stretch(job, run)
