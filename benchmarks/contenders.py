@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.alphabet import tokenise
-from lib.detection import Detection
-from lib.device import packs_at_once
-from lib.fasta import Owner
-from lib.fasta import Sequence as FastaSequence
-from lib.huggingface import fair_esm_name
-from lib.network import load_network
-from lib.packing import plan_packs
-from lib.pipeline import Pack, computed
+from lib.models.detection import Detection
+from lib.models.huggingface import fair_esm_name
+from lib.network.device import packs_at_once
+from lib.network.esm2 import load_network
+from lib.network.pipeline import Pack, computed
+from lib.sequences.alphabet import tokenise
+from lib.sequences.plan import plan_packs
+from lib.sequences.records import Owner
+from lib.sequences.records import Sequence as FastaSequence
 
 __all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
 

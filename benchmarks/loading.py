@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from lib.catalog import RELEASED, trunk_parameters
-from lib.console import print_json, print_line, print_table
-from lib.device import device_name
-from lib.untrained import make_model
+from lib.console.output import print_json, print_line, print_table
+from lib.models.untrained import make_model
+from lib.network.device import device_name
 
 _MEASURE = """
 import json, sys, time
@@ -41,8 +41,8 @@ ready = time.perf_counter() - start
 print(json.dumps({{"ready_s": ready, "peak_bytes": peak_bytes()}}))
 """
 _OURS = """import torch
-from lib.detection import detect
-from lib.loading import load_model
+from lib.models.detection import detect
+from lib.jobs.loading import load_model
 from lib.settings import load_settings
 settings = load_settings(overrides={"model.esm_model": sys.argv[1], "compute.device": "cpu"})"""
 LOADERS = {

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contenders import Embed
-from lib.alphabet import tokenise
-from lib.database import open_for_writing
-from lib.detection import Detection
-from lib.device import packs_at_once
-from lib.embedding import Job, work
-from lib.fasta import preflight
-from lib.interruption import Interruption
-from lib.loading import load_model
-from lib.packing import plan_packs
-from lib.pipeline import lanes
-from lib.runs import create_run
+from lib.jobs.embedding import Job, work
+from lib.jobs.interruption import Interruption
+from lib.jobs.loading import load_model
+from lib.ledger.database import open_for_writing
+from lib.ledger.runs import create_run
+from lib.models.detection import Detection
+from lib.network.device import packs_at_once
+from lib.network.pipeline import lanes
+from lib.sequences.alphabet import tokenise
+from lib.sequences.plan import plan_packs
+from lib.sequences.records import preflight
 from lib.settings import Settings, override
 
 __all__ = ["Figures", "agreement", "end_to_end_share", "in_turn", "roof"]

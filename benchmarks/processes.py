@@ -95,7 +95,7 @@ def _serve(connection: Connection, spec: Spec) -> None:
     import torch
 
     from benchmarks.contenders import fair_esm, ours, transformers_sdpa
-    from lib.detection import detect
+    from lib.models.detection import detect
     from lib.settings import load_settings
 
     found = detect(load_settings(overrides={"model.esm_model": str(spec.weights)}).model)

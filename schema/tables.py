@@ -1,4 +1,4 @@
-"""Tables of the run database (SQLite); what is done with them is in lib.runs."""
+"""Tables of the run database (SQLite); what is done with them is in lib.ledger.runs."""
 
 from __future__ import annotations
 

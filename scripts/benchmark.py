@@ -34,11 +34,11 @@ from benchmarks.plot import draw
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import sequences, useful_flops
 from lib.catalog import RELEASED
-from lib.console import arguments, note, print_json, print_line, print_table, run_script
-from lib.detection import detect
-from lib.device import choose_device, choose_pack, device_name
+from lib.console.output import arguments, note, print_json, print_line, print_table, run_script
+from lib.models.detection import detect
+from lib.models.untrained import make_model
+from lib.network.device import choose_device, choose_pack, device_name
 from lib.settings import load_settings
-from lib.untrained import make_model
 
 SIZES = {name.split("_")[2]: name for name in RELEASED}
 DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf:40"]

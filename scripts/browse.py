@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lib.browser import START_PAGE, browser_app
-from lib.console import arguments, database_url, print_result, run_script
-from lib.loopback import ADDRESS, listen, serve
+from lib.console.output import arguments, database_url, print_result, run_script
+from lib.pages.browser import START_PAGE, browser_app
+from lib.pages.loopback import ADDRESS, listen, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lib.console import (
+from lib.console.display import describe_detection, detection_json
+from lib.console.output import (
     arguments,
     overrides,
     print_json,
@@ -19,8 +20,7 @@ from lib.console import (
     run_script,
     settings_arguments,
 )
-from lib.detection import detect
-from lib.display import describe_detection, detection_json
+from lib.models.detection import detect
 from lib.settings import load_settings
 
 

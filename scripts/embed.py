@@ -17,7 +17,17 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lib.console import (
+from lib.console.display import (
+    describe_detection,
+    describe_input,
+    describe_run,
+    describe_start,
+    describe_validation,
+    describe_weights,
+    run_json,
+    validation_json,
+)
+from lib.console.output import (
     ResidueBar,
     arguments,
     download_bar,
@@ -28,27 +38,17 @@ from lib.console import (
     run_script,
     settings_arguments,
 )
-from lib.database import open_for_writing
-from lib.detection import detect
-from lib.device import packs_at_once
-from lib.display import (
-    describe_detection,
-    describe_input,
-    describe_run,
-    describe_start,
-    describe_validation,
-    describe_weights,
-    run_json,
-    validation_json,
-)
-from lib.embedding import Job, work
-from lib.fasta import preflight
-from lib.interruption import Interruption
-from lib.loading import load_model, offer_of, with_weights
-from lib.progress import Progress
-from lib.runs import create_run
+from lib.jobs.embedding import Job, work
+from lib.jobs.interruption import Interruption
+from lib.jobs.loading import load_model, offer_of, with_weights
+from lib.jobs.progress import Progress
+from lib.jobs.validation import validate
+from lib.ledger.database import open_for_writing
+from lib.ledger.runs import create_run
+from lib.models.detection import detect
+from lib.network.device import packs_at_once
+from lib.sequences.records import preflight
 from lib.settings import load_settings
-from lib.validation import validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

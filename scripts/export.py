@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.console import arguments, database_url, print_result, run_script
+from lib.console.output import arguments, database_url, print_result, run_script
 from lib.embeddings import open_run
-from lib.export import FORMATS, export
-from lib.selection import Selection, facts_of
+from lib.embeddings.export import FORMATS, export
+from lib.embeddings.selection import Selection, facts_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from lib.console import (
+from lib.console.output import (
     LiveLines,
     arguments,
     database_url,
@@ -25,8 +25,8 @@ from lib.console import (
     print_table,
     run_script,
 )
-from lib.history import altered_rows, run_detail, run_history, watch
-from lib.overview import (
+from lib.ledger.history import altered_rows, run_detail, run_history, watch
+from lib.ledger.overview import (
     LEAST_NEEDED,
     attempts_table,
     checkpoints_table,

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from lib.catalog import RELEASED
-from lib.console import arguments, note, print_json, run_script
-from lib.untrained import make_folder, make_model
+from lib.console.output import arguments, note, print_json, run_script
+from lib.models.untrained import make_folder, make_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:

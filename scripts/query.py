@@ -13,8 +13,8 @@ import csv
 import sys
 from collections.abc import Sequence
 
-from lib.console import arguments, database_url, print_json, print_table, run_script
-from lib.history import query
+from lib.console.output import arguments, database_url, print_json, print_table, run_script
+from lib.ledger.history import query
 
 
 def main(argv: Sequence[str] | None = None) -> int:

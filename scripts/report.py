@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lib.console import arguments, database_url, print_result, run_script
-from lib.report import default_place, make_report, write_report
+from lib.console.output import arguments, database_url, print_result, run_script
+from lib.pages.report import default_place, make_report, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

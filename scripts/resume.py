@@ -18,7 +18,14 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lib.console import (
+from lib.console.display import (
+    describe_detection,
+    describe_input,
+    describe_run,
+    describe_start,
+    run_json,
+)
+from lib.console.output import (
     ResidueBar,
     arguments,
     database_url,
@@ -29,15 +36,14 @@ from lib.console import (
     run_script,
     settings_arguments,
 )
-from lib.database import open_for_writing
-from lib.device import packs_at_once
-from lib.display import describe_detection, describe_input, describe_run, describe_start, run_json
-from lib.embedding import Job, work
-from lib.interruption import Interruption
-from lib.loading import load_model
-from lib.progress import Progress
-from lib.resumption import admit, clear_leftovers
-from lib.runs import find_run, load_run, own, start_attempt
+from lib.jobs.admission import admit, clear_leftovers
+from lib.jobs.embedding import Job, work
+from lib.jobs.interruption import Interruption
+from lib.jobs.loading import load_model
+from lib.jobs.progress import Progress
+from lib.ledger.database import open_for_writing
+from lib.ledger.runs import find_run, load_run, own, start_attempt
+from lib.network.device import packs_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lib.console import (
+from lib.console.display import describe_audit, describe_validation, validation_json
+from lib.console.output import (
     arguments,
     database_url,
     note,
@@ -26,10 +27,9 @@ from lib.console import (
     run_script,
     settings_arguments,
 )
-from lib.display import describe_audit, describe_validation, validation_json
-from lib.interruption import Interruption
+from lib.jobs.interruption import Interruption
+from lib.jobs.validation import audit_run, try_run, validate
 from lib.settings import load_settings
-from lib.validation import audit_run, try_run, validate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lib.console import (
+from lib.console.output import (
     arguments,
     database_url,
     note,
@@ -31,8 +31,8 @@ from lib.console import (
     run_script,
     settings_arguments,
 )
-from lib.interruption import Interruption
-from lib.verification import COLUMNS, verify_run
+from lib.jobs.interruption import Interruption
+from lib.jobs.verification import COLUMNS, verify_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

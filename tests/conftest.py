@@ -17,9 +17,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from lib.console import guarded
+from lib.console.output import guarded
+from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
-from lib.untrained import make_model
 
 # The same examples every time, so that a change fails for what it changed. New ones are tried with
 # `make test ARGS=--hypothesis-profile=default`.

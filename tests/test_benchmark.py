@@ -13,10 +13,10 @@ from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
-from lib.detection import Detection, detect
-from lib.embedding import Job, work
-from lib.history import query
-from lib.network import Network
+from lib.jobs.embedding import Job, work
+from lib.ledger.history import query
+from lib.models.detection import Detection, detect
+from lib.network.esm2 import Network
 from lib.settings import load_settings
 from scripts.benchmark import table_rows
 from tests.conftest import Place

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.comments import view_comments
-from lib.database import open_for_writing, transaction
+from lib.ledger.comments import view_comments
+from lib.ledger.database import open_for_writing, transaction
 from lib.settings import DEFAULT_CONFIG
 from schema.tables import Attempt, Checkpoint, Model, Run
 from tests.conftest import ROOT

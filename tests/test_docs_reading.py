@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lib.embeddings import RunEmbeddings, open_run
+from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
-from lib.untrained import make_model
 from scripts.embed import main as embed
 from tests.conftest import ROOT, run_program
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.footer import read_footer
+from lib.ledger.footer import read_footer
 from schema.parquet import FOOTER_KEY
 from tests.torture import fuzz
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.database import open_for_writing, transaction
-from lib.history import query
-from lib.questions import questions
+from lib.ledger.database import open_for_writing, transaction
+from lib.ledger.history import query
+from lib.ledger.questions import questions
 from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT, run_program, users_environment
 from tests.reference import fasta

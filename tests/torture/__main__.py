@@ -21,7 +21,7 @@ from pathlib import Path
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
-from lib.console import print_line, print_table  # noqa: E402 (not before the lines above)
+from lib.console.output import print_line, print_table  # noqa: E402 (not before the lines above)
 
 _MOST_MINUTES = 20.0
 

@@ -9,8 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
-from lib.untrained import make_model
 from tests.conftest import SOME_PROTEINS
 from tests.reference import assert_same_bits
 from tests.torture.process import in_fork, script

@@ -34,14 +34,14 @@ import torch
 from backports import zstd
 from safetensors.torch import save, save_file
 
-from lib.detection import detect
 from lib.errors import LedgerError
-from lib.fasta import preflight, read_records
-from lib.footer import read_footer
-from lib.regression import read_regression_file
+from lib.ledger.footer import read_footer
+from lib.models.detection import detect
+from lib.models.regression import read_regression_file
+from lib.models.untrained import make_model
+from lib.models.weights import open_weights
+from lib.sequences.records import preflight, read_records
 from lib.settings import DEFAULT_CONFIG, load_settings
-from lib.untrained import make_model
-from lib.weights import open_weights
 from schema.parquet import FOOTER_KEY
 from tests.conftest import UNIPROT_PART
 from tests.torture.outcome import Outcome

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lib.sqlite_file import BUSY_SECONDS
+from lib.ledger.sqlite_file import BUSY_SECONDS
 from tests.torture.bench import Bench, make_bench
 from tests.torture.outcome import Outcome
 from tests.torture.process import finished, script, start
@@ -90,7 +90,7 @@ def _database(bench: Bench) -> Path:
 
 
 def _slowly(bench: Bench) -> int:
-    pipeline: Any = import_module("lib.pipeline")
+    pipeline: Any = import_module("lib.network.pipeline")
     true = pipeline.launch
 
     def launch(*arguments: object) -> object:

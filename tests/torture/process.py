@@ -24,7 +24,7 @@ import scripts.embed
 import scripts.history
 import scripts.resume
 import scripts.validate
-from lib.console import guarded
+from lib.console.output import guarded
 
 # Once here instead of in every fork: the scripts, what pyarrow imports at its first array, tables.
 _MAINS = {
@@ -43,11 +43,11 @@ _STEPS = [
     ("pyarrow.parquet", "ParquetWriter", "write_table"),
     ("pyarrow.parquet", "ParquetWriter", "close"),
     ("sqlalchemy.engine.default", "DefaultDialect", "do_commit"),
-    ("lib.database", "", "_use_wal"),
-    ("lib.loading", "", "load_network"),
-    ("lib.pipeline", "", "launch"),
-    ("lib.resumption", "", "detect"),
-    ("lib.resumption", "", "preflight"),
+    ("lib.ledger.database", "", "_use_wal"),
+    ("lib.jobs.loading", "", "load_network"),
+    ("lib.network.pipeline", "", "launch"),
+    ("lib.jobs.admission", "", "detect"),
+    ("lib.jobs.admission", "", "preflight"),
     ("scripts.embed", "", "preflight"),
 ]
 _MOST_SECONDS = 300

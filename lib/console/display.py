@@ -1,0 +1,173 @@
+"""Display: what the scripts say of detections, inputs and runs, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lib.jobs.loading import LoadedModel
+from lib.jobs.validation import RunAudit, Validation
+from lib.models.detection import Detection
+from lib.models.download import Offer
+from lib.sequences.records import Inventory
+from lib.units import size
+from schema.tables import Run
+
+__all__ = [
+    "describe_audit",
+    "describe_detection",
+    "describe_input",
+    "describe_run",
+    "describe_start",
+    "describe_validation",
+    "describe_weights",
+    "detection_json",
+    "run_json",
+    "validation_json",
+]
+
+
+def describe_detection(
+    detection: Detection, sha256: str | None = None
+) -> list[tuple[str, str, str]]:
+    """Return (property, value, source) rows of a detected model."""
+    rows = [("name", detection.name, str(detection.weights.path) if detection.weights else "")]
+    rows += [(key, _text(prop.value), prop.source) for key, prop in detection.properties.items()]
+    if sha256 is not None:
+        rows.append(("sha256", sha256, "file"))
+    if detection.untrained:
+        rows.append(("untrained", "yes", "untrained weights: the vectors mean nothing"))
+    return rows
+
+
+def describe_weights(detection: Detection, offer: Offer | None) -> str:
+    """Return, in one line, which model this is and where its weights are or come from."""
+    if offer is None:
+        assert detection.weights is not None
+        return f"model {detection.name}: {detection.weights.path}"
+    much = f"size unknown ({offer.why_not})" if offer.size is None else size(offer.size)
+    return (
+        f"model {detection.name}: {offer.target.name} is not on disk, to download: {much} from "
+        f"{offer.url} to {offer.target}"
+    )
+
+
+def detection_json(detection: Detection) -> dict[str, Any]:
+    """Return a detection for programs: values and sources by property."""
+    return {
+        "name": detection.name,
+        "path": str(detection.weights.path) if detection.weights else None,
+        "untrained": detection.untrained,
+        "properties": {
+            key: {"value": prop.value, "source": prop.source}
+            for key, prop in detection.properties.items()
+        },
+    }
+
+
+def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
+    """Return what preflight found, a line each; nothing that changes a sequence is silent."""
+    lines = [
+        f"input {inventory.path}: {inventory.records} records, {inventory.sequences} different "
+        f"sequences, {inventory.residues} residues to embed, longest {inventory.longest}"
+    ]
+    if inventory.truncated:
+        lines.append(f"truncated to {max_residues} residues: {inventory.truncated} records")
+    if inventory.mapped:
+        lines.append(f"unknown letters read as X: {inventory.mapped}")
+    if inventory.nucleotide_like:
+        lines.append(f"only letters of ACGTUN (nucleotides?): {inventory.nucleotide_like} records")
+    return lines
+
+
+def describe_start(model: LoadedModel) -> str:
+    """Return, in one line, what computes and how, with the reasons of what was chosen."""
+    facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
+    return (
+        f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
+        f"precision {model.settings.compute.precision} ({precision_reason}); "
+        f"{facts.tokens_per_pack} tokens per pack ({pack_reason})"
+    )
+
+
+def describe_run(run: Run) -> str:
+    """Return where the result of a run lies."""
+    untrained = " (untrained weights)" if (run.esm2_config or {}).get("untrained") else ""
+    return (
+        f"run {run.id} {run.status}: {run.records_total} records in {len(run.checkpoints)} "
+        f"checkpoints in {run.output_folder}{untrained}"
+    )
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """Return the result of a run for programs."""
+    return {
+        "run": run.id,
+        "status": run.status,
+        "model": run.esm2_config,
+        "input": run.input_path,
+        "records": run.records_total,
+        "output_folder": run.output_folder,
+        "checkpoints": [one.path for one in run.checkpoints],
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def describe_validation(validation: Validation) -> list[str]:
+    """Return the lines of a good validation: model, input, unfinished runs."""
+    config = validation.model.config
+    untrained = " (untrained weights)" if config.untrained else ""
+    lines = [
+        f"model {config.name}{untrained}: {config.num_layers} layers, hidden_dim "
+        f"{config.hidden_dim}, {config.parameters} parameters, sha256 {config.sha256}"
+    ]
+    if validation.inventory is not None:
+        lines += describe_input(validation.inventory, validation.max_residues)
+    for unfinished in validation.unfinished:
+        reason = unfinished.reason
+        verdict = "can be resumed with this model" if reason is None else f"cannot: {reason}"
+        lines.append(f"unfinished run {unfinished.run_id}: {verdict}")
+    if not validation.unfinished:
+        lines.append("no unfinished run")
+    return lines
+
+
+def validation_json(validation: Validation) -> dict[str, Any]:
+    """Return a good validation for programs."""
+    inventory = validation.inventory
+    return {
+        "model": validation.model.config.snapshot(),
+        "input": None
+        if inventory is None
+        else {
+            "path": str(inventory.path),
+            "sha256": inventory.sha256,
+            "records": inventory.records,
+            "sequences": inventory.sequences,
+            "residues": inventory.residues,
+            "truncated": inventory.truncated,
+        },
+        "unfinished": [
+            {"run": one.run_id, "resumable": one.reason is None, "reason": one.reason}
+            for one in validation.unfinished
+        ],
+    }
+
+
+def describe_audit(audit: RunAudit) -> list[str]:
+    """Return the lines of a run's audit: every fact, or that it is good."""
+    run = audit.run
+    if audit.facts:
+        return audit.facts
+    records = sum(one.records for one in run.checkpoints)
+    return [
+        f"run {run.id} ({run.status}): identity good, {len(run.checkpoints)} checkpoints with "
+        f"{records} of {run.records_total} records good"
+    ]

@@ -1,0 +1,63 @@
+"""Exports: a run in the formats that other programs read, whole under its name or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.disk import new_path
+from lib.embeddings.hdf5 import write_anndata, write_hdf5
+from lib.embeddings.reading import RunEmbeddings
+from lib.embeddings.selection import Selection, facts_of, facts_text
+from lib.errors import SettingsError
+
+__all__ = ["FORMATS", "export"]
+
+Writer = Callable[[RunEmbeddings, Path, Selection], None]
+
+
+def export(run: RunEmbeddings, form: str, to: Path, selection: Selection) -> None:
+    """Write `run` to `to` in one of FORMATS; nothing that exists is replaced.
+
+    Raises SettingsError for what the format cannot hold or the run did not keep.
+    """
+    if selection.kind == "per_tok" and form != "hdf5":
+        raise SettingsError(f"format {form}: no per-residue vectors, hdf5 has them")
+    if selection.dtype is not None and form != "hdf5":
+        raise SettingsError(f"format {form}: float32 only, hdf5 has others")
+    if form == "esm-extract" and selection != Selection():
+        raise SettingsError("format esm-extract: holds everything that was kept")
+    FORMATS[form](run, to, selection)
+
+
+def _write_npy(run: RunEmbeddings, to: Path, selection: Selection) -> None:
+    """Write a folder: embeddings.npy (N, hidden_dim) float32, ids.txt in its order, run.json."""
+    column = run.column(selection.kind, selection.layer)
+    with new_path(to, folder=True) as folder:
+        run.write_matrix(column, folder / "embeddings.npy")
+        ids = "".join(f"{name}\n" for name in run.ids)
+        (folder / "ids.txt").write_text(ids, encoding="utf-8", newline="\n")
+        (folder / "run.json").write_text(facts_text(facts_of(run, column)), encoding="utf-8")
+
+
+def _write_esm_extract(run: RunEmbeddings, to: Path, selection: Selection) -> None:
+    from lib.embeddings.torch_files import (
+        write_esm_extract,  # here, as the other formats need no torch
+    )
+
+    write_esm_extract(run, to, selection)
+
+
+def _write_virnucpro(run: RunEmbeddings, to: Path, selection: Selection) -> None:
+    from lib.embeddings.torch_files import write_virnucpro
+
+    write_virnucpro(run, to, selection)
+
+
+FORMATS: dict[str, Writer] = {
+    "hdf5": write_hdf5,
+    "esm-extract": _write_esm_extract,
+    "npy": _write_npy,
+    "virnucpro": _write_virnucpro,
+    "anndata": write_anndata,
+}

@@ -1,0 +1,330 @@
+"""Embeddings read back: a run's vectors in FASTA order, in bounded memory and without torch.
+
+    from lib.embeddings import open_run
+
+    run = open_run("runs.sqlite", 1)
+    run.ids, run.matrix()              # (N,) and (N, hidden_dim) float32, in FASTA order
+    run.matrix(to="vectors.npy")       # the same, memory-mapped
+    run.residues(7)                    # (embedded_length, hidden_dim) of record 7
+    run.contacts(7)                    # (embedded_length, embedded_length) of record 7
+
+Rows lie in the order of the plan, longest first within a window. They are read once, a row group
+at a time, and each is put where FASTA order wants it: memory holds one row group and, of every
+record, its number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.digest import file_sha256
+from lib.disk import disk_errors, new_path
+from lib.errors import IdentityRefusedError, SettingsError
+from lib.ledger.footer import read_footer
+from lib.ledger.history import query
+from lib.ledger.sqlite_file import database_path
+from schema.parquet import CONTACTS
+
+__all__ = ["RunEmbeddings", "open_run", "values"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def open_run(
+    database: str | Path, run: int, *, partial: bool = False, verify: bool = False
+) -> RunEmbeddings:
+    """Open a run of a run database (a SQLite path or URL) for reading.
+
+    Every file that the database lists must be there, of the size listed, and say in its footer
+    that it belongs to the run; with `verify` its SHA-256 must be the one listed. `partial` opens
+    an unfinished run with the records that it has.
+
+    Raises SettingsError for a run that is not there or not finished, IdentityRefusedError for
+    files that are not what the database lists.
+    """
+    url = str(database)
+    found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
+    if not found:
+        raise SettingsError(f"run {run}: not in database {database_path(url)}")
+    facts = found[0]
+    for name in ("esm2_config", "repr_layers", "include"):
+        facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+    if facts["esm2_config"] is None:
+        raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
+    listed = query(
+        url,
+        "SELECT path, bytes, sha256, records FROM checkpoints WHERE run_id = ? "
+        "ORDER BY first_position",
+        [run],
+    ).dictionaries()
+    done = sum(one["records"] for one in listed)
+    if facts["status"] != "finished" and not partial:
+        raise SettingsError(
+            f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
+        )
+    folder = Path(facts["output_folder"])
+    files = [_File(folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
+    for file in files:
+        _check_file(file, facts, verify=verify)
+    return RunEmbeddings(facts, files)
+
+
+class RunEmbeddings:
+    """The vectors of one run, in FASTA order. Made by `open_run`.
+
+    facts: the run's row of the table `runs`, by column.
+    records: (N,) int64, position in the FASTA of every record there is, ascending.
+    """
+
+    def __init__(self, facts: dict[str, Any], files: list[_File]) -> None:
+        self.facts = facts
+        self._files = files
+        numbers, places = _find_records(files)
+        order = np.argsort(numbers)
+        self.records: npt.NDArray[np.int64] = numbers[order]
+        # (N, 3): file, row group and row of every record, in FASTA order.
+        self._places = places[order]
+        self._refuse_incomplete()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The ESM2Config snapshot; `untrained` is true for weights that mean nothing."""
+        config: dict[str, Any] = self.facts["esm2_config"]
+        return config
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of a vector."""
+        return int(self.model["hidden_dim"])
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers kept, ascending."""
+        return sorted(self.facts["repr_layers"])
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """First word of every header, in FASTA order."""
+        ids: list[str] = self.table("id").column("id").to_pylist()
+        return ids
+
+    def table(self, *columns: str) -> pa.Table:
+        """Return columns that are not vectors (id, description, length...), in FASTA order."""
+        parts = [table for _positions, table in self.stored(*columns)]
+        if not parts:
+            return pa.table({name: pa.array([], pa.string()) for name in columns})
+        # Places sort by file, row group and row: the order in which the parts stand.
+        rank = np.empty(len(self), np.int64)
+        rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
+        return pa.concat_tables(parts).take(rank)
+
+    def column(self, kind: str, layer: int | None = None) -> str:
+        """Return the name of the column of `kind` (mean, bos, per_tok) at `layer`.
+
+        Negative layers count from the end; None is the last that was kept. Raises SettingsError
+        if the run did not keep it.
+        """
+        self._refuse_unkept(kind)
+        if layer is None:
+            layer = self.layers[-1]
+        counted = layer + self.model["num_layers"] + 1 if layer < 0 else layer
+        if counted not in self.layers:
+            kept = " ".join(map(str, self.layers))
+            raise SettingsError(f"run {self.facts['id']}: layer {layer} is not kept, only {kept}")
+        return f"{kind}_{counted}"
+
+    def matrix(
+        self, kind: str = "mean", layer: int | None = None, *, to: str | Path | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return (N, hidden_dim) float32 in FASTA order; kind: mean or bos.
+
+        With `to` the matrix is written there as .npy, in bounded memory, and returned
+        memory-mapped. Raises SettingsError if that file exists.
+        """
+        column = self.column(_pooled(kind), layer)
+        if to is not None:
+            with new_path(Path(to), folder=False) as temporary:
+                self.write_matrix(column, temporary)
+            mapped: npt.NDArray[np.float32] = np.load(to, mmap_mode="r")
+            return mapped
+        matrix = np.empty((len(self), self.hidden_dim), np.float32)
+        for positions, table in self.stored(column):
+            matrix[positions] = values(table.column(column)).reshape(-1, self.hidden_dim)
+        return matrix
+
+    def write_matrix(self, column: str, path: Path) -> None:
+        """Write a column of `mean` or `bos` to `path` as .npy, (N, hidden_dim), FASTA order."""
+        shape = (len(self), self.hidden_dim)
+        with path.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            start, width = file.tell(), self.hidden_dim * 4
+            for positions, table in self.stored(column):
+                rows = values(table.column(column)).reshape(-1, self.hidden_dim)
+                for position, row in zip(positions.tolist(), rows, strict=True):
+                    _write_at(file, row, start + position * width)
+
+    def write_residues(
+        self, column: str, path: Path
+    ) -> tuple[npt.NDArray[np.int64], np.dtype[Any]]:
+        """Write a column of `per_tok` to `path`, the records end to end in FASTA order.
+
+        Returns (N + 1,) where each record starts, in values, and the type of the values.
+        """
+        lengths = self.table("embedded_length").column("embedded_length").to_numpy()
+        starts = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(lengths.astype(np.int64) * self.hidden_dim, out=starts[1:])
+        dtype = np.dtype(self.facts["per_tok_dtype"])
+        with path.open("wb") as file:
+            for positions, table in self.stored(column):
+                for position, row in zip(
+                    positions.tolist(), lists(table.column(column)), strict=True
+                ):
+                    _write_at(file, row, int(starts[position]) * dtype.itemsize)
+        return starts, dtype
+
+    def residues(self, record: int, layer: int | None = None) -> Array:
+        """Return (embedded_length, hidden_dim) of one record, in the type that was kept.
+
+        record: position in the FASTA. Raises SettingsError for a record that is not there.
+        """
+        column = self.column("per_tok", layer)
+        return self.row(record, column)[column].reshape(-1, self.hidden_dim)
+
+    def contacts(self, record: int) -> npt.NDArray[np.float32]:
+        """Return (embedded_length, embedded_length) probabilities of one record.
+
+        Raises SettingsError for a record that is not there, or a run that kept none.
+        """
+        self._refuse_unkept(CONTACTS)
+        found = self.row(record, CONTACTS)[CONTACTS]
+        return found.reshape(math.isqrt(found.size), -1)
+
+    def row(self, record: int, *columns: str) -> dict[str, Array]:
+        """Return the numbers that columns have of one record, flat, in the type that was kept.
+
+        Raises SettingsError for a record that is not there.
+        """
+        position = int(np.searchsorted(self.records, record))
+        if position == len(self) or self.records[position] != record:
+            raise SettingsError(f"run {self.facts['id']}: no record {record}")
+        file, group, row = (int(one) for one in self._places[position])
+        path = self._files[file].path
+        with disk_errors(path), _open(path) as parquet:
+            table = parquet.read_row_group(group, columns=list(columns))
+        return {column: values(table.column(column).slice(row, 1)) for column in columns}
+
+    def stored(self, *columns: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+        """Yield every row once, a row group at a time, as it lies on disk.
+
+        Gives (rows,) the place of each row in FASTA order, and the columns asked for.
+        """
+        for file in self._files:
+            with disk_errors(file.path), _open(file.path) as parquet:
+                for group in range(parquet.num_row_groups):
+                    table = parquet.read_row_group(group, columns=["record", *columns])
+                    numbers = table.column("record").to_numpy()
+                    yield np.searchsorted(self.records, numbers), table.select(list(columns))
+
+    def _refuse_unkept(self, kind: str) -> None:
+        if kind not in self.facts["include"]:
+            kept = " ".join(self.facts["include"])
+            raise SettingsError(f"run {self.facts['id']}: {kind} is not kept, only {kept}")
+
+    def _refuse_incomplete(self) -> None:
+        name, total = f"run {self.facts['id']}", self.facts["records_total"]
+        twice = np.flatnonzero(self.records[1:] == self.records[:-1])
+        if len(twice):
+            raise IdentityRefusedError(f"{name}: record {self.records[twice[0]]} stands twice")
+        if self.facts["status"] == "finished" and len(self) != total:
+            raise IdentityRefusedError(f"{name}: {len(self)} of {total} records in its files")
+
+
+def values(column: pa.ChunkedArray) -> Array:
+    """Return the numbers of a column of lists, flat."""
+    return np.asarray(pc.list_flatten(column).to_numpy())
+
+
+def lists(column: pa.ChunkedArray) -> Iterator[Array]:
+    """Yield the numbers of each row of a column of lists, flat."""
+    for chunk in column.chunks:
+        numbers, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            yield numbers[start:stop]
+
+
+def _pooled(kind: str) -> str:
+    if kind not in ("mean", "bos"):
+        raise SettingsError(f"kind {kind}: not mean or bos")
+    return kind
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _write_at(file: BinaryIO, row: Array, offset: int) -> None:
+    """Write all of a row at an offset; a memory map would end in SIGBUS on a full disk."""
+    left = memoryview(row.tobytes())
+    while left:
+        written = os.pwrite(file.fileno(), left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _check_file(file: _File, facts: dict[str, Any], *, verify: bool) -> None:
+    """Refuse a checkpoint that is not what the database lists; its footer is read, no column."""
+    place = f"run {facts['id']}: {file.path}"
+    if file.path.is_symlink() or not file.path.is_file():
+        raise IdentityRefusedError(f"{place}: no such regular file")
+    size = file.path.stat().st_size
+    if size != file.bytes:
+        raise IdentityRefusedError(f"{place}: {size} bytes, {file.bytes} in the database")
+    with disk_errors(file.path):
+        if verify and file_sha256(file.path) != file.sha256:
+            raise IdentityRefusedError(f"{place}: sha256 differs from the database")
+    try:
+        identity = read_footer(file.path).get("identity")
+    except ValueError as error:
+        raise IdentityRefusedError(f"{place}: {error}") from None
+    if not isinstance(identity, dict):
+        raise IdentityRefusedError(f"{place}: footer has no identity")
+    for key in ("uuid", "esm2_config", "input_sha256"):
+        if identity.get(key) != facts[key]:
+            raise IdentityRefusedError(f"{place}: {key} in its footer differs from the database")
+
+
+def _find_records(files: list[_File]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return (N,) record numbers as they lie on disk, and (N, 3) file, row group and row."""
+    numbers, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int32)]
+    for i, file in enumerate(files):
+        with disk_errors(file.path), _open(file.path) as parquet:
+            for group in range(parquet.num_row_groups):
+                found = parquet.read_row_group(group, columns=["record"]).column(0).to_numpy()
+                place = np.empty((len(found), 3), np.int32)
+                place[:, 0], place[:, 1], place[:, 2] = i, group, np.arange(len(found))
+                numbers.append(found)
+                places.append(place)
+    return np.concatenate(numbers), np.concatenate(places)

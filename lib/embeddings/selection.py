@@ -1,0 +1,100 @@
+"""What of a run is exported, and what is said about it beside the vectors."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.disk import disk_errors
+from lib.embeddings.reading import RunEmbeddings
+from lib.errors import LedgerError, SettingsError
+
+__all__ = ["Selection", "facts_of", "facts_text", "library", "ordered_vectors", "refuse_repeats"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which vectors: `kind` is mean, bos or per_tok; None for layer or dtype is as kept."""
+
+    kind: str = "mean"
+    layer: int | None = None
+    dtype: str | None = None
+
+
+def facts_of(run: RunEmbeddings, column: str | None = None) -> dict[str, Any]:
+    """Return what identifies a run and its model, and with `column` the layer and pooling."""
+    facts = {
+        "model": run.model["name"],
+        "model_sha256": run.model["sha256"],
+        "untrained": bool(run.model["untrained"]),
+        "precision": run.facts["precision"],
+        "run": run.facts["id"],
+        "run_uuid": run.facts["uuid"],
+        "status": run.facts["status"],
+        "input": run.facts["input_path"],
+        "input_sha256": run.facts["input_sha256"],
+        "records": len(run),
+        "records_total": run.facts["records_total"],
+    }
+    if column is not None:
+        kind, _, layer = column.rpartition("_")
+        facts |= {"layer": int(layer), "pooling": "none" if kind == "per_tok" else kind}
+    return facts
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """Return facts as the text of a JSON file."""
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def ordered_vectors(
+    run: RunEmbeddings, column: str, beside: Path
+) -> Iterator[Sequence[npt.NDArray[Any]]]:
+    """Give the vectors of every record in FASTA order: (hidden_dim,), or (residues, hidden_dim).
+
+    They are put into order in a temporary file in the folder of `beside`, of the size of the
+    column, and are memory-mapped from there.
+    """
+    with (
+        disk_errors(beside),
+        tempfile.TemporaryDirectory(dir=beside.parent, prefix=f".{beside.name}.") as folder,
+    ):
+        path = Path(folder) / "ordered"
+        if column.startswith("per_tok_"):
+            starts, dtype = run.write_residues(column, path)
+            # Copy-on-write: torch warns of arrays that it may not write to.
+            flat = np.memmap(path, dtype, "c") if len(run) else np.empty(0, dtype)
+            bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+            yield [flat[first:stop].reshape(-1, run.hidden_dim) for first, stop in bounds]
+        else:
+            run.write_matrix(column, path)
+            # As a plain array: anndata writes no numpy.memmap.
+            yield np.load(path, mmap_mode="c" if len(run) else None).view(np.ndarray)
+
+
+def library(name: str, form: str) -> ModuleType:
+    """Import what only one format needs; raises SettingsError if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise SettingsError(f"format {form}: {error.name or name} is not installed") from None
+
+
+def refuse_repeats(run: RunEmbeddings, names: Sequence[str], what: str) -> None:
+    """Refuse two records under one name; `what` says of what, as in `HDF5 name`."""
+    first: dict[str, int] = {}
+    for record, name in zip(run.records.tolist(), names, strict=True):
+        if name in first:
+            raise LedgerError(f"record {record}: {what} {name!r} is record {first[name]}'s")
+        first[name] = record

@@ -1,0 +1,121 @@
+"""Files that torch reads: esm-extract's .pt per record, and VirNucPro's one .pt.
+
+esm-extract: scripts/extract.py of facebookresearch/esm. VirNucPro: extract_esm in units.py of
+Li-Jing-1997/VirNucPro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.disk import new_path
+from lib.embeddings.reading import RunEmbeddings, lists, values
+from lib.embeddings.selection import (
+    Selection,
+    facts_of,
+    facts_text,
+    ordered_vectors,
+    refuse_repeats,
+)
+from lib.errors import LedgerError, MachineError
+from schema.parquet import CONTACTS, vector_columns
+
+__all__ = ["write_esm_extract", "write_virnucpro"]
+
+# Our kinds in esm-extract's keys, in the order in which it writes them.
+_KEYS = {
+    "per_tok": "representations",
+    "mean": "mean_representations",
+    "bos": "bos_representations",
+    CONTACTS: CONTACTS,
+}
+_LONGEST_NAME = 255  # bytes, on every file system in use
+
+
+def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> None:
+    """Write a folder with a .pt per record: label, and {layer: float32 tensor} per kind kept,
+    of contacts the one tensor.
+
+    label is the header; the file is named by it, with `/` as `_`. Raises LedgerError for labels
+    that would share a file name or are too long for one.
+    """
+    described = run.table("id", "description")
+    names = [_file_name(label) for label in _labels(described)]
+    for record, name in zip(run.records.tolist(), names, strict=True):
+        if len(name.encode()) > _LONGEST_NAME:
+            raise LedgerError(
+                f"record {record}: file name of {len(name.encode())} bytes exceeds {_LONGEST_NAME}"
+            )
+    refuse_repeats(run, names, "file name")
+    kinds = [kind for kind in _KEYS if kind in run.facts["include"]]
+    columns = vector_columns(kinds, run.layers)
+    with new_path(to, folder=True) as folder:
+        (folder / "run.json").write_text(facts_text(facts_of(run)), encoding="utf-8")
+        for positions, table in run.stored("id", "description", *columns):
+            labels = _labels(table)
+            vectors = {name: _rows(run, name, table.column(name)) for name in columns}
+            for row, position in enumerate(positions.tolist()):
+                result: dict[str, Any] = {"label": labels[row]}
+                for kind in (one for one in kinds if one != CONTACTS):
+                    result[_KEYS[kind]] = {
+                        layer: torch.from_numpy(vectors[f"{kind}_{layer}"][row].astype(np.float32))
+                        for layer in run.layers
+                    }
+                if CONTACTS in kinds:
+                    result[CONTACTS] = torch.from_numpy(vectors[CONTACTS][row].copy())
+                _save(result, folder / names[position], to)
+
+
+def write_virnucpro(run: RunEmbeddings, to: Path, selection: Selection) -> None:
+    """Write {'proteins': ids, 'data': (hidden_dim,) tensors}, and the run's facts as `to`.json."""
+    column = run.column(selection.kind, selection.layer)
+    described = to.with_name(to.name + ".json")
+    with (
+        new_path(to, folder=False) as temporary,
+        new_path(described, folder=False) as temporary_facts,
+        ordered_vectors(run, column, to) as vectors,
+    ):
+        temporary_facts.write_text(facts_text(facts_of(run, column)), encoding="utf-8")
+        data = [torch.from_numpy(vector) for vector in vectors]
+        _save({"proteins": run.ids, "data": data}, temporary, to)
+
+
+def _labels(table: Any) -> list[str]:  # noqa: ANN401 (a pyarrow table)
+    described = zip(
+        table.column("id").to_pylist(), table.column("description").to_pylist(), strict=True
+    )
+    return [f"{name} {rest}".rstrip() for name, rest in described]
+
+
+def _file_name(label: str) -> str:
+    return label.replace("/", "_").replace("\0", "_") + ".pt"
+
+
+def _rows(run: RunEmbeddings, name: str, column: Any) -> list[npt.NDArray[Any]]:  # noqa: ANN401
+    if name == CONTACTS:
+        return [row.reshape(math.isqrt(row.size), -1) for row in lists(column)]
+    if name.startswith("per_tok_"):
+        return [row.reshape(-1, run.hidden_dim) for row in lists(column)]
+    return list(values(column).reshape(-1, run.hidden_dim))
+
+
+def _save(content: dict[str, Any], path: Path, to: Path) -> None:
+    with _torch_errors(to):
+        torch.save(content, path)
+
+
+@contextmanager
+def _torch_errors(to: Path) -> Iterator[None]:
+    """Turn what torch's zip writer says of a failing disk into a MachineError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise MachineError(f"{to}: {str(error).splitlines()[0][:200]}") from None

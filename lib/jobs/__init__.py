@@ -1,0 +1,1 @@
+"""What joins the rooms: a run embedded, admitted, validated, verified."""

@@ -1,0 +1,164 @@
+"""Resumption: a run admitted to be continued, or refused at the first difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib.disk import disk_errors
+from lib.errors import (
+    IdentityRefusedError,
+    InputError,
+    LedgerError,
+    SettingsError,
+    WeightsError,
+)
+from lib.ledger.checkpoints import leftovers
+from lib.ledger.identity import (
+    Finding,
+    audit,
+    audit_files,
+    check_input,
+    check_properties,
+    check_settings,
+    check_sha256,
+    run_config,
+)
+from lib.models.detection import Detection, Property, detect
+from lib.sequences.records import Inventory, input_sha256, preflight
+from lib.settings import Settings, from_snapshot, override
+from schema.tables import Checkpoint, Run
+
+__all__ = [
+    "Admission",
+    "admit",
+    "clear_leftovers",
+    "input_in_hand",
+    "settings_of",
+    "weights_in_hand",
+    "why_not_resumable",
+]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A run whose database rows, files, weights and input all belong together.
+
+    `damaged` lists checkpoints whose files are lost or altered; they are only let through when
+    they are to be computed again.
+    """
+
+    settings: Settings
+    detection: Detection
+    sha256: str
+    inventory: Inventory
+    damaged: list[Checkpoint]
+
+
+def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) -> Admission:
+    """Check all that continuing a run rests on, before any tensor is read.
+
+    overrides: "section.option" to text, for what lies elsewhere now or is not part of a run's
+    identity. Raises IdentityRefusedError at the first difference, and for damaged checkpoints,
+    naming them all, unless `recompute_damaged`.
+    """
+    _refuse(audit(run, files=False))
+    settings = settings_of(run, overrides)
+    check_settings(run, settings)
+    detection, sha256 = weights_in_hand(run, settings)
+    inventory = input_in_hand(run, settings)
+    findings = list(audit_files(run))
+    _refuse(finding for finding in findings if not finding.damaged)
+    if findings and not recompute_damaged:
+        raise IdentityRefusedError("; ".join(finding.fact for finding in findings))
+    damaged = [finding.checkpoint for finding in findings if finding.checkpoint is not None]
+    return Admission(settings, detection, sha256, inventory, damaged)
+
+
+def settings_of(run: Run, overrides: Mapping[str, str]) -> Settings:
+    """Return the settings a run was started with, with its weights where they last lay."""
+    try:
+        settings = from_snapshot(run.settings)
+    except SettingsError as error:
+        raise IdentityRefusedError(f"run {run.id}: stored settings: {error}") from None
+    if run.attempts:
+        last = run.attempts[-1].weights_path
+        settings = replace(settings, model=replace(settings.model, esm_model=last))
+    return override(settings, overrides)
+
+
+def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:
+    """Return the weights that the settings name, and their digest, both compared with the run.
+
+    Raises IdentityRefusedError at the first difference, WeightsError if there are none.
+    """
+    try:
+        # The layers are the run's: another model may not even have them.
+        contacts = "contacts" in run.include
+        found = detect(replace(settings.model, repr_layers=None), contacts=contacts)
+    except SettingsError as error:
+        raise IdentityRefusedError(f"run {run.id}: {error}") from None
+    check_properties(run, found)
+    if found.weights is None:
+        raise WeightsError(f"run {run.id}: weights of {found.name} are not on disk")
+    sha256 = found.weights.sha256()
+    check_sha256(run, found, sha256)
+    config = run_config(run)
+    layers = Property(config.repr_layers, f"run {run.id}")
+    properties = {**found.properties, "repr_layers": layers}
+    return replace(found, name=config.name, properties=properties), sha256
+
+
+def input_in_hand(run: Run, settings: Settings) -> Inventory:
+    """Return the preflight of the input that the settings name, compared with the run's.
+
+    Raises IdentityRefusedError if its content changed, InputError if there is none.
+    """
+    try:
+        inventory = preflight(settings.input)
+    except InputError:
+        # What has another digest is another input, whatever else is wrong with it.
+        digest = input_sha256(settings.input)
+        if digest == run.input_sha256:
+            raise
+        raise IdentityRefusedError(
+            f"run {run.id}: sha256 of the input is {run.input_sha256} in the run, {digest} in "
+            f"{settings.input.fasta}"
+        ) from None
+    check_input(run, inventory)
+    return inventory
+
+
+def clear_leftovers(run: Run) -> Iterator[Path]:
+    """Remove files of interrupted work that the database does not list; yield each.
+
+    Raises MachineError for what cannot be removed, as a folder that has something in it.
+    """
+    listed = {checkpoint.path for checkpoint in run.checkpoints}
+    folder = Path(run.output_folder)
+    for path in leftovers(folder, listed):
+        with disk_errors(path):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+        yield path
+
+
+def _refuse(findings: Iterator[Finding]) -> None:
+    first = next(findings, None)
+    if first is not None:
+        raise IdentityRefusedError(first.fact)
+
+
+def why_not_resumable(run: Run, detection: Detection, sha256: str) -> str | None:
+    """Return why a run cannot be continued with these weights, or None; files are not read."""
+    try:
+        _refuse(audit(run, files=False))
+        check_settings(run, settings_of(run, {}))
+        check_properties(run, detection)
+        check_sha256(run, detection, sha256)
+    except LedgerError as error:
+        return str(error)
+    return None

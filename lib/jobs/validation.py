@@ -1,0 +1,142 @@
+"""Validation: everything that can be known to be wrong before work starts; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lib.errors import IdentityRefusedError, LedgerError, WeightsError
+from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
+from lib.jobs.loading import LoadedModel, load_model, try_model
+from lib.ledger.database import open_for_reading
+from lib.ledger.identity import audit, check_settings
+from lib.ledger.runs import load_run, unfinished_runs
+from lib.ledger.sqlite_file import database_path
+from lib.models.detection import Detection, detect
+from lib.sequences.records import Inventory, preflight
+from lib.settings import Settings
+from schema.tables import Run
+
+__all__ = [
+    "RunAudit",
+    "Unfinished",
+    "Validation",
+    "audit_run",
+    "list_unfinished",
+    "try_run",
+    "validate",
+]
+
+
+@dataclass(frozen=True)
+class RunAudit:
+    """What an audit found of one run: every fact, and the exit status that fits them.
+
+    `settings` and `detection` are what the run can go on with; None if it cannot.
+    """
+
+    run: Run
+    facts: list[str]
+    exit_status: int
+    settings: Settings | None
+    detection: Detection | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """An unfinished run, and why it cannot be continued with the model in hand, if so."""
+
+    run_id: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation without a run found: all of it good, or it would have raised."""
+
+    model: LoadedModel
+    inventory: Inventory | None
+    max_residues: int
+    unfinished: list[Unfinished]
+
+
+def validate(settings: Settings, say: Callable[[str], None]) -> Validation:
+    """Check settings, weights, input and database, in this order; `say` is told what is good.
+
+    The weights are digested, loaded and tried on one short sequence. Raises the LedgerError of
+    the first thing that is wrong.
+    """
+    detection = detect(settings.model, contacts="contacts" in settings.output.include)
+    say(f"settings: good, model {detection.name}")
+    if detection.weights is None:
+        raise WeightsError(f"{detection.name}: weights are not on disk (embed downloads them)")
+    model = load_model(settings, detection)
+    try_model(model)
+    say(f"model: good, one short sequence embedded on {model.facts.device}")
+    inventory = None
+    if settings.input.fasta is not None:
+        inventory = preflight(settings.input)
+        say(f"input: good, {inventory.records} records")
+    unfinished = list_unfinished(settings.database.url, model, detection)
+    return Validation(model, inventory, settings.input.max_residues, unfinished)
+
+
+def audit_run(url: str, run_id: int, overrides: Mapping[str, str]) -> RunAudit:
+    """Check a run's rows and checkpoint files, then the weights and the input in hand.
+
+    overrides: "section.option" to text, for what lies elsewhere now. No tensor is read.
+    """
+    engine = open_for_reading(url)
+    try:
+        run = load_run(engine, run_id)
+    finally:
+        engine.dispose()
+    errors: list[LedgerError] = [
+        IdentityRefusedError(finding.fact) for finding in audit(run, files=True)
+    ]
+    settings, detection, sha256 = None, None, None
+    try:
+        settings = settings_of(run, overrides)
+        check_settings(run, settings)
+        detection, sha256 = weights_in_hand(run, settings)
+    except LedgerError as error:
+        errors.append(error)
+    if settings is not None:
+        try:
+            input_in_hand(run, settings)
+        except LedgerError as error:
+            errors.append(error)
+    facts = list(dict.fromkeys(str(error) for error in errors))
+    statuses = {error.exit_status for error in errors}
+    # A difference in identity outranks whatever else was found.
+    refused = IdentityRefusedError.exit_status
+    status = refused if refused in statuses else max(statuses, default=0)
+    return RunAudit(run, facts, status, settings, detection, sha256)
+
+
+def try_run(audit: RunAudit) -> None:
+    """Load the weights of a run whose audit was good, and try them on one short sequence."""
+    assert audit.settings is not None
+    assert audit.detection is not None
+    assert audit.sha256 is not None
+    try_model(load_model(audit.settings, audit.detection, audit.sha256))
+
+
+def list_unfinished(url: str, model: LoadedModel, detection: Detection) -> list[Unfinished]:
+    """Return every unfinished run, newest first, and whether this model can continue it."""
+    if not database_path(url).exists():
+        return []
+    engine = open_for_reading(url)
+    try:
+        found = []
+        for run_id in unfinished_runs(engine):
+            try:
+                run = load_run(engine, run_id)
+                reason = why_not_resumable(run, detection, model.config.sha256)
+            except LedgerError as error:
+                reason = str(error)
+            found.append(Unfinished(run_id, reason))
+        return found
+    finally:
+        engine.dispose()

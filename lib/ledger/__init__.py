@@ -1,0 +1,1 @@
+"""What is on record: the run database, checkpoint files, identity, history. No torch."""

@@ -1,0 +1,188 @@
+"""Checkpoint files: one Parquet file per stretch of the plan, whole under its name or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.digest import file_sha256
+from lib.disk import disk_errors, sync_folder
+from lib.errors import MachineError
+from lib.network.vectors import Vectors
+from lib.sequences.records import Owner
+from schema.parquet import CONTACTS, FOOTER_KEY
+
+__all__ = [
+    "CHECKPOINT_NAME",
+    "CheckpointWriter",
+    "FinishedFile",
+    "leftovers",
+    "rename_into_place",
+]
+
+# Rows are held back until they are worth a row group of this many bytes.
+_ROW_GROUP_BYTES = 32 << 20
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d{6}\.parquet\Z")
+_TEMPORARY = re.compile(r"\.checkpoint-\d{6}\.parquet\.tmp\Z")
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A checkpoint that is on disk under a temporary name, complete and synced."""
+
+    temporary: Path
+    path: Path
+    records: int
+    bytes: int
+    sha256: str
+
+
+class CheckpointWriter:
+    """Writes one checkpoint under a temporary name; nothing is seen of it before it is whole."""
+
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        columns: pa.Schema,
+        footer: Mapping[str, Any],
+    ) -> None:
+        self.path = folder / f"checkpoint-{number:06d}.parquet"
+        self._temporary = folder / f".{self.path.name}.tmp"
+        self._columns = columns
+        self._footer = footer
+        self._rows: list[pa.RecordBatch] = []
+        self._held = 0
+        self.records = 0
+        floats = [
+            name
+            for name in columns.names
+            if name.startswith(("mean_", "bos_", "per_tok_", CONTACTS))
+        ]
+        with disk_errors(self._temporary):
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                columns,
+                use_dictionary=False,
+                compression={name: "none" if name in floats else "zstd" for name in columns.names},
+                write_statistics=["record", "length", "embedded_length"],
+                write_page_checksum=True,
+                store_schema=True,
+            )
+
+    def add(
+        self,
+        lengths: Sequence[int],
+        owners: Sequence[Sequence[Owner]],
+        vectors: Vectors,
+    ) -> None:
+        """Append a row for every owner of every sequence; lengths: embedded residues of each."""
+        index = np.repeat(np.arange(len(owners)), [len(shared) for shared in owners])
+        flat = [owner for shared in owners for owner in shared]
+        for rows in _cut(index, vectors):
+            batch = _rows(self._columns, lengths, index[rows], flat[rows], vectors)
+            self._rows.append(batch)
+            self._held += batch.nbytes
+            self.records += batch.num_rows
+            if self._held >= _ROW_GROUP_BYTES:
+                self._flush()
+
+    def finish(self, first_position: int, stop_position: int) -> FinishedFile:
+        """Close and sync the file; it keeps its temporary name until `rename_into_place`."""
+        self._flush()
+        footer = {**self._footer, "first_position": first_position, "stop_position": stop_position}
+        with disk_errors(self._temporary):
+            self._writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer).encode()})
+            self._writer.close()
+            with self._temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            digest = file_sha256(self._temporary)
+            size = self._temporary.stat().st_size
+        return FinishedFile(self._temporary, self.path, self.records, size, digest)
+
+    def discard(self) -> None:
+        """Remove what was written of an unfinished checkpoint."""
+        # The file is given up: what closing it on a full disk says is of no more interest.
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if self._rows:
+            with disk_errors(self._temporary):
+                self._writer.write_table(pa.Table.from_batches(self._rows, self._columns))
+        self._rows, self._held = [], 0
+
+
+def rename_into_place(finished: FinishedFile) -> None:
+    """Give a finished checkpoint its name, on disk as well as in memory."""
+    with disk_errors(finished.path):
+        if finished.path.exists():
+            raise MachineError(f"{finished.path}: exists already")
+        finished.temporary.rename(finished.path)
+        sync_folder(finished.path.parent)
+
+
+def leftovers(folder: Path, listed: set[str]) -> list[Path]:
+    """Return files of interrupted work in a run's folder: ours by name, not in the database."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if _TEMPORARY.match(path.name)
+        or (CHECKPOINT_NAME.match(path.name) and path.name not in listed)
+    )
+
+
+def _cut(index: npt.NDArray[np.int64], vectors: Vectors) -> Iterator[slice]:
+    """Yield the rows in parts of about a row group: a sequence may have thousands of owners."""
+    sizes = np.zeros(int(index.max()) + 1, np.int64)
+    for column in vectors.columns.values():
+        sizes += [vector.nbytes for vector in column]
+    ends = np.cumsum(sizes[index])
+    start = 0
+    while start < len(index):
+        limit = (int(ends[start - 1]) if start else 0) + _ROW_GROUP_BYTES
+        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _rows(
+    columns: pa.Schema,
+    lengths: Sequence[int],
+    index: npt.NDArray[np.int64],
+    flat: Sequence[Owner],
+    vectors: Vectors,
+) -> pa.RecordBatch:
+    """Return the Arrow rows of records; index: (records,) the sequence of each, flat: its owner."""
+    arrays = {
+        "record": pa.array([owner.number for owner in flat], pa.int64()),
+        "id": pa.array([owner.id for owner in flat], pa.string()),
+        "description": pa.array([owner.description for owner in flat], pa.string()),
+        "length": pa.array([owner.length for owner in flat], pa.int32()),
+        "embedded_length": pa.array(np.asarray(lengths, np.int32)[index], pa.int32()),
+    }
+    for name, column in vectors.columns.items():
+        kind = columns.field(name).type
+        if isinstance(column, list):
+            offsets = np.zeros(len(index) + 1, dtype=np.int32)
+            np.cumsum([column[i].size for i in index], out=offsets[1:])
+            values = pa.array(np.concatenate([column[i].ravel() for i in index]), kind.value_type)
+            arrays[name] = pa.ListArray.from_arrays(offsets, values, type=kind)
+        else:
+            values = pa.array(column[index].ravel(), pa.float32())
+            arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=kind)
+    return pa.RecordBatch.from_arrays([arrays[name] for name in columns.names], schema=columns)

@@ -1,0 +1,151 @@
+"""History: what the run database tells, read-only and without torch."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import MachineError, SettingsError
+from lib.ledger.ownership import is_held
+from lib.ledger.sqlite_file import connect_read_only, database_path, sqlite_errors
+
+__all__ = [
+    "RunDetail",
+    "Table",
+    "altered_rows",
+    "query",
+    "run_detail",
+    "run_history",
+    "run_states",
+    "watch",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns."""
+
+    columns: list[str]
+    rows: Sequence[Sequence[Any]]
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        """Return one dictionary per row."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class RunDetail:
+    """One run: its history line, its attempts and its checkpoints."""
+
+    run: Table
+    attempts: Table
+    checkpoints: Table
+
+
+@contextmanager
+def altered_rows(url: str) -> Iterator[None]:
+    """Turn what rows of the wrong types or names do to their readers into a MachineError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        fact = f"malformed rows: {type(error).__name__}: {error}"
+        raise MachineError(f"database {database_path(url)}: {fact}") from None
+
+
+def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
+    """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
+    path = database_path(url)
+    with sqlite_errors(path), closing(connect_read_only(path)) as connection:
+        try:
+            cursor = connection.execute(statement, parameters)
+            columns = [column[0] for column in cursor.description or []]
+            return Table(columns, cursor.fetchall())
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise SettingsError(f"SQL: {error}") from None
+
+
+def run_history(url: str) -> Table:
+    """Return run_history, newest first; a run whose process has died shows as `killed`."""
+    return _with_killed(query(url, "SELECT * FROM run_history"))
+
+
+def run_detail(url: str, run_id: int) -> RunDetail:
+    """Return one run; raises SettingsError if there is none."""
+    line = query(
+        url,
+        "SELECT run_history.*, residues_done, runs.residues_total, "
+        "records_truncated, residues_mapped, percent "
+        "FROM run_history JOIN runs ON id = run_history.run "
+        "JOIN run_progress ON run_progress.run = id WHERE id = ?",
+        [run_id],
+    )
+    if not line.rows:
+        raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    attempts = query(
+        url,
+        "SELECT id AS attempt, outcome, started_at AS started, heartbeat_at AS heartbeat, "
+        "ended_at AS ended, host, pid, device, device_name, threads, tokens_per_pack, "
+        "weights_path, error FROM attempts WHERE run_id = ? ORDER BY id",
+        [run_id],
+    )
+    checkpoints = query(
+        url,
+        "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
+        "checkpoints.records, residues, checkpoints.bytes, seconds, "
+        "committed_at AS committed, problem FROM checkpoints JOIN checkpoint_audit "
+        "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
+        [run_id],
+    )
+    return RunDetail(_with_killed(line), attempts, checkpoints)
+
+
+def run_states(url: str) -> Table:
+    """Return how far each run is and what became of it, newest first."""
+    return _with_killed(
+        query(
+            url,
+            "SELECT run_progress.*, residues_per_second, output "
+            "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
+        )
+    )
+
+
+def watch(
+    url: str, run_id: int | None, seconds: float, stopped: threading.Event
+) -> Iterator[list[dict[str, Any]]]:
+    """Give the states of the runs that are at work, every so many seconds, until none is.
+
+    Watches one run, or all that are running at the start; the last states given are those in
+    which they ended, or the last before `stopped` was set. Raises SettingsError if there is no
+    such run.
+    """
+    states = run_states(url).dictionaries()
+    watched = {row["run"] for row in states if row["status"] == "running"}
+    if run_id is not None:
+        watched = {row["run"] for row in states if row["run"] == run_id}
+        if not watched:
+            raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    while True:
+        shown = [row for row in states if row["run"] in watched]
+        yield shown
+        if not any(row["status"] == "running" for row in shown):
+            return
+        if stopped.wait(seconds):
+            return
+        states = run_states(url).dictionaries()
+
+
+def _with_killed(history: Table) -> Table:
+    status, folder = history.columns.index("status"), history.columns.index("output")
+    rows = []
+    for row in history.rows:
+        shown = list(row)
+        if row[status] == "running" and not is_held(Path(row[folder])):
+            shown[status] = "killed"
+        rows.append(shown)
+    return Table(history.columns, rows)

@@ -1,0 +1,132 @@
+"""Overview: runs from the database as people want to see them, at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lib.ledger.history import RunDetail, Table
+from lib.units import count, duration, moment, seconds_between, size
+
+__all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
+__all__ += ["run_fields"]
+
+# What is left out of history_table, in this order, until it fits the width of the terminal.
+LEAST_NEEDED = ["include", "layers", "input", "took", "residues/s", "started (UTC)", "records"]
+
+
+def history_table(history: Table) -> Table:
+    """Return a line per run: what it is, how far, how fast and how long."""
+    columns = ["run", "model", "layers", "include", "status", "records", "residues/s", "took"]
+    columns += ["started (UTC)", "input"]
+    rows = []
+    for run in history.dictionaries():
+        took = seconds_between(run["started"], run["finished"])
+        rate = run["residues_per_second"]
+        rows.append(
+            [
+                run["run"],
+                run["model"],
+                run["layers"],
+                run["include"],
+                run["status"],
+                _of(run["records_done"], run["records_total"]),
+                None if rate is None else count(rate),
+                None if took is None else duration(took),
+                moment(run["started"]),
+                PurePath(run["input"]).name,
+            ]
+        )
+    return Table(columns, rows)
+
+
+def run_fields(detail: RunDetail) -> dict[str, str | None]:
+    """Return the facts of one run by name, in human units; paths in full."""
+    run = detail.run.dictionaries()[0]
+    took = seconds_between(run["started"], run["finished"])
+    rate = run["residues_per_second"]
+    worked = sum(row["seconds"] for row in detail.checkpoints.dictionaries())
+    return {
+        "run": str(run["run"]),
+        "status": run["status"],
+        "model": run["model"],
+        "layers": run["layers"],
+        "include": run["include"],
+        "input": run["input"],
+        "output": run["output"],
+        "records": _of(run["records_done"], run["records_total"]),
+        "residues": f"{_of(run['residues_done'], run['residues_total'])} ({run['percent']} %)",
+        "records truncated": count(run["records_truncated"]),
+        "letters read as X": count(run["residues_mapped"]),
+        "residues per second": None if rate is None else count(rate),
+        "on disk": size(sum(row["bytes"] for row in detail.checkpoints.dictionaries())),
+        "started (UTC)": moment(run["started"]),
+        "finished (UTC)": run["finished"] and moment(run["finished"]),
+        "took": None if took is None else duration(took),
+        "computing": duration(worked),
+    }
+
+
+def attempts_table(detail: RunDetail) -> Table:
+    """Return a line per attempt: what became of it, when, where and with how much."""
+    columns = ["attempt", "outcome", "started (UTC)", "lasted", "host", "pid", "device"]
+    columns += ["threads", "tokens per pack", "error"]
+    rows = []
+    for attempt in detail.attempts.dictionaries():
+        lasted = seconds_between(attempt["started"], attempt["ended"] or attempt["heartbeat"])
+        rows.append(
+            [
+                attempt["attempt"],
+                attempt["outcome"],
+                moment(attempt["started"]),
+                None if lasted is None else duration(lasted),
+                attempt["host"],
+                attempt["pid"],
+                f"{attempt['device']} ({attempt['device_name']})",
+                attempt["threads"],
+                attempt["tokens_per_pack"],
+                attempt["error"],
+            ]
+        )
+    return Table(columns, rows)
+
+
+def checkpoints_table(detail: RunDetail) -> Table:
+    """Return a line per checkpoint: its file, what is in it, what is wrong with it."""
+    columns = ["checkpoint", "file", "attempt", "records", "residues", "size", "took", "problem"]
+    rows = [
+        [
+            one["checkpoint"],
+            one["path"],
+            one["attempt"],
+            count(one["records"]),
+            count(one["residues"]),
+            size(one["bytes"]),
+            duration(one["seconds"]),
+            one["problem"],
+        ]
+        for one in detail.checkpoints.dictionaries()
+    ]
+    return Table(columns, rows)
+
+
+def progress_line(run: Mapping[str, Any]) -> str:
+    """Return how far a run is and how long it will still take, of what is committed.
+
+    run: a row of `run_states`.
+    """
+    line = (
+        f"run {run['run']} {run['status']}: {_of(run['residues_done'], run['residues_total'])} "
+        f"residues ({run['percent']} %) in {count(run['checkpoints'])} checkpoints"
+    )
+    rate = run["residues_per_second"]
+    if rate is not None:
+        line += f", {count(rate)} residues/s"
+        if run["status"] == "running":
+            line += f", {duration((run['residues_total'] - run['residues_done']) / rate)} left"
+    return line
+
+
+def _of(done: int, total: int) -> str:
+    return count(total) if done == total else f"{count(done)} of {count(total)}"

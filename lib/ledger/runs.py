@@ -1,0 +1,349 @@
+"""Runs on the record: made, owned by one process at a time, advanced by checkpoints, ended."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+from sqlalchemy import JSON, Engine, delete, select, update
+from sqlalchemy.orm import Session, selectinload
+
+from lib.disk import disk_errors, sync_folder
+from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
+from lib.ledger.checkpoints import FinishedFile
+from lib.ledger.database import transaction, utc_now
+from lib.ledger.identity import settings_identity
+from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.sequences.records import PLAN, Inventory
+from lib.settings import Settings, snapshot
+from schema.esm2_config import ESM2Config
+from schema.tables import Attempt, Base, Checkpoint, Model, Run
+
+__all__ = [
+    "AttemptFacts",
+    "Ownership",
+    "add_checkpoint",
+    "beat",
+    "create_run",
+    "end_attempt",
+    "find_run",
+    "load_run",
+    "next_checkpoint_number",
+    "own",
+    "start_attempt",
+    "unfinished_runs",
+]
+
+_LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
+
+
+@dataclass(frozen=True)
+class AttemptFacts:
+    """What is recorded of a process: everything that may differ between attempts at a run."""
+
+    weights_path: Path
+    device: str
+    device_name: str
+    threads: int
+    tokens_per_pack: int
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """A run and the attempt at it that this process is; the run's lock is held meanwhile."""
+
+    run_id: int
+    attempt_id: int
+
+
+@contextmanager
+def create_run(
+    engine: Engine,
+    settings: Settings,
+    config: ESM2Config,
+    inventory: Inventory,
+    facts: AttemptFacts,
+) -> Iterator[Ownership]:
+    """Record a new run with its folder, its first attempt and this process as its owner.
+
+    All of it appears in one transaction or not at all; what leaves the block early is recorded as
+    the attempt's end. Raises SettingsError if the folder that the run would get has something in
+    it, or for contacts that no checkpoint can hold.
+    """
+    _refuse_large_contacts(settings, inventory)
+    with transaction(engine) as session:
+        run = Run(
+            uuid=str(uuid.uuid4()),
+            model_id=_model(session, config).id,
+            esm2_config=config.snapshot(),
+            repr_layers=list(config.repr_layers),
+            **settings_identity(settings),
+            plan=PLAN,
+            input_path=str(inventory.path),
+            input_bytes=inventory.bytes,
+            input_sha256=inventory.sha256,
+            records_total=inventory.records,
+            sequences_total=inventory.sequences,
+            residues_total=inventory.residues,
+            records_truncated=inventory.truncated,
+            residues_mapped=inventory.mapped,
+            output_folder="",
+            settings=snapshot(settings),
+            status="running",
+            started_at=utc_now(),
+        )
+        session.add(run)
+        session.flush()
+        folder = Path(settings.output.folder) / f"run-{run.id:06d}"
+        run.output_folder = str(folder)
+        lock = _make_folder(folder)
+        attempt = _attempt(run.id, facts)
+        session.add(attempt)
+    with lock, _ended_on_the_record(engine, Ownership(run.id, attempt.id)) as ownership:
+        yield ownership
+
+
+@contextmanager
+def own(run: Run) -> Iterator[None]:
+    """Hold the lock of a run; raises MachineError naming the owner if a live process has it."""
+    try:
+        lock = take_lock(Path(run.output_folder))
+    except HeldError:
+        raise MachineError(f"run {run.id}: {_owner(run)}") from None
+    with lock:
+        yield
+
+
+@contextmanager
+def start_attempt(
+    engine: Engine, run_id: int, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
+) -> Iterator[Ownership]:
+    """Record a further attempt at a run whose lock is held, and its end if the block fails.
+
+    `dropped` checkpoints are taken off the record in the same transaction, so that a run never
+    looks finished without them. Attempts that ended without a word are marked as lost: their
+    lock was free.
+    """
+    with transaction(engine) as session:
+        session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
+        session.execute(
+            update(Attempt)
+            .where(Attempt.run_id == run_id, Attempt.ended_at.is_(None))
+            .values(ended_at=utc_now(), outcome="lost")
+        )
+        session.execute(
+            update(Run).where(Run.id == run_id).values(status="running", finished_at=None)
+        )
+        attempt = _attempt(run_id, facts)
+        session.add(attempt)
+    with _ended_on_the_record(engine, Ownership(run_id, attempt.id)) as ownership:
+        yield ownership
+
+
+def add_checkpoint(
+    engine: Engine,
+    ownership: Ownership,
+    config: ESM2Config,
+    finished: FinishedFile,
+    positions: range,
+    residues: int,
+    seconds: float,
+) -> None:
+    """List a checkpoint whose file is in place: from here on it exists."""
+    with transaction(engine) as session:
+        now = utc_now()
+        session.add(
+            Checkpoint(
+                run_id=ownership.run_id,
+                attempt_id=ownership.attempt_id,
+                path=finished.path.name,
+                first_position=positions.start,
+                stop_position=positions.stop,
+                records=finished.records,
+                residues=residues,
+                seconds=seconds,
+                bytes=finished.bytes,
+                sha256=finished.sha256,
+                esm2_config=config.snapshot(),
+                committed_at=now,
+            )
+        )
+        _beat(session, ownership.attempt_id, now)
+
+
+def beat(engine: Engine, ownership: Ownership) -> None:
+    """Say that this attempt is alive."""
+    with transaction(engine) as session:
+        _beat(session, ownership.attempt_id, utc_now())
+
+
+def end_attempt(engine: Engine, ownership: Ownership, outcome: str, error: str | None) -> None:
+    """Record how this attempt ended, and with it the run: finished, interrupted or failed.
+
+    An attempt ends once: what happens after it has finished does not make it fail.
+    """
+    with transaction(engine) as session:
+        now = utc_now()
+        ended = session.scalar(
+            update(Attempt)
+            .where(Attempt.id == ownership.attempt_id, Attempt.ended_at.is_(None))
+            .values(ended_at=now, heartbeat_at=now, outcome=outcome, error=error)
+            .returning(Attempt.id)
+        )
+        if ended is None:
+            return
+        finished = {"finished_at": now} if outcome == "finished" else {}
+        session.execute(
+            update(Run).where(Run.id == ownership.run_id).values(status=outcome, **finished)
+        )
+
+
+@contextmanager
+def _ended_on_the_record(engine: Engine, ownership: Ownership) -> Iterator[Ownership]:
+    """Record what a block raises as the end of the attempt: while it lives, none stays open."""
+    try:
+        yield ownership
+    except BaseException as error:
+        outcome = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+        # If the database is what failed, the next attempt marks this one as lost.
+        with suppress(MachineError):
+            end_attempt(engine, ownership, outcome, str(error) or type(error).__name__)
+        raise
+
+
+def load_run(engine: Engine, run_id: int) -> Run:
+    """Return a run with its model, attempts and checkpoints.
+
+    Raises SettingsError if there is none, IdentityRefusedError if a row is not readable.
+    """
+    try:
+        with transaction(engine) as session:
+            run = session.scalar(
+                select(Run)
+                .where(Run.id == run_id)
+                .options(
+                    selectinload(Run.model),
+                    selectinload(Run.attempts),
+                    selectinload(Run.checkpoints).selectinload(Checkpoint.attempt),
+                )
+            )
+    except ValueError as error:  # a JSON column that holds no JSON
+        raise IdentityRefusedError(f"run {run_id}: metadata is not JSON: {error}") from None
+    if run is None:
+        raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
+    models = [run.model] if run.model is not None else []
+    for row in (run, *models, *run.attempts, *run.checkpoints):
+        _check_types(run_id, row)
+    return run
+
+
+def find_run(engine: Engine, run_id: int | None) -> Run:
+    """Return run `run_id`, or the newest unfinished one; raises SettingsError if there is none."""
+    if run_id is None:
+        numbers = unfinished_runs(engine)
+        if not numbers:
+            raise SettingsError(f"no unfinished run in database {engine.url.database}")
+        run_id = numbers[0]
+    return load_run(engine, run_id)
+
+
+def unfinished_runs(engine: Engine) -> list[int]:
+    """Return the numbers of unfinished runs, newest first."""
+    with transaction(engine) as session:
+        query = select(Run.id).where(Run.status != "finished").order_by(Run.id.desc())
+        return list(session.scalars(query))
+
+
+def next_checkpoint_number(run: Run) -> int:
+    """Return the number for the next checkpoint file of a run."""
+    used = [int(checkpoint.path[11:17]) for checkpoint in run.checkpoints]
+    return max(used, default=0) + 1
+
+
+def _check_types(run_id: int, row: Base) -> None:
+    """Refuse text where a number belongs, and the like: SQLite keeps whatever it is given."""
+    for column in row.__table__.columns:
+        value, kind = getattr(row, column.name), column.type.python_type
+        wanted = (int, float) if kind is float else kind
+        if isinstance(column.type, JSON) or (value is None and column.nullable):
+            continue
+        if not isinstance(value, wanted):
+            raise IdentityRefusedError(
+                f"run {run_id}: {row.__tablename__}.{column.name} is {value!r:.80}, "
+                f"not {kind.__name__}"
+            )
+
+
+def _model(session: Session, config: ESM2Config) -> Model:
+    """Return the row of this model, made if it is new."""
+    values = config.weights_snapshot()
+    found = session.scalar(select(Model).filter_by(**values))
+    if found is not None:
+        return found
+    model = Model(**values)
+    session.add(model)
+    session.flush()
+    return model
+
+
+def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
+    now = utc_now()
+    packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
+    versions = {package: version(package) for package in packages}
+    return Attempt(
+        run_id=run_id,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        weights_path=str(facts.weights_path),
+        device=facts.device,
+        device_name=facts.device_name,
+        threads=facts.threads,
+        tokens_per_pack=facts.tokens_per_pack,
+        versions={"python": platform.python_version(), **versions},
+        started_at=now,
+        heartbeat_at=now,
+    )
+
+
+def _beat(session: Session, attempt_id: int, now: str) -> None:
+    session.execute(update(Attempt).where(Attempt.id == attempt_id).values(heartbeat_at=now))
+
+
+def _owner(run: Run) -> str:
+    if not run.attempts:
+        return "owned by another process"
+    last = run.attempts[-1]
+    return f"owned by process {last.pid} on {last.host} since {last.started_at}"
+
+
+def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
+    longest = inventory.longest
+    if settings.input.long_sequences == "truncate":
+        longest = min(longest, settings.input.max_residues)
+    if "contacts" in settings.output.include and longest**2 > _LARGEST_LIST:
+        raise SettingsError(
+            f"include contacts: {longest} residues have {longest**2} contacts, a list of a "
+            f"checkpoint holds {_LARGEST_LIST}"
+        )
+
+
+def _make_folder(folder: Path) -> IO[bytes]:
+    """Make a run's folder and take its lock; an empty one may be left of a start that died."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [path.name for path in folder.iterdir() if path.name != LOCK_NAME]
+        if strange:
+            raise SettingsError(f"output folder {folder}: holds {strange[0]} already")
+        sync_folder(folder.parent)
+    try:
+        return take_lock(folder)
+    except HeldError:
+        raise MachineError(f"output folder {folder}: owned by another process") from None

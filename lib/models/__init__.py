@@ -1,0 +1,1 @@
+"""ESM-2 on disk: found, detected, read, downloaded."""

@@ -1,0 +1,102 @@
+"""The contact regression of a model: what fair-esm weighs attention maps by to predict contacts.
+
+fair-esm publishes it apart from the model, as `NAME-contact-regression.pt`, and looks for it beside
+the model's file; Hugging Face folders hold it among their tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lib.digest import file_sha256
+from lib.errors import WeightsError
+from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
+from lib.models.weights import Weights
+
+__all__ = ["Regression", "read_regression", "read_regression_file", "regression_path"]
+
+_WEIGHT = "contact_head.regression.weight"
+_BIAS = "contact_head.regression.bias"
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A logistic regression over the attention maps of every layer and head.
+
+    weight: (layers, heads) float32. `sha256` is the digest of the regression's own file, None
+    where it lies among the weights, whose digest covers it.
+    """
+
+    weight: torch.Tensor
+    bias: float
+    path: Path
+    sha256: str | None
+
+
+def regression_path(weights: Path) -> Path:
+    """Return where fair-esm looks for the contact regression of a .pt file."""
+    return weights.with_name(f"{weights.stem}-contact-regression.pt")
+
+
+def read_regression(weights: Weights, layers: int, heads: int) -> Regression:
+    """Read the contact regression that belongs to weights: of an adapter, its base's.
+
+    A file beside a .pt outranks tensors in it, as in fair-esm. Raises WeightsError if there is
+    none, or if it is not one number for each of `layers` x `heads` and a bias.
+    """
+    whole = weights.unadapted
+    beside = regression_path(whole.path)
+    if whole.format == "fair-esm" and beside.is_file():
+        return read_regression_file(beside, layers, heads)
+    if _WEIGHT not in whole.tensors or _BIAS not in whole.tensors:
+        there = f"no {beside.name} beside it and " if whole.format == "fair-esm" else ""
+        raise WeightsError(f"{whole.path}: no contact regression: {there}no tensor {_WEIGHT}")
+    tensors = dict(whole.read((_WEIGHT, _BIAS)))
+    return _checked(tensors, whole.path, layers, heads, None)
+
+
+def read_regression_file(path: Path, layers: int, heads: int) -> Regression:
+    """Read what fair-esm publishes as `NAME-contact-regression.pt`; raises as read_regression."""
+    sha256 = _digest(path)
+    state = load_archive(path).get("model")
+    tensors = state if isinstance(state, dict) else {}
+    found = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in (_WEIGHT, _BIAS) and isinstance(tensor, torch.Tensor)
+    }
+    for name in (_WEIGHT, _BIAS):
+        if name not in found:
+            raise WeightsError(f"{path}: no tensor {name}")
+        tensor_info(name, found[name], path)
+    refuse_inflated(found, path)
+    regression = _checked(found, path, layers, heads, sha256)
+    if _digest(path) != sha256:
+        raise WeightsError(f"{path}: changed while it was being read")
+    return regression
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
+
+
+def _checked(
+    tensors: dict[str, torch.Tensor], path: Path, layers: int, heads: int, sha256: str | None
+) -> Regression:
+    for name, shape in ((_WEIGHT, (1, layers * heads)), (_BIAS, (1,))):
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise WeightsError(
+                f"{path}: tensor {name} has shape {found}, {layers} layers of {heads} heads "
+                f"have {shape}"
+            )
+        if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
+            raise WeightsError(f"{path}: tensor {name} holds what is no finite number")
+    weight = tensors[_WEIGHT].float().reshape(layers, heads).clone()
+    return Regression(weight, float(tensors[_BIAS][0]), path, sha256)

@@ -1,0 +1,115 @@
+"""Attention of every sequence of a pack to itself, by what is fastest for device and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from lib.sequences.plan import Group
+
+__all__ = ["attend", "sequence_bounds", "turned"]
+
+# Scores are kept this small so that they stay in a core's cache between the two products.
+_SCORE_BYTES = 2 << 20
+# Rows of scores are filled up to a multiple of this: softmax is up to twice as fast on whole
+# vectors as on rows with a remainder, more than what the added columns cost.
+_COLUMNS = 32
+# Longer sequences go through a kernel that never holds their scores.
+_BLOCKED_TOKENS = 2048
+
+
+def attend(
+    qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
+) -> torch.Tensor:
+    """Return (T, heads, head_dim) in the type of `qkv`, which may be overwritten.
+
+    qkv: (T, 3, heads, head_dim), of queries and keys the numbers that turn together neighbours;
+    rotary: (T, 2, 1, head_dim / 2) complex64, the turn of every token's query and key, with the
+    scale of the scores in the query's; bounds: `sequence_bounds` of the groups, on the device.
+    """
+    v = qkv[:, 2]
+    if v.device.type == "cuda" and v.dtype is not torch.float32:
+        # float16 is read and written once; there are no complex numbers of bfloat16.
+        qk = qkv[:, :2] if v.dtype is torch.float16 else qkv[:, :2].float()
+        return _varlen(turned(qk, rotary), v, groups, bounds)
+    mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for group in groups:
+        part = slice(group.start, group.stop)
+        # By group and not by pack: what is turned is used while it is in the cache.
+        qk = turned(qkv[part, :2].float(), rotary[part])
+        blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
+        attend_group = _blocked if blocked else _flash
+        attend_group(qk, v[part], mixed[part], group)
+    return mixed
+
+
+def turned(qk: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Give queries and keys, (T, 2, heads, head_dim), their rotary positions in place.
+
+    qk: float32 or float16. One complex product (Su et al. 2021), which is complex64's for float16
+    too, rounded when it is stored.
+    """
+    torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
+    return qk
+
+
+def _flash(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group) -> None:
+    """torch's fused attention, one call for the sequences of a group."""
+    q, k = (_by_sequence(one.to(v.dtype), group).transpose(1, 2) for one in qk.unbind(1))
+    values = _by_sequence(v, group).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q, k, values, scale=1.0)
+    _by_sequence(mixed, group).copy_(attended.transpose(1, 2))
+
+
+def _blocked(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group) -> None:
+    """Plain products a few heads at a time; softmax works in float32 on their scores.
+
+    In half precision on CPU this is faster than the fused kernel at every length it is used for.
+    """
+    tokens, heads, width = group.tokens, v.shape[1], v.shape[2]
+    count, batch = group.count, group.count * heads
+    columns = -(-tokens // _COLUMNS) * _COLUMNS
+    q = torch.empty(count, heads, tokens, width, dtype=v.dtype, device=v.device)
+    q.copy_(_by_sequence(qk[:, 0], group).transpose(1, 2))
+    kv = torch.empty(2, count, heads, columns, width, dtype=v.dtype, device=v.device)
+    kv[0, :, :, :tokens].copy_(_by_sequence(qk[:, 1], group).transpose(1, 2))
+    kv[1, :, :, :tokens].copy_(_by_sequence(v, group).transpose(1, 2))
+    kv[:, :, :, tokens:] = 0
+    q = q.view(batch, tokens, width)
+    k, values = kv.view(2, batch, columns, width).unbind(0)
+    attended = torch.empty_like(q)
+    size = max(torch.get_num_threads(), _SCORE_BYTES // (tokens * columns * v.element_size()))
+    for start in range(0, batch, size):
+        block = slice(start, start + size)
+        scores = torch.bmm(q[block], k[block].transpose(1, 2))
+        scores[:, :, tokens:] = -torch.inf
+        torch.bmm(torch.softmax(scores, -1), values[block], out=attended[block])
+    _by_sequence(mixed, group).copy_(attended.view(count, heads, tokens, width).transpose(1, 2))
+
+
+def _by_sequence(part: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return a (count, tokens, …) view of the tokens of a group."""
+    return part.view(group.count, group.tokens, *part.shape[1:])
+
+
+def _varlen(
+    qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
+) -> torch.Tensor:
+    """torch's variable-length attention on CUDA: the whole pack in one call."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k = qk.to(v.dtype).unbind(1)
+    longest = max(group.tokens for group in groups)
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+def sequence_bounds(groups: Sequence[Group]) -> torch.Tensor:
+    """Return (N + 1,) int32: the first token of every sequence of a pack, and the end."""
+    lengths = [group.tokens for group in groups for _ in range(group.count)]
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = torch.tensor(lengths).cumsum(0)
+    return bounds

@@ -1,0 +1,244 @@
+"""The ESM-2 network for inference, over packs without padding.
+
+The architecture is that of fair-esm 2.0.0's esm/model/esm2.py (Lin et al. 2022): token embedding
+scaled as in training with token dropout, pre-norm layers with rotary positions and exact GELU,
+and a final layer norm on the last layer only.
+
+In half precision only matrix products are: the residual stream, layer norms, rotary positions
+and softmax work in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from lib.catalog import trunk_shapes
+from lib.errors import WeightsError
+from lib.models.detection import Detection
+from lib.models.regression import Regression
+from lib.models.weights import Weights
+from lib.network.attention import attend, sequence_bounds, turned
+from lib.network.contacts import ContactMaps
+from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from lib.sequences.plan import Group, group_equal_lengths
+
+__all__ = ["Network", "load_network"]
+
+# With token dropout 15 % of the tokens were chosen in training and 80 % of those masked.
+_UNMASKED = 1 - 0.15 * 0.8
+_NORM_EPS = 1e-5
+_TENSORS_PER_MAPPING = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The properties of a model that its network is built by."""
+
+    num_layers: int
+    hidden_dim: int
+    attention_heads: int
+    token_dropout: bool
+
+
+@dataclass
+class _Layer:
+    """Tensors of one transformer layer; q, k and v stand in one (3 * hidden_dim, hidden_dim)."""
+
+    attention_norm: Affine
+    qkv: Affine
+    out: Affine
+    ffn_norm: Affine
+    fc1: Affine
+    fc2: Affine
+
+
+_FIELDS = {
+    "attention_norm": "self_attn_layer_norm",
+    "qkv": "self_attn.qkv",
+    "out": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+
+
+class Network:
+    """An ESM-2 trunk whose weights are in memory; made by `load_network`.
+
+    `dtype` is the type of matrix products, `regression` what contacts are predicted with.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        embedding: torch.Tensor,
+        layers: list[_Layer],
+        final_norm: Affine,
+        inv_freq: torch.Tensor,
+        regression: Regression | None = None,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = embedding.device
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._inv_freq = inv_freq
+        self.regression = regression
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        lengths: Sequence[int],
+        repr_layers: Iterable[int],
+        maps: ContactMaps | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (layer, (tokens, hidden_dim) float32) for each of `repr_layers`, ascending.
+
+        tokens: (T,) of sequences end to end, each with <cls> and <eos>; lengths: (N,) residues
+        per sequence. What is yielded may be overwritten when the next layer is asked for, and
+        layers after the last one wanted are not computed, but all of them if `maps`, which the
+        attention of every layer is added to, is given.
+        """
+        wanted = set(repr_layers)
+        groups = group_equal_lengths(lengths)
+        x = F.embedding(self._sent(tokens).long(), self._embedding)
+        if self.shape.token_dropout:
+            x *= _UNMASKED
+        if 0 in wanted:
+            yield 0, x
+        rotary, bounds = self._rotary(groups), self._sent(sequence_bounds(groups))
+        last = max(wanted) if maps is None else self.shape.num_layers
+        for number, layer in enumerate(self._layers[:last], start=1):
+            x = linear_add(self._attention(layer, x, groups, rotary, bounds, maps), layer.out, x)
+            inner = linear_gelu(self._norm(x, layer.ffn_norm), layer.fc1)
+            x = linear_add(inner, layer.fc2, x)
+            if number == self.shape.num_layers:
+                x = _norm(x, self._final_norm)
+            if number in wanted:
+                yield number, x
+
+    def _rotary(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Return the turn of every token's position, (T, 2, 1, head_dim / 2) complex64.
+
+        The queries' carries their scale, head_dim ** -0.5.
+        """
+        longest = max(group.tokens for group in groups)
+        positions = torch.arange(longest, device=self.device, dtype=torch.float32)
+        angles = torch.outer(positions, self._inv_freq)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        scale = (2 * len(self._inv_freq)) ** -0.5
+        rows = torch.cat([torch.arange(group.tokens).repeat(group.count) for group in groups])
+        return torch.stack((turns * scale, turns), dim=1)[self._sent(rows)].unsqueeze(2)
+
+    def _sent(self, host: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the device; CUDA fetches it while the host goes on."""
+        pinned = host.pin_memory() if self.device.type == "cuda" else host
+        return pinned.to(self.device, non_blocking=True)
+
+    def _attention(
+        self,
+        layer: _Layer,
+        x: torch.Tensor,
+        groups: Sequence[Group],
+        rotary: torch.Tensor,
+        bounds: torch.Tensor,
+        maps: ContactMaps | None,
+    ) -> torch.Tensor:
+        tokens, width = x.shape
+        heads = self.shape.attention_heads
+        qkv = linear(self._norm(x, layer.attention_norm), layer.qkv)
+        qkv = qkv.view(tokens, 3, heads, width // heads)
+        if maps is not None:
+            maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), rotary))
+        return attend(qkv, rotary, groups, bounds).view(tokens, width)
+
+    def _norm(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
+        return _norm(x, weight_bias).to(self.dtype)
+
+
+def load_network(detection: Detection, device: torch.device, dtype: torch.dtype) -> Network:
+    """Read the tensors of detected weights into memory on `device`, a few mapped at a time.
+
+    Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
+    first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
+    Raises WeightsError for rotary frequencies that differ by layer.
+    """
+    weights = detection.weights
+    assert weights is not None
+    shape = Shape(
+        detection.value("num_layers"),
+        detection.value("hidden_dim"),
+        detection.value("attention_heads"),
+        bool(detection.properties["token_dropout"].value),
+    )
+    shapes = trunk_shapes(shape.num_layers, shape.hidden_dim)
+    tensors: dict[str, torch.Tensor] = {}
+    for start in range(0, len(shapes), _TENSORS_PER_MAPPING):
+        for name, stored in weights.read(list(shapes)[start : start + _TENSORS_PER_MAPPING]):
+            target, rows = _place(name, shape.hidden_dim)
+            if target not in tensors:
+                own = shapes[name]
+                whole = (3 * own[0], *own[1:]) if rows is not None else own
+                kind = torch.float32 if "norm" in name or "embed" in name else dtype
+                tensors[target] = torch.empty(whole, dtype=kind, device=device)
+            turned = ".q_proj." in name or ".k_proj." in name
+            source = _pair_neighbours(stored, shape.attention_heads) if turned else stored
+            (tensors[target] if rows is None else tensors[target][rows]).copy_(source)
+        del stored, source
+    layers = []
+    for i in range(shape.num_layers):
+        parts = {
+            field: (tensors[f"layers.{i}.{part}.weight"], tensors[f"layers.{i}.{part}.bias"])
+            for field, part in _FIELDS.items()
+        }
+        layers.append(_Layer(**parts))
+    final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
+    inv_freq = _inverse_frequencies(weights, shape).to(device)
+    embedding = tensors["embed_tokens.weight"]
+    return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
+
+
+def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:
+    """Return the tensor in memory that `name` goes to, and which rows of it."""
+    for number, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+        if f".{projection}." in name:
+            rows = slice(number * hidden_dim, (number + 1) * hidden_dim)
+            return name.replace(projection, "qkv"), rows
+    return name, None
+
+
+def _pair_neighbours(stored: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of every head from (0 … w/2, w/2 … w) to (0, w/2, 1, w/2 + 1, …).
+
+    Done to q and k alike it leaves their products what they were, and the two numbers that a
+    rotary position turns together are neighbours, a complex number.
+    """
+    halves = stored.view(heads, 2, -1, *stored.shape[1:])
+    return halves.transpose(1, 2).reshape(stored.shape)
+
+
+def _inverse_frequencies(weights: Weights, shape: Shape) -> torch.Tensor:
+    """Return the (head_dim / 2,) rotary frequencies in float32.
+
+    Where the file holds them fair-esm loads them from there, rounded as they were stored; its
+    formula serves where it does not.
+    """
+    head_dim = shape.hidden_dim // shape.attention_heads
+    names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(shape.num_layers)]
+    held = [name for name in names if name in weights.tensors]
+    stored = [tensor.float().clone() for _, tensor in weights.read(held)]
+    if not stored:
+        return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    if any(one.shape != (head_dim // 2,) or not torch.equal(one, stored[0]) for one in stored):
+        raise WeightsError(f"{weights.path}: rot_emb.inv_freq is not the same in every layer")
+    return stored[0]
+
+
+def _norm(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
+    return F.layer_norm(x, (x.shape[-1],), *weight_bias, eps=_NORM_EPS)

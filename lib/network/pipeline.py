@@ -1,0 +1,158 @@
+"""The pipeline: packs on their way through the network, several at a time, in order at its end."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from lib.errors import InputError, LedgerError, MachineError
+from lib.network.device import packs_at_once
+from lib.network.esm2 import Network
+from lib.network.memory import available_bytes
+from lib.network.vectors import Launched, Vectors, launch, needed_bytes
+from lib.sequences.records import Sequence as FastaSequence
+
+__all__ = ["Pack", "StoppedError", "computed", "lanes"]
+
+# A sequence of more tokens keeps all threads busy on its own, and takes the memory of many packs.
+_ALONE_TOKENS = 2048
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences that go through the network together, and their positions in the plan."""
+
+    positions: range
+    sequences: Sequence[FastaSequence]
+
+
+class StoppedError(Exception):
+    """There are packs that were not begun, because `computed` was told to stop."""
+
+
+@dataclass(frozen=True)
+class _OnWay:
+    """A pack on its way; `launched` gives None if it was not begun."""
+
+    pack: Pack
+    needed: int
+    launched: Future[Launched | None]
+
+
+def computed(
+    network: Network,
+    packs: Iterable[Pack],
+    columns: Sequence[str],
+    per_tok_dtype: str,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Pack, Vectors]]:
+    """Yield every pack with its vectors, in order; `packs` is read a few packs ahead.
+
+    A pack is computed in the same way whatever is on its way beside it. After `stopped` has
+    given true no pack is begun: those on their way are yielded, then StoppedError is raised.
+    Raises what `packs`, `launch` and `collect` raise, after the packs before have been yielded.
+    When the generator is closed early, packs on their way are abandoned at their next layer.
+    """
+    abandoned = threading.Event()
+
+    def begin(pack: Pack) -> Launched | None:
+        if stopped():
+            return None
+        return launch(network, pack.sequences, columns, per_tok_dtype, abandoned)
+
+    with lanes(network.device) as (executor, ahead):
+        refused: list[LedgerError] = []
+        on_way: deque[_OnWay] = deque()
+        try:
+            for pack in _until_refused(packs, refused):
+                needed = needed_bytes(network, pack.sequences, columns)
+                alone = _is_alone(pack, network.device)
+                if alone or not _fits_beside(on_way, needed, network.device):
+                    yield from _taken(on_way, 0)
+                where = _Here() if alone else executor
+                on_way.append(_OnWay(pack, needed, where.submit(begin, pack)))
+                yield from _taken(on_way, 0 if alone else ahead)
+            yield from _taken(on_way, 0)
+            if refused:
+                raise refused[0]
+        finally:
+            abandoned.set()
+
+
+@contextmanager
+def lanes(device: torch.device) -> Iterator[tuple[Executor, int]]:
+    """Yield what launches packs on a device, and how many are to be on their way ahead.
+
+    A CPU shares its threads between packs: two threads with a pack each wait less for each other
+    than two in one operation. Where they cannot be shared equally there is one pack at a time,
+    so that a pack is computed by as many threads on every attempt. A GPU is given a pack before
+    the vectors of the last are read.
+    """
+    threads, count = torch.get_num_threads(), packs_at_once(device)
+    if device.type == "cuda":
+        yield _Here(), 1
+    elif threads % count:
+        yield _Here(), 0
+    else:
+        pool = ThreadPoolExecutor(
+            count, initializer=torch.set_num_threads, initargs=(threads // count,)
+        )
+        try:
+            yield pool, count  # one more than there are lanes: none waits for the next
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # a thread's number is also that of threads to come
+
+
+class _Here(Executor):
+    """Calls at once, in the thread that asks."""
+
+    def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
+        future: Future[_R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except MachineError as error:  # told in its turn; a signal's error ends all at once
+            future.set_exception(error)
+        return future
+
+
+def _until_refused(packs: Iterable[Pack], refused: list[LedgerError]) -> Iterator[Pack]:
+    """Yield packs up to an error of the input, which is kept."""
+    try:
+        yield from packs
+    except (InputError, MachineError) as error:
+        refused.append(error)
+
+
+def _is_alone(pack: Pack, device: torch.device) -> bool:
+    """Return whether a pack has the machine to itself."""
+    longest = max(len(sequence.residues) for sequence in pack.sequences)
+    return device.type == "cpu" and longest + 2 > _ALONE_TOKENS
+
+
+def _fits_beside(on_way: Iterable[_OnWay], needed: int, device: torch.device) -> bool:
+    """Return whether there is memory for one more pack; `launch` knows what to do without."""
+    if device.type == "cuda":  # one is computed at a time
+        return True
+    available = available_bytes(device)
+    return available is None or needed + sum(one.needed for one in on_way) <= available
+
+
+def _taken(on_way: deque[_OnWay], left: int) -> Iterator[tuple[Pack, Vectors]]:
+    """Wait for the oldest packs until `left` are on their way."""
+    while len(on_way) > left:
+        oldest = on_way.popleft()
+        launched = oldest.launched.result()
+        if launched is None:
+            raise StoppedError
+        yield oldest.pack, launched.collect()

@@ -1,0 +1,206 @@
+"""Vectors: what is kept of the sequences of a pack, computed within the memory there is."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.errors import LedgerError, MachineError
+from lib.network import pooling
+from lib.network.contacts import ContactMaps
+from lib.network.esm2 import Network
+from lib.network.memory import available_bytes, contact_bytes, pack_bytes
+from lib.sequences.alphabet import tokenise
+from lib.sequences.plan import group_equal_lengths
+from lib.sequences.records import Sequence as FastaSequence
+from schema.parquet import CONTACTS
+
+__all__ = ["Launched", "NonFiniteError", "Vectors", "launch", "needed_bytes"]
+
+Column = npt.NDArray[Any] | list[npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What is kept of a few sequences, by column name, in the order of the plan.
+
+    `mean_L` and `bos_L` are (sequences, hidden_dim) float32 arrays, `per_tok_L` a list with
+    one (residues, hidden_dim) array per sequence, `contacts` one with (residues, residues).
+    """
+
+    columns: Mapping[str, Column]
+
+
+class NonFiniteError(LedgerError):
+    """The network gave NaN or infinity."""
+
+
+class _AbandonedError(Exception):
+    """Nobody waits for the pack any more."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that went through the network together, and what is kept of them.
+
+    Of per_tok one (tokens, hidden_dim) tensor. `done` has passed when the tensors hold what was
+    copied from a CUDA device; None on CPU, where they hold it already.
+    """
+
+    sequences: Sequence[FastaSequence]
+    kept: Mapping[str, torch.Tensor | list[torch.Tensor]]
+    done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A pack on its way through the network; on CUDA it may still be computed."""
+
+    _parts: Sequence[_Part]
+
+    def collect(self) -> Vectors:
+        """Wait for the vectors; raises NonFiniteError naming the first record and layer with NaN
+        or infinity.
+        """
+        vectors = [_collect_part(part) for part in self._parts]
+        return functools.reduce(_joined, vectors)
+
+
+def launch(
+    network: Network,
+    sequences: Sequence[FastaSequence],
+    columns: Sequence[str],
+    per_tok_dtype: str,
+    abandoned: threading.Event | None = None,
+) -> Launched:
+    """Send a pack through the network, keeping `columns` ("mean_6", "contacts", …) of it.
+
+    A pack that does not fit into the device's memory is computed in halves. Raises MachineError
+    naming a record that does not fit alone. Another thread may set `abandoned`: then nobody
+    collects the pack, and it ends after the layer that is being computed.
+    """
+    needed = needed_bytes(network, sequences, columns)
+    available = available_bytes(network.device)
+    try:
+        if available is not None and needed > available:
+            raise MemoryError
+        return Launched([_launch_part(network, sequences, columns, per_tok_dtype, abandoned)])
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    if len(sequences) == 1:
+        owner, length = sequences[0].owners[0], len(sequences[0].residues)
+        raise MachineError(
+            f"record {owner.number} ({owner.id}): {length} residues need {_gigabytes(needed)} of "
+            f"memory, {_gigabytes(available)} are available on {network.device}"
+        )
+    middle = len(sequences) // 2
+    halves = sequences[:middle], sequences[middle:]
+    parts = [launch(network, half, columns, per_tok_dtype, abandoned)._parts for half in halves]
+    return Launched([*parts[0], *parts[1]])
+
+
+def needed_bytes(
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]
+) -> int:
+    """Return an upper estimate of the memory that a pack takes beside the weights."""
+    lengths = [len(sequence.residues) for sequence in sequences]
+    tokens = sum(lengths) + 2 * len(lengths)
+    kept_layers = sum(column.startswith("per_tok_") for column in columns)
+    maps = contact_bytes(lengths) if CONTACTS in columns else 0
+    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
+
+
+def _launch_part(
+    network: Network,
+    sequences: Sequence[FastaSequence],
+    columns: Sequence[str],
+    per_tok_dtype: str,
+    abandoned: threading.Event | None,
+) -> _Part:
+    lengths = [len(sequence.residues) for sequence in sequences]
+    groups = group_equal_lengths(lengths)
+    tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
+    on_cuda = network.device.type == "cuda"  # then copies come back through pinned memory
+    by_layer: dict[int, list[str]] = {}
+    maps = None
+    if CONTACTS in columns:
+        assert network.regression is not None
+        maps = ContactMaps(network.regression, groups, network.device)
+    for column in (name for name in columns if name != CONTACTS):
+        by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
+    kept: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+    last = max(by_layer, default=0) if maps is None else network.shape.num_layers
+    with torch.inference_mode():
+        for layer, hidden in network.forward(tokens, lengths, range(last + 1), maps):
+            if abandoned is not None and abandoned.is_set():
+                raise _AbandonedError
+            for column in by_layer.get(layer, []):
+                kind = column.rpartition("_")[0]
+                if kind == "per_tok":
+                    # One copy for the pack: what the network yields is overwritten.
+                    dtype = getattr(torch, per_tok_dtype)
+                    kept[column] = hidden.to("cpu", dtype, copy=True, non_blocking=on_cuda)
+                else:
+                    pool = pooling.mean if kind == "mean" else pooling.bos
+                    kept[column] = pool(hidden, groups).to("cpu", non_blocking=on_cuda)
+        if maps is not None:
+            kept[CONTACTS] = [one.to("cpu", non_blocking=on_cuda) for one in maps.finish()]
+    done = None
+    if on_cuda:
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(network.device))
+    return _Part(sequences, kept, done)
+
+
+def _collect_part(part: _Part) -> Vectors:
+    if part.done is not None:
+        part.done.synchronize()
+    groups = group_equal_lengths([len(sequence.residues) for sequence in part.sequences])
+    columns: dict[str, Column] = {}
+    for name, kept in part.kept.items():
+        if name.startswith("per_tok_"):
+            assert isinstance(kept, torch.Tensor)
+            kept = pooling.per_tok(kept, groups)
+        columns[name] = [one.numpy() for one in kept] if isinstance(kept, list) else kept.numpy()
+        _refuse_non_finite(columns[name], part.sequences, name)
+    return Vectors(columns)
+
+
+def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column: str) -> None:
+    if not isinstance(kept, list) and np.isfinite(kept).all():
+        return
+    for sequence, vector in zip(sequences, kept, strict=True):
+        if not np.isfinite(vector).all():
+            owner = sequence.owners[0]
+            kind, _, layer = column.rpartition("_")
+            place = column if column == CONTACTS else f"{kind} of layer {layer}"
+            raise NonFiniteError(f"record {owner.number} ({owner.id}): non-finite value in {place}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch reports failed CPU allocations as plain RuntimeErrors.
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _joined(first: Vectors, second: Vectors) -> Vectors:
+    columns: dict[str, Column] = {}
+    for name, one in first.columns.items():
+        other = second.columns[name]
+        if isinstance(one, list):
+            columns[name] = [*one, *other]
+        else:
+            columns[name] = np.concatenate([one, other])
+    return Vectors(columns)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.1f} GB"

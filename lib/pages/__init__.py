@@ -1,0 +1,1 @@
+"""What people look at: a report, figures, the database in a browser."""

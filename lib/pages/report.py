@@ -1,0 +1,240 @@
+"""A report: one run as a page of HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path, PurePath
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lib.disk import disk_errors, new_path
+from lib.embeddings.reading import RunEmbeddings, open_run
+from lib.errors import IdentityRefusedError
+from lib.ledger.history import RunDetail, Table, query, run_detail
+from lib.ledger.overview import attempts_table, run_fields
+from lib.ledger.sqlite_file import database_path
+from lib.pages.figures import (
+    Figure,
+    Work,
+    lengths_figure,
+    norms_figure,
+    projection_figure,
+    short_id,
+    throughput_figure,
+)
+from lib.pages.survey import Survey, survey
+from lib.units import count, moment, printable, records
+from schema.esm2_config import ESM2Config, load_snapshot
+
+__all__ = ["Report", "default_place", "make_report", "write_report"]
+
+_ATTEMPTS_SHOWN = 20
+_SEAL = re.compile(rb"<!-- esm-ledger: end of the report, sha256 ([0-9a-f]{64}) -->\n\Z")
+_SEAL_BYTES = 120
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report shows of a run.
+
+    model: its name, and whether it is untrained. facts, properties: of the run and of the model.
+    """
+
+    run: int
+    uuid: str
+    status: str
+    model: str
+    input_name: str
+    written: str
+    warnings: list[str]
+    facts: dict[str, str | None]
+    properties: dict[str, str | None]
+    figures: list[Figure]
+    extremes: Table
+    attempts: Table
+    attempts_left_out: int
+
+
+def default_place(url: str, run_id: int) -> Path:
+    """Return where the report of a run lies if nothing else is said: beside the run database."""
+    return database_path(url).parent / "reports" / f"run-{run_id:06d}.html"
+
+
+def make_report(url: str, run_id: int, written: str) -> Report:
+    """Read a run, finished or not, and the files of its checkpoints.
+
+    written: the time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
+    IdentityRefusedError for model metadata that is not complete.
+    """
+    detail = run_detail(url, run_id)
+    line = detail.run.dictionaries()[0]
+    run = open_run(url, run_id, partial=True)
+    try:
+        model = load_snapshot(run.model)
+    except ValueError as error:
+        raise IdentityRefusedError(f"run {run_id}: {error}") from None
+    found = survey(run)
+    attempts = query(
+        url,
+        "SELECT weights_path, device_name, versions FROM attempts WHERE run_id = ? ORDER BY id",
+        [run_id],
+    ).dictionaries()
+    checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
+    work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
+    table = attempts_table(detail)
+    return Report(
+        run=run_id,
+        uuid=run.facts["uuid"],
+        status=line["status"],
+        model=line["model"],
+        input_name=PurePath(run.facts["input_path"]).name,
+        written=moment(written),
+        warnings=_warnings(run, found, detail, attempts),
+        facts=_facts(run, detail),
+        properties=_properties(model, attempts),
+        figures=[
+            lengths_figure(found, run.facts["max_residues"]),
+            throughput_figure(work),
+            projection_figure(found),
+            norms_figure(found),
+        ],
+        extremes=_extremes(found),
+        attempts=Table(table.columns, table.rows[-_ATTEMPTS_SHOWN:]),
+        attempts_left_out=max(0, len(table.rows) - _ATTEMPTS_SHOWN),
+    )
+
+
+def write_report(report: Report, to: Path) -> None:
+    """Write a report as HTML; only an earlier report of the same run, unaltered, is replaced."""
+    page = _page(report).encode()
+    seal = f"<!-- esm-ledger: end of the report, sha256 {_digest(report, page)} -->\n"
+    with new_path(to, folder=False, replaceable=lambda path: _is_own(report, path)) as temporary:
+        temporary.write_bytes(page + seal.encode())
+
+
+def _page(report: Report) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawings = [Markup(figure.svg) for figure in report.figures]
+    legends = [[(Markup(svg), name) for svg, name in one.legend] for one in report.figures]
+    return environment.get_template("report.html").render(
+        report=report,
+        figures=list(zip(report.figures, drawings, legends, strict=True)),
+        version=version("esm-ledger"),
+    )
+
+
+def _digest(report: Report, page: bytes) -> str:
+    return hashlib.sha256(report.uuid.encode() + b"\n" + page).hexdigest()
+
+
+def _is_own(report: Report, path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with disk_errors(path), path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _SEAL_BYTES))
+        seal = _SEAL.search(file.read())
+        if seal is None:
+            return False
+        file.seek(0)
+        page = file.read()[: -len(seal[0])]
+    return _digest(report, page).encode() == seal[1]
+
+
+def _shown(value: object) -> object:
+    """Return what the page shows of a value; None is nothing."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else printable(str(value))
+
+
+def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
+    kept = run.facts
+    return run_fields(detail) | {
+        "precision": kept["precision"],
+        "long sequences": f"{kept['long_sequences']} (more than {count(kept['max_residues'])})",
+        "different sequences": count(kept["sequences_total"]),
+        "input SHA-256": kept["input_sha256"],
+        "run UUID": kept["uuid"],
+    }
+
+
+def _properties(model: ESM2Config, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    return {
+        "name": model.name,
+        "layers": count(model.num_layers),
+        "width of a vector": count(model.hidden_dim),
+        "attention heads": count(model.attention_heads),
+        "token dropout": "yes" if model.token_dropout else "no",
+        "parameters": count(model.parameters),
+        "untrained": "yes" if model.untrained else "no",
+        "format": model.weights_format,
+        "stored as": model.dtype,
+        "SHA-256": model.sha256,
+        "read from": attempts[-1]["weights_path"] if attempts else None,
+    }
+
+
+def _warnings(
+    run: RunEmbeddings,
+    found: Survey,
+    detail: RunDetail,
+    attempts: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Return what somebody must know before the vectors are used, a fact each."""
+    kept, told = run.facts, []
+    if run.model["untrained"]:
+        told.append("Untrained weights: the vectors mean nothing.")
+    status = detail.run.dictionaries()[0]["status"]
+    if status != "finished":
+        told.append(
+            f"Status {status}: {count(len(run))} of {records(kept['records_total'])} embedded."
+        )
+    if kept["records_truncated"]:
+        told.append(
+            f"{count(kept['records_truncated'])} of {records(kept['records_total'])} truncated to "
+            f"{count(kept['max_residues'])} residues."
+        )
+    if kept["residues_mapped"]:
+        told.append(f"Letters unknown to ESM-2 and read as X: {count(kept['residues_mapped'])}.")
+    if found.repeated_ids:
+        told.append(f"{records(found.repeated_ids)} with the id of an earlier one.")
+    if kept["sequences_total"] < kept["records_total"]:
+        same = kept["records_total"] - kept["sequences_total"]
+        told.append(f"{records(same)} with the sequence of an earlier one, and so its vector.")
+    problems = [one["problem"] for one in detail.checkpoints.dictionaries() if one["problem"]]
+    if problems:
+        told.append(f"Checkpoints with a problem: {count(len(problems))}; {problems[0]}.")
+    for name, values in {
+        "devices": [one["device_name"] for one in attempts],
+        "library versions": [_versions(one["versions"]) for one in attempts],
+    }.items():
+        different = list(dict.fromkeys(values))
+        if len(different) > 1:
+            told.append(f"Attempts differ in {name}: {'; '.join(different)}.")
+    return told
+
+
+def _versions(text: str) -> str:
+    return ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
+
+
+def _extremes(found: Survey) -> Table:
+    named = [("smallest", one) for one in found.smallest]
+    named += [("largest", one) for one in found.largest]
+    rows = [(which, f"{one.norm:.4g}", one.record, short_id(one.id)) for which, one in named]
+    return Table(["which", "norm", "record", "id"], rows)

@@ -1,0 +1,182 @@
+"""Runs read back in Python: if this fails, vectors stand beside the wrong ids."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib.embeddings import RunEmbeddings, open_run
+from lib.errors import IdentityRefusedError, SettingsError
+from lib.ledger.database import open_for_writing, transaction
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import fasta, read_run, write_fasta
+
+Runs = tuple[RunEmbeddings, Path]
+
+
+@pytest.fixture
+def embedded(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Runs:
+    """A run of five windows and many files; later windows repeat sequences of earlier ones."""
+    monkeypatch.setattr("lib.sequences.records.WINDOW_RECORDS", 5)
+    entries = fasta(SOME_PROTEINS)
+    entries += [(f"again{i} of {i}", entries[i][1]) for i in (7, 0, 3)]
+    source = write_fasta(place.folder / "repeated.fasta", entries)
+    place.set("output", "checkpoint_records", 2)
+    place.set("output", "per_tok_dtype", "float16")
+    place.set("compute", "tokens_per_pack", 300)
+    answer = script(
+        "embed", "--esm-model", small_model, "--input", source,
+        "--include", "mean", "bos", "per_tok", "--repr-layers", "0", "-1",
+    )  # fmt: skip
+    assert answer.status == 0, answer.err
+    folder = place.output / "run-000001"
+    assert len(list(folder.glob("*.parquet"))) > 4
+    return open_run(place.database, 1, verify=True), folder
+
+
+def test_ids_and_matrices_stand_in_the_order_of_the_file(embedded: Runs) -> None:
+    run, folder = embedded
+    rows = read_run(folder)
+    stored_order = pq.read_table(folder)["record"].to_pylist()
+    assert stored_order != sorted(stored_order)
+    assert len(run) == 18
+    assert run.records.tolist() == list(range(18))
+    assert run.ids == [rows[i]["id"] for i in range(18)]
+    assert run.ids[:2] == [header.split()[0] for header, _ in fasta(SOME_PROTEINS)[:2]]
+    lengths = run.table("length", "description")
+    assert lengths["length"].to_pylist() == [rows[i]["length"] for i in range(18)]
+    for kind in ("mean", "bos"):
+        for layer, column in ((0, f"{kind}_0"), (None, f"{kind}_2"), (-1, f"{kind}_2")):
+            matrix = run.matrix(kind, layer)
+            assert matrix.dtype == np.float32
+            assert matrix.tobytes() == np.stack([rows[i][column] for i in range(18)]).tobytes()
+
+
+def test_a_matrix_on_disk_is_the_one_in_memory_and_replaces_nothing(
+    embedded: Runs, tmp_path: Path
+) -> None:
+    run, _folder = embedded
+    mapped = run.matrix("bos", 0, to=tmp_path / "bos.npy")
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, run.matrix("bos", 0))
+    with pytest.raises(SettingsError, match=r"bos\.npy: exists already"):
+        run.matrix("mean", 0, to=tmp_path / "bos.npy")
+    assert np.array_equal(np.load(tmp_path / "bos.npy"), mapped)
+
+
+def test_residues_of_one_record(embedded: Runs) -> None:
+    run, folder = embedded
+    rows = read_run(folder)
+    for record in (0, 4, 9, 17):
+        found = run.residues(record, 0)
+        assert found.dtype == np.float16
+        assert found.shape == (rows[record]["embedded_length"], 64)
+        expected = rows[record]["per_tok_0"]
+        assert isinstance(expected, np.ndarray)
+        assert found.astype(np.float32).tobytes() == expected.tobytes()
+    with pytest.raises(SettingsError, match="run 1: no record 18"):
+        run.residues(18)
+
+
+def test_what_was_not_kept_is_refused(embedded: Runs) -> None:
+    run, _folder = embedded
+    with pytest.raises(SettingsError, match="run 1: layer 1 is not kept, only 0 2"):
+        run.matrix(layer=1)
+    with pytest.raises(SettingsError, match="kind per_tok: not mean or bos"):
+        run.matrix("per_tok")
+
+
+def test_an_unfinished_run_is_refused_unless_partial(embedded: Runs, place: Place) -> None:
+    _run, folder = embedded
+    with transaction(open_for_writing(str(place.database))) as session:
+        change = session.connection().exec_driver_sql
+        change("UPDATE runs SET status = 'interrupted'")
+        change("DELETE FROM checkpoints WHERE first_position = 0")
+    left = len(read_run(folder)) - pq.read_metadata(folder / "checkpoint-000001.parquet").num_rows
+    with pytest.raises(SettingsError, match=f"run 1: interrupted, {left} of 18 records done"):
+        open_run(place.database, 1)
+    part = open_run(place.database, 1, partial=True)
+    rows = read_run(folder)
+    assert len(part) == left < 18
+    assert part.ids == [rows[i]["id"] for i in part.records.tolist()]
+    expected = np.stack([rows[i]["mean_2"] for i in part.records.tolist()])
+    assert part.matrix().tobytes() == expected.tobytes()
+
+
+def test_files_that_are_not_what_the_database_lists_are_refused(
+    embedded: Runs, place: Place
+) -> None:
+    _run, folder = embedded
+    first, second = folder / "checkpoint-000001.parquet", folder / "checkpoint-000002.parquet"
+    content = first.read_bytes()
+    first.write_bytes(content + b"more")
+    with pytest.raises(IdentityRefusedError, match=r"bytes, \d+ in the database"):
+        open_run(place.database, 1)
+    # One byte of a vector: the size is the same, the digest and the page's checksum are not.
+    first.write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    with pytest.raises(IdentityRefusedError, match="sha256 differs from the database"):
+        open_run(place.database, 1, verify=True)
+    first.write_bytes(content)
+    second.unlink()
+    with pytest.raises(IdentityRefusedError, match="no such regular file"):
+        open_run(place.database, 1)
+
+
+def test_another_runs_file_of_the_same_name_is_refused(
+    embedded: Runs, place: Place, script: Script, small_model: Path
+) -> None:
+    _run, folder = embedded
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 0
+    other = place.output / "run-000002" / "checkpoint-000001.parquet"
+    (folder / "checkpoint-000001.parquet").write_bytes(other.read_bytes())
+    with transaction(open_for_writing(str(place.database))) as session:
+        session.connection().exec_driver_sql(
+            f"UPDATE checkpoints SET bytes = {other.stat().st_size} "
+            "WHERE run_id = 1 AND path = 'checkpoint-000001.parquet'"
+        )
+    with pytest.raises(IdentityRefusedError, match="uuid in its footer differs"):
+        open_run(place.database, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "fact"),
+    [
+        ("[" * 100_000, "footer metadata is not JSON"),
+        ('{"identity": []}', "footer has no identity"),
+        (None, "footer has no esm_ledger metadata"),
+    ],
+)
+def test_a_footer_that_says_nothing_is_refused(
+    embedded: Runs, place: Place, written: str | None, fact: str
+) -> None:
+    file = embedded[1] / "checkpoint-000001.parquet"
+    metadata = {} if written is None else {"esm_ledger": written}
+    pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
+    with transaction(open_for_writing(str(place.database))) as session:
+        session.connection().exec_driver_sql(
+            f"UPDATE checkpoints SET bytes = {file.stat().st_size} WHERE path = '{file.name}'"
+        )
+    with pytest.raises(IdentityRefusedError, match=f"{file.name}: {fact}$"):
+        open_run(place.database, 1)
+
+
+def test_reading_needs_neither_torch_nor_sqlalchemy(embedded: Runs, place: Place) -> None:
+    code = (
+        "import sys; from lib.embeddings import open_run; "
+        f"run = open_run({str(place.database)!r}, 1); run.ids; run.matrix(); run.residues(3); "
+        "sys.exit(bool({'torch', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_run_that_is_not_there(embedded: Runs, place: Place) -> None:
+    with pytest.raises(SettingsError, match="run 7: not in database"):
+        open_run(place.database, 7)

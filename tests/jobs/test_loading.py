@@ -1,0 +1,124 @@
+"""Loading: if this fails, a model that fits in memory no longer does, or a broken one is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.loading import measure
+from lib.catalog import trunk_parameters
+from lib.jobs import loading
+from lib.models.detection import detect
+from lib.models.untrained import make_model
+from lib.network.esm2 import load_network
+from lib.settings import load_settings
+from tests.conftest import SOME_PROTEINS, Place, Script
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "esm2_large.pt"
+    make_model(path, 20, 1024, 16, dtype=dtype)
+    in_memory = 4 * trunk_parameters(20, 1024)
+    assert in_memory > 0.95e9  # large enough that a second copy breaks the bound
+    assert measure("esm-ledger, digest taken", path)["peak_bytes"] <= 1.15 * in_memory + 0.7e9
+
+
+def test_nothing_is_initialised_at_random(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.random.get_rng_state()
+    found = detect(load_settings(overrides={"model.esm_model": str(small_model)}).model)
+    load_network(found, torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_that_change_between_detection_and_loading_are_refused(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place.folder / "esm2_changing.pt"
+    shutil.copy(small_model, path)
+
+    def load(*arguments: Any) -> object:  # noqa: ANN401
+        with path.open("ab") as file:
+            file.write(b"x")
+        return load_network(*arguments)
+
+    monkeypatch.setattr(loading, "load_network", load)
+    answer = script("embed", "--esm-model", path, "--input", SOME_PROTEINS)
+    assert answer.status == 2
+    assert answer.error == f"{path}: changed while it was being read"
+    assert script("history", "--json").json == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_non_finite_weights_are_found_at_validation(
+    script: Script, place: Place, small_model: Path, value: str
+) -> None:
+    content = torch.load(small_model, weights_only=False)
+    content["model"]["encoder.sentence_encoder.layers.1.fc1.weight"][3, 5] = float(value)
+    path = place.folder / "esm2_broken.pt"
+    torch.save(content, path)
+    answer = script("validate", "--esm-model", path)
+    assert answer.status == 2
+    assert answer.error == f"{path}: layer 2 gives non-finite values"
+
+
+def test_validation_changes_nothing(script: Script, place: Place, small_model: Path) -> None:
+    before = sorted(place.folder.rglob("*"))
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    for name, *more in (("validate",), ("embed", "--validate-config")):
+        answer = script(name, *flags, *more)
+        assert answer.status == 0, answer.err
+        lines = answer.out.splitlines()
+        assert lines[0].startswith("model esm2_small (untrained weights): 2 layers, hidden_dim 64")
+        assert "15 records, 15 different sequences, 5115 residues" in lines[1]
+        assert lines[-1] == "no unfinished run"
+        shown = script(name, *flags, *more, "--json").json
+        assert shown["model"]["attention_heads"] == 4
+        assert shown["input"]["records"] == 15
+        assert shown["unfinished"] == []
+    assert sorted(place.folder.rglob("*")) == before
+
+
+def test_validation_finds_what_is_wrong_with_the_input(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    bad = place.folder / "bad.fasta"
+    bad.write_text(">a\nMKJ\n")
+    for name, *more in (("validate",), ("embed", "--validate-config")):
+        answer = script(name, "--esm-model", small_model, "--input", bad, *more)
+        assert answer.status == 2
+        assert answer.error == "record 0 (a): 'J' at residue 3 is not in the ESM-2 alphabet"
+
+
+def test_validation_does_not_download(script: Script, place: Place) -> None:
+    answer = script("validate", "--esm-model", "esm2_t6_8M_UR50D",
+                    "--set", "model.download_url=http://127.0.0.1:1/")  # fmt: skip
+    assert answer.status == 2
+    assert answer.error == "esm2_t6_8M_UR50D: weights are not on disk (embed downloads them)"
+
+
+def test_a_device_that_is_not_there(script: Script, place: Place, small_model: Path) -> None:
+    count = torch.cuda.device_count()
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS,
+                    "--set", f"compute.device=cuda:{count}")  # fmt: skip
+    assert answer.status == 4
+    assert answer.error == f"device cuda:{count}: torch sees {count} CUDA devices"
+
+
+def test_threads_are_set_and_recorded(place: Place, small_model: Path) -> None:
+    answer = place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS,
+                       "--set", "compute.threads=1")  # fmt: skip
+    assert "1 threads" in answer.err
+    shown = place.run("history", "--run", "1", "--json")
+    assert json.loads(shown.out)["attempts"][0]["threads"] == 1
+
+
+def test_loading_is_benchmarked_beside_fair_esm(small_model: Path) -> None:
+    assert measure("fair-esm", small_model)["ready_s"] > 0

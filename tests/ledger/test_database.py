@@ -1,0 +1,223 @@
+"""The run database file: if this fails, history is lost, mixed up, or kept by another program."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect
+
+from lib.errors import MachineError, SettingsError
+from lib.ledger.database import open_for_reading, open_for_writing, transaction
+from schema.tables import Base
+from schema.version import APPLICATION_ID, SCHEMA_VERSION
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import assert_same_bits
+
+TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version"]
+VIEWS = ["checkpoint_audit", "model_usage", "run_history", "run_progress"]
+
+
+@pytest.fixture
+def fresh_db(place: Place) -> Path:
+    open_for_writing(str(place.database)).dispose()
+    return place.database
+
+
+def ask(path: Path, statement: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def test_tables_views_wal_and_application_id(fresh_db: Path) -> None:
+    engine = open_for_reading(str(fresh_db))
+    assert inspect(engine).get_table_names() == TABLES
+    assert inspect(engine).get_view_names() == VIEWS
+    assert ask(fresh_db, "PRAGMA journal_mode") == [("wal",)]
+    assert ask(fresh_db, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert ask(fresh_db, "SELECT version FROM schema_version") == [(SCHEMA_VERSION,)]
+
+
+def test_every_column_has_a_comment_that_schema_shows(fresh_db: Path) -> None:
+    for table in Base.metadata.tables.values():
+        query = f"SELECT sql FROM sqlite_schema WHERE name = '{table.name}'"
+        ((text,),) = ask(fresh_db, query)
+        for column in table.columns:
+            assert column.comment, f"{table.name}.{column.name}"
+            assert f"/* {column.comment} */" in str(text)
+
+
+def test_every_view_answers_on_an_empty_database(fresh_db: Path) -> None:
+    for view in VIEWS:
+        assert ask(fresh_db, f"SELECT * FROM {view}") == []
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+def test_another_schema_version_is_refused_with_both(
+    script: Script, place: Place, fresh_db: Path, small_model: Path, version: int
+) -> None:
+    with closing(sqlite3.connect(fresh_db)) as connection, connection:
+        connection.execute(f"UPDATE schema_version SET version = {version}")
+    before = fresh_db.read_bytes()
+    for name, *flags in (
+        ("embed", "--esm-model", small_model, "--input", SOME_PROTEINS),
+        ("resume",),
+        ("history",),
+        ("query", "select 1"),
+        ("validate", "--run", "1"),
+    ):
+        answer = script(str(name), *flags)
+        assert answer.status == 2
+        assert f"schema version {version}, this program's is {SCHEMA_VERSION}" in answer.error
+    assert fresh_db.read_bytes() == before
+
+
+def test_another_programs_database_is_refused_and_untouched(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        connection.execute("PRAGMA application_id = 17")
+        connection.execute("CREATE TABLE theirs (x)")
+    before = place.database.read_bytes()
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 2
+    assert f"application_id 0x11 is another program's, esm-ledger's is {APPLICATION_ID:#x}" in (
+        answer.error
+    )
+    assert place.database.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    place.database.write_text("not a database at all, but long enough to have a header" * 50)
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 4
+    assert answer.error == f"database {place.database}: file is not a database"
+
+
+@pytest.mark.parametrize(
+    ("url", "fact"),
+    [
+        ("postgresql://host/runs", "postgresql, not sqlite"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("mysql://x", "mysql, not sqlite"),
+        ("://", "not a SQLAlchemy URL"),
+    ],
+)
+def test_only_sqlite_files_are_accepted(script: Script, url: str, fact: str) -> None:
+    answer = script("history", "--database", url)
+    assert answer.status == 2
+    assert fact in answer.error
+
+
+def test_a_sqlalchemy_url_names_the_same_file_as_a_path(script: Script, fresh_db: Path) -> None:
+    assert script("history", "--database", f"sqlite:///{fresh_db}", "--json").json == []
+    assert script("history", "--database", fresh_db, "--json").json == []
+
+
+def test_reading_scripts_do_not_make_a_database(script: Script, place: Place) -> None:
+    for name, *flags in (("history",), ("query", "select 1"), ("resume",)):
+        answer = script(name, *flags)
+        assert answer.status == 2
+        assert answer.error == f"database {place.database}: no such file"
+    assert not place.database.exists()
+
+
+def test_a_missing_folder_is_an_environment_fault(script: Script, place: Place) -> None:
+    with pytest.raises(MachineError, match=r"folder .* does not exist"):
+        open_for_writing(str(place.folder / "none" / "runs.sqlite"))
+
+
+def test_odd_letters_in_the_path(place: Place) -> None:
+    path = place.folder / "50% of ü?#'x.sqlite"
+    open_for_writing(str(path)).dispose()
+    assert path.is_file()
+    with transaction(open_for_reading(str(path))) as session:
+        assert session.connection().exec_driver_sql("SELECT count(*) FROM runs").scalar() == 0
+
+
+def test_readers_cannot_write(fresh_db: Path) -> None:
+    engine = open_for_reading(str(fresh_db))
+    with pytest.raises(MachineError, match="readonly"), transaction(engine) as session:
+        session.connection().exec_driver_sql("DELETE FROM schema_version")
+
+
+def test_a_transaction_is_whole_or_not_at_all(fresh_db: Path) -> None:
+    engine = open_for_writing(str(fresh_db))
+    with pytest.raises(SettingsError), transaction(engine) as session:
+        session.connection().exec_driver_sql("DELETE FROM schema_version")
+        raise SettingsError("in the middle")
+    assert ask(fresh_db, "SELECT count(*) FROM schema_version") == [(1,)]
+
+
+# Is killed while it makes a database, with some of its pages written and none committed.
+KILLED_WITHIN = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN")
+connection.execute("CREATE TABLE halves (text)")
+for _ in range(100):
+    connection.execute("INSERT INTO halves VALUES (?)", ["x" * 4000])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_database_whose_making_was_killed_is_made_again(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED_WITHIN, place.database])
+    assert killed.returncode == -signal.SIGKILL
+    assert place.database.stat().st_size > 0
+    assert Path(f"{place.database}-journal").stat().st_size > 0
+    history = script("history")
+    fact = "a change of it was cut short and is not rolled back (SQLITE_READONLY_ROLLBACK)"
+    assert (history.status, history.error) == (4, f"database {place.database}: {fact}")
+    embed = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert embed.status == 0, embed.err
+    assert script("validate", "--run", "1").status == 0
+
+
+def test_first_runs_at_the_same_instant_are_two_runs(
+    place: Place, small_model: Path, script: Script
+) -> None:
+    flags: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(place.run, "embed", *flags, "--json") for _ in range(2)]
+        answers = [start.result() for start in starts]
+    assert [answer.status for answer in answers] == [0, 0], answers
+    assert sorted(answer.json["run"] for answer in answers) == [1, 2]
+    for run in ("1", "2"):
+        assert script("validate", "--run", run).status == 0
+    assert_same_bits(place.output / "run-000001", place.output / "run-000002")
+
+
+def test_first_starts_at_the_same_instant_make_one_database(place: Place) -> None:
+    code = "import sys; from lib.ledger.database import open_for_writing; sys.stdin.read(1); "
+    code += "open_for_writing(sys.argv[1])"
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(place.database)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(6)
+    ]
+    for start in starts:
+        assert start.stdin is not None
+        start.stdin.write("x")
+        start.stdin.flush()
+    for start in starts:
+        _, err = start.communicate(timeout=60)
+        assert start.returncode == 0, err
+    assert ask(place.database, "SELECT count(*) FROM schema_version") == [(1,)]

@@ -1,0 +1,251 @@
+"""A database in trouble: if this fails, a foreign lock or a bad page costs finished work."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.ledger import database, sqlite_file
+from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
+from tests.reference import assert_same_bits
+from tests.torture import strace
+from tests.torture.locked import held
+
+
+def embed(script: Script, model: Path, *flags: str | Path) -> Answer:
+    small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    return script("embed", "--esm-model", model, "--input", SOME_PROTEINS, *small, *flags)
+
+
+def test_a_lock_of_ten_seconds_is_waited_for(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    assert embed(script, small_model).status == 0
+    with held(place.database, 10):
+        since = time.monotonic()
+        assert embed(script, small_model).status == 0
+        assert time.monotonic() - since > 5
+
+
+def test_a_lock_for_ever_is_one_line_in_bounded_time_and_no_work_is_lost(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert embed(script, small_model).status == 0
+    monkeypatch.setattr(database, "BUSY_SECONDS", 1)
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 1)
+    true_add = __import__("lib.jobs.embedding", fromlist=["add_checkpoint"]).add_checkpoint
+    holders: list[subprocess.Popen[str]] = []
+
+    def add(*arguments: object) -> None:
+        true_add(*arguments)
+        if not holders:
+            holders.append(held(place.database, 600))
+
+    monkeypatch.setattr("lib.jobs.embedding.add_checkpoint", add)
+    since = time.monotonic()
+    answer = embed(script, small_model)
+    assert time.monotonic() - since < 60
+    assert answer.status == 4
+    assert answer.error == f"database {place.database}: database is locked"
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+    monkeypatch.undo()
+    flags = ["--config", place.config]
+    assert len(script("history", "--run", "2", "--json", *flags).json["checkpoints"]) == 1
+    assert script("resume", "--run", "2", *flags).status == 0
+    assert script("validate", "--run", "2", *flags).status == 0
+
+
+@pytest.mark.parametrize("kind", ["pages of noise", "cut"])
+def test_a_broken_database_is_one_line_and_the_files_stay(
+    script: Script, place: Place, small_model: Path, kind: str
+) -> None:
+    # A process of its own: its end puts all that it wrote into the one file.
+    begun = place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert begun.status == 0
+    content = place.database.read_bytes()
+    kept = sorted(path.read_bytes() for path in place.output.rglob("*.parquet"))
+    if kind == "cut":
+        place.database.write_bytes(content[: len(content) // 3])
+    else:
+        place.database.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+    for name, *flags in (("resume", "--run", "1"), ("history",), ("validate", "--run", "1")):
+        answer = script(name, *flags)
+        assert answer.status in (2, 4), (name, answer.err)
+        assert "malformed" in answer.error or "disk image" in answer.error
+    assert sorted(path.read_bytes() for path in place.output.rglob("*.parquet")) == kept
+
+
+def test_a_schema_that_is_not_utf8_is_one_line(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    # SQLite's message quotes it, which Python cannot decode; found by altering databases.
+    place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    content = place.database.read_bytes()
+    assert b"CREATE TABLE attempts" in content
+    place.database.write_bytes(
+        content.replace(b"CREATE TABLE attempts", b"CREATE \xffABLE attempts")
+    )
+    for name in ("resume", "history", "validate", "query"):
+        flags = ["select 1"] if name == "query" else ["--run", "1"]
+        answer = script(name, *flags)
+        assert answer.status == 4, (name, answer.err)
+        assert answer.error == f"database {place.database}: malformed, its text is not UTF-8"
+
+
+def test_eight_readers_never_stop_the_writer(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    assert embed(script, small_model).status == 0
+    stop = threading.Event()
+    slowest: list[float] = []
+    failed: list[str] = []
+
+    def read() -> None:
+        worst = 0.0
+        while not stop.is_set():
+            since = time.monotonic()
+            try:
+                with closing(sqlite_file.connect_read_only(place.database)) as connection:
+                    connection.execute("SELECT * FROM run_history").fetchall()
+            except Exception as error:
+                failed.append(str(error))
+                return
+            worst = max(worst, time.monotonic() - since)
+        slowest.append(worst)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    # And one that goes on reading what was there before the run.
+    slow = sqlite_file.connect_read_only(place.database)
+    slow.execute("BEGIN")
+    before = slow.execute("SELECT count(*) FROM checkpoints").fetchall()
+    try:
+        answer = embed(script, small_model)
+        assert slow.execute("SELECT count(*) FROM checkpoints").fetchall() == before
+    finally:
+        slow.close()
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert answer.status == 0, answer.err
+    assert not failed
+    assert len(slowest) == 8
+    assert max(slowest) < 10
+
+
+def test_a_folder_where_wal_cannot_work_is_refused_with_the_fact(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_connect: Callable[..., sqlite3.Connection] = sqlite3.connect
+
+    def connect(database: str | Path, **named: Any) -> sqlite3.Connection:  # noqa: ANN401
+        if isinstance(database, Path):
+            # Of SQLite's own ways to use a file system, the one that shares no memory.
+            return true_connect(f"file:{database}?vfs=unix-none", uri=True, **named)
+        return true_connect(database, **named)
+
+    monkeypatch.setattr("lib.ledger.database.sqlite3.connect", connect)
+    answer = embed(script, small_model)
+    assert answer.status == 4
+    fact = "journal mode is delete, WAL does not work there"
+    assert answer.error == f"database {place.database}: {fact}"
+
+
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+def test_a_file_system_that_maps_no_shared_memory_is_refused_with_the_fact(
+    place: Place, small_model: Path
+) -> None:
+    # As network file systems do, the kernel refuses to map SQLite's -shm file.
+    refusing: list[str | Path] = ["strace", "-f", "-o", os.devnull, "-P", f"{place.database}-shm"]
+    refusing += ["-e", "trace=mmap", "-e", "inject=mmap:error=ENODEV", sys.executable]
+    config: list[str | Path] = ["--config", place.config]
+    weights: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    for script, argv in (("embed", [*weights, *config]), ("history", config)):
+        done = subprocess.run(
+            [*refusing, ROOT / "scripts" / f"{script}.py", *argv],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        answer = Answer(done.returncode, done.stdout, done.stderr)
+        assert answer.status == 4
+        assert answer.error == (
+            f"database {place.database}: WAL does not work there: disk I/O error "
+            "(SQLITE_IOERR_SHMMAP)"
+        )
+    assert not place.output.exists()
+
+
+AFTER_ONE = """
+import sys, lib.jobs.embedding
+from pathlib import Path
+from lib.console.output import guarded
+from scripts.embed import main
+true, calls = lib.jobs.embedding.add_checkpoint, []
+def add(*arguments):
+    true(*arguments)
+    calls.append(1)
+    if len(calls) == 1:
+        exec(sys.argv[1])
+lib.jobs.embedding.add_checkpoint = add
+sys.exit(guarded(main, sys.argv[2:]))
+"""
+
+
+def after_one_checkpoint(action: str, place: Place, model: Path) -> Answer:
+    """Run embed.py, and some code after its first checkpoint."""
+    flags = ["--esm-model", model, "--input", SOME_PROTEINS, "--config", place.config]
+    flags += ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_ONE, action, *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def test_another_file_in_the_databases_place_stops_the_run_and_neither_loses_anything(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    # Another ledger's database: were it only looked for, the run would go on and never end in it.
+    theirs = place.folder / "theirs.sqlite"
+    reference = place.folder / "reference"
+    elsewhere: list[str | Path] = ["--database", theirs, "--output", reference]
+    embedded = place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *elsewhere)
+    assert embedded.status == 0
+    aside = place.folder / "aside"
+    aside.mkdir()
+    action = f"""
+for file in Path({str(place.folder)!r}).glob("runs.sqlite*"):
+    file.rename(Path({str(aside)!r}) / file.name)
+Path({str(theirs)!r}).rename({str(place.database)!r})
+"""
+    content = theirs.read_bytes()
+    answer = after_one_checkpoint(action, place, small_model)
+    assert answer.status == 4
+    assert answer.error == f"database {place.database}: another file has taken its place"
+    assert place.database.read_bytes() == content
+    original = ["--run", "1", "--database", aside / "runs.sqlite"]
+    assert len(script("history", *original, "--json").json["checkpoints"]) == 1
+    assert script("resume", *original).status == 0
+    assert_same_bits(place.output / "run-000001", reference / "run-000001")
+
+
+def test_a_database_deleted_mid_run_is_said_and_the_files_stay(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    action = f"[p.unlink() for p in Path({str(place.folder)!r}).glob('runs.sqlite*')]"
+    answer = after_one_checkpoint(action, place, small_model)
+    assert answer.status == 4, answer.err
+    assert answer.error.startswith(f"database {place.database}: ")
+    assert len(list((place.output / "run-000001").glob("checkpoint-*"))) >= 1

@@ -1,0 +1,869 @@
+"""Weights on disk: fair-esm files, Hugging Face folders, and whatever pretends to be one.
+
+If these fail, a downloaded file can run code on a user's machine, or broken and foreign weights
+become vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import esm
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from lib.catalog import trunk_shapes
+from lib.errors import WeightsError
+from lib.jobs.loading import load_model
+from lib.models.detection import Detection, detect
+from lib.models.untrained import make_model
+from lib.models.weights import open_weights
+from lib.sequences.alphabet import tokenise
+from lib.settings import load_settings
+from tests.conftest import ROOT, Place, Script
+from tests.torture import strace
+
+TRUNK = "encoder.sentence_encoder."
+SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+
+State = dict[str, torch.Tensor]
+
+
+def load(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        archive: dict[str, Any] = torch.load(path, weights_only=True)
+    return archive
+
+
+def found(path: Path) -> Detection:
+    return detect(load_settings(overrides={"model.esm_model": str(path)}).model)
+
+
+def hidden(path: Path) -> list[torch.Tensor]:
+    """Every layer of a short sequence, (tokens, hidden_dim) each."""
+    said = load_settings(overrides={"model.esm_model": str(path), "compute.device": "cpu"})
+    detection = detect(said.model)
+    network = load_model(said, detection, "0" * 64).network
+    tokens = torch.from_numpy(tokenise([SEQUENCE]))
+    layers = range(detection.value("num_layers") + 1)
+    return [x.clone() for _, x in network.forward(tokens, [len(SEQUENCE)], layers)]
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a path is refused as weights, without the path."""
+    with pytest.raises(WeightsError) as caught:
+        found(path)
+    told = str(caught.value)
+    assert len(told.splitlines()) == 1
+    assert told.startswith(f"{path}: ")
+    return told.removeprefix(f"{path}: ")
+
+
+# ---- Hostile files
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+class Restored:
+    """Acts when its state is restored."""
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        Path(state["marker"]).touch()
+
+
+class Module(torch.nn.Module):
+    """A whole network, pickled with its code's address."""
+
+    def __init__(self, marker: str) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Path(state["marker"]).touch()
+
+
+def restored(marker: str) -> Restored:
+    made = Restored()
+    made.__dict__["marker"] = marker
+    return made
+
+
+# What is called, and the name that pickle gives it (protocol 2 writes those of Python 2).
+HOSTILE: dict[str, tuple[Callable[[str], object], str]] = {
+    "os.system": (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
+    "eval": (lambda marker: Call(eval, f"open({marker!r}, 'w')"), "eval"),
+    "exec": (lambda marker: Call(exec, f"open({marker!r}, 'w')"), "exec"),
+    "open": (lambda marker: Call(open, marker, "w"), "io.open"),
+    "subprocess": (lambda marker: Call(subprocess.run, ["touch", marker]), "commands.run"),
+    "Path.touch": (lambda marker: Call(Path.touch, Path(marker)), "getattr"),
+    "setstate": (restored, "tests.models.test_weights.Restored"),
+    "module": (Module, "tests.models.test_weights.Module"),
+}
+
+
+@pytest.mark.parametrize("key", ["cfg", "model", "whole"])
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_pickles_are_refused_and_nothing_runs(
+    script: Script, tmp_path: Path, small_model: Path, kind: str, key: str
+) -> None:
+    make, named = HOSTILE[kind]
+    path, marker = tmp_path / "hostile.pt", tmp_path / "marker"
+    payload = make(str(marker))
+    torch.save(payload if key == "whole" else {**load(small_model), key: payload}, path)
+    answer = script("detect", "--esm-model", path)
+    assert answer.status == 2
+    fact = f"its pickle asks for {named}, which is not in the allow-list"
+    assert answer.error == f"{path}: refused: {fact}"
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # it would have run
+    assert marker.exists()
+
+
+def rewritten(source: Path, target: Path, **members: bytes) -> Path:
+    """A copy of an archive with other bytes in some of its members."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = members.get(Path(name).stem if name.endswith(".pkl") else "", old.read(name))
+            new.writestr(name, content)
+    return target
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"cos\nsystem\n(S'touch MARKER'\ntR.",
+        b"(S'touch MARKER'\nios\nsystem\n.",
+        b"\x80\x02c__builtin__\neval\nX\x16\x00\x00\x00open('MARKER', mode='w')\x85R.",
+        b"cargparse\nNamespace\n)R}X\x01\x00\x00\x00acos\nsystem\nsb.",
+        b"cargparse\nFileType\n(S'w'\ntR(S'MARKER'\ntR.",
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ctouch MARKER\x85R.",
+    ],
+)
+def test_pickles_written_by_hand_are_refused_and_nothing_runs(
+    script: Script,
+    tmp_path: Path,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pickled: bytes,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = rewritten(small_model, tmp_path / "hostile.pt", data=pickled)
+    answer = script("detect", "--esm-model", path)
+    assert answer.status == 2
+    assert answer.error.startswith(f"{path}: ")
+    assert not (tmp_path / "MARKER").exists()
+
+
+# Of each path, the line with which it is refused as weights, and how far the process's peak grew.
+REFUSED_APART = """
+import sys
+from benchmarks.processes import peak_bytes
+from lib.models.detection import detect
+from lib.errors import WeightsError
+from lib.settings import load_settings
+for path in sys.argv[1:]:
+    model = load_settings(overrides={"model.esm_model": path}).model
+    before = peak_bytes()
+    try:
+        detect(model)
+    except WeightsError as error:
+        print(str(error).removeprefix(f"{path}: "), peak_bytes() - before, sep="\\n")
+before = peak_bytes()
+taken = b"1" * 300_000_000
+print(peak_bytes() - before)
+"""
+LITTLE_MEMORY = 100_000_000
+
+
+def refused_apart(*paths: Path) -> list[str]:
+    """The lines with which paths are refused, each in little memory, by a process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_APART, *map(str, paths)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *said, seen = done.stdout.splitlines()
+    assert int(seen) > LITTLE_MEMORY  # what is taken shows
+    assert all(int(taken) < LITTLE_MEMORY for taken in said[1::2]), said
+    assert len(said) == 2 * len(paths)
+    return said[::2]
+
+
+MADE_BY_LENGTH = {
+    "builtins.bytearray": b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR.",
+    "__builtin__.bytearray": b"c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.",
+    "torch.Tensor": b"ctorch\nTensor\n(J\xff\xff\xff\x7ftR.",
+}
+
+
+def test_pickles_that_ask_for_memory_are_refused_before_they_get_it(
+    tmp_path: Path, small_model: Path
+) -> None:
+    paths = [
+        rewritten(small_model, tmp_path / f"{name}.pt", data=b"\x80\x02" + pickled)
+        for name, pickled in MADE_BY_LENGTH.items()
+    ]
+    assert refused_apart(*paths) == [
+        f"refused: its pickle asks for {name}, which is not in the allow-list"
+        for name in MADE_BY_LENGTH
+    ]
+
+
+def test_compressed_archives_are_refused_before_they_are_inflated(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("esm2/data.pkl", b"0" * 300_000_000)
+    assert refused_apart(path) == ["member esm2/data.pkl is compressed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("../outside", False),
+        ("/outside", False),
+        ("nested.pt", False),
+        ("archive/../../outside", True),
+        ("archive/nested.pt", True),
+    ],
+)
+def test_members_of_an_archive_are_never_extracted(
+    tmp_path: Path, small_model: Path, name: str, is_read: bool
+) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    path = rewritten(small_model, folder / "m.pt")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, small_model.read_bytes())
+    if is_read:
+        assert found(path).value("num_layers") == 2
+    else:
+        assert "file in archive is not in a subdirectory" in refusal(path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "b", "m.pt"]
+
+
+# os.open and open end in the same event: (path, mode, flags).
+OPENED: list[tuple[object, int]] | None = None
+
+
+def record_opens(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and OPENED is not None:
+        OPENED.append((arguments[0], arguments[2] or 0))
+
+
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_weights_are_opened_read_only(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    global OPENED
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    sys.addaudithook(record_opens)
+    OPENED = []
+    try:
+        hidden(path)
+        open_weights(path).sha256()
+        opened = [(str(name), flags) for name, flags in OPENED]
+    finally:
+        OPENED = None
+    ours = [(name, flags) for name, flags in opened if name.startswith(str(path))]
+    assert ours
+    written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    assert [name for name, flags in ours if flags & written] == []
+
+
+@pytest.mark.skipif(not strace.is_there(), reason="strace is not there, or may not trace")
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_the_kernel_is_asked_to_open_weights_read_only(
+    request: pytest.FixtureRequest, place: Place, small_model: Path, kind: str
+) -> None:
+    # What torch's and safetensors' own code opens, no audit hook of Python sees.
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    files = [path, *path.glob("*")]
+    validate: list[str | Path] = [
+        sys.executable,
+        ROOT / "scripts" / "validate.py",
+        "--config",
+        place.config,
+    ]
+    validate += ["--esm-model", path]
+    changing = "?open,openat,?rename,?renameat,?renameat2,?unlink,unlinkat,ftruncate,?truncate"
+    done = strace.run(validate, f"{changing},write,pwrite64", files, place.folder / "calls")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (place.folder / "calls").read_text().splitlines() if "(" in line]
+    opened = [line for line in lines if re.search(r" open(at)?\(", line)]
+    assert len({file for file in files if any(f'"{file}"' in line for line in opened)}) >= len(
+        [file for file in files if file.is_file()]
+    )
+    assert all("O_RDONLY" in line and "O_CREAT" not in line for line in opened)
+    assert [line for line in lines if line not in opened and "SIG" not in line] == []
+
+
+@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
+def test_weights_stay_as_they_are(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
+    before = {file: file.read_bytes() for file in [path, *path.glob("*")] if file.is_file()}
+    stamps = {file: file.stat().st_mtime_ns for file in before}
+    hidden(path)
+    assert {file: file.read_bytes() for file in before} == before
+    assert {file: file.stat().st_mtime_ns for file in before} == stamps
+
+
+def test_a_rewritten_archive_is_still_read(tmp_path: Path, small_model: Path) -> None:
+    assert found(rewritten(small_model, tmp_path / "copy.pt")).properties
+
+
+def test_refusals_carry_no_advice_of_torch(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.pt"
+    torch.save(Call(os.system, "true"), path)
+    assert not re.search("weights_only|Please|trusted|torch.load", refusal(path))
+
+
+# ---- Broken files
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 64, 1000, 0.5, 0.99, -22, -1])
+def test_truncated_files_are_refused(
+    script: Script, tmp_path: Path, small_model: Path, kept: float
+) -> None:
+    whole = small_model.read_bytes()
+    size = int(len(whole) * kept) if isinstance(kept, float) else kept
+    path = tmp_path / "cut.pt"
+    path.write_bytes(whole[:size])
+    answer = script("detect", "--esm-model", path)
+    fact = "truncated, or not a torch.save archive (no zip directory)"
+    assert (answer.status, answer.error) == (2, f"{path}: {fact}")
+
+
+def test_a_text_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0000\n")
+    assert refusal(path) == "truncated, or not a torch.save archive (no zip directory)"
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("folder/readme.txt", "hello")
+    assert refusal(path).startswith("refused: ")
+
+
+def test_a_legacy_file_is_refused(tmp_path: Path, small_model: Path) -> None:
+    path = tmp_path / "legacy.pt"
+    torch.save(load(small_model), path, _use_new_zipfile_serialization=False)
+    assert refusal(path) == "truncated, or not a torch.save archive (no zip directory)"
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights.pt")
+    assert refusal(tmp_path / "weights.pt") == "neither a file nor a folder"
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        ([1, 2], "holds a list, not a dictionary"),
+        (torch.ones(3), "holds a Tensor, not a dictionary"),
+        ({}, "holds no tensors"),
+        ({"model": {}}, "holds no tensors"),
+        ({"model": {"a": 1, 2: torch.ones(1)}}, "holds no tensors"),
+        ({"model": [1]}, "its 'model' is a list, not a state dict"),
+        ({"model": torch.ones(3)}, "its 'model' is a Tensor, not a state dict"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path: Path, content: object, fact: str) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    assert refusal(tmp_path / "other.pt") == fact
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scratch") / "tiny.pt"
+    make_model(path, 1, 16, 2)
+    return path
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_damage_is_survived_or_refused_in_one_line(scratch: Path, data: st.DataObject) -> None:
+    content = bytearray(scratch.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    damaged = scratch.with_name("damaged.pt")
+    damaged.write_bytes(content)
+    try:
+        found(damaged)
+    except WeightsError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_pickle_is_survived_or_refused_in_one_line(
+    scratch: Path, data: st.DataObject
+) -> None:
+    with zipfile.ZipFile(scratch) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        content = bytearray(archive.read(name))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    damaged = rewritten(scratch, scratch.with_name("damaged.pt"), data=bytes(content))
+    try:
+        found(damaged)
+    except WeightsError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+# ---- Tensors that are not what they claim
+
+
+def save_changed(source: Path, target: Path, changes: Mapping[str, torch.Tensor]) -> Path:
+    archive = load(source)
+    archive["model"] |= {TRUNK + name: tensor for name, tensor in changes.items()}
+    torch.save(archive, target)
+    return target
+
+
+def test_expanded_tensors_are_refused(tmp_path: Path) -> None:
+    huge = {TRUNK + name: torch.ones(1).expand(shape) for name, shape in shapes(40, 8192)}
+    torch.save({"model": huge}, tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 1_000_000
+    fact = "tensor embed_tokens.weight is not stored whole (strided or sparse)"
+    assert refused_apart(tmp_path / "bomb.pt") == [fact]
+
+
+def test_counts_and_shapes_beyond_reason_are_refused_before_memory_is_asked_for(
+    tmp_path: Path, folder: Path, small_model: Path
+) -> None:
+    layers, width, header, shape = paths = [
+        shutil.copytree(folder, tmp_path / name) for name in ("layers", "width", "header", "shape")
+    ]
+    write_config(layers, num_hidden_layers=10**12)
+    write_config(width, hidden_size=2**62)
+    content = (folder / "model.safetensors").read_bytes()
+    (header / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + content[8:])
+    size = int.from_bytes(content[:8], "little")
+    told = json.loads(content[8 : 8 + size])
+    told["esm.embeddings.word_embeddings.weight"]["shape"] = [2**31, 2**31]
+    claimed = json.dumps(told).encode()
+    rest = content[8 + size :]
+    written = len(claimed).to_bytes(8, "little") + claimed + rest
+    (shape / "model.safetensors").write_bytes(written)
+    archive = load(small_model)
+    archive["cfg"]["model"].encoder_layers = 10**12
+    torch.save(archive, tmp_path / "layers.pt")
+    found = refused_apart(*paths, tmp_path / "layers.pt")
+    assert found[0] == "num_layers is 1000000000000 by checkpoint metadata, 2 by tensor shapes"
+    assert found[1] == f"hidden_dim is {2**62} by checkpoint metadata, 64 by tensor shapes"
+    for one, fact in ((header, found[2]), (shape, found[3])):
+        refused = f"{one}/model.safetensors: Error while deserializing header: "
+        assert fact.startswith(refused)
+    assert found[4] == found[0]
+
+
+def shapes(num_layers: int, hidden_dim: int) -> list[tuple[str, tuple[int, ...]]]:
+    return list(trunk_shapes(num_layers, hidden_dim).items())
+
+
+def test_tensors_that_share_storage_and_claim_more_than_the_file_are_refused(
+    tmp_path: Path,
+) -> None:
+    one = {shape: torch.zeros(shape) for _, shape in shapes(1, 64)}
+    tied = {TRUNK + name: one[shape] for name, shape in shapes(400, 64)}
+    torch.save({"model": tied}, tmp_path / "bomb.pt")
+    held = (tmp_path / "bomb.pt").stat().st_size
+    claimed = sum(tensor.numel() * 4 for tensor in tied.values())
+    assert claimed > 50 * held
+    assert refusal(tmp_path / "bomb.pt") == f"tensors claim {claimed} bytes, the file has {held}"
+
+
+def test_overlapping_views_that_claim_more_than_the_file_are_refused(tmp_path: Path) -> None:
+    base = torch.ones(1000)
+    views = {f"a{i}": base[i:] for i in range(900)}
+    torch.save({"model": views}, tmp_path / "bomb.pt")
+    held = (tmp_path / "bomb.pt").stat().st_size
+    claimed = 4 * sum(1000 - i for i in range(900))
+    assert refusal(tmp_path / "bomb.pt") == f"tensors claim {claimed} bytes, the file has {held}"
+
+
+def test_the_one_tied_pair_of_every_release_is_no_bomb(tmp_path: Path) -> None:
+    make_model(tmp_path / "m.pt", 1, 1024, 1, dtype=torch.float16)
+    state = load(tmp_path / "m.pt")["model"]
+    embedding = state[f"{TRUNK}embed_tokens.weight"]
+    assert state["encoder.lm_head.weight"].data_ptr() == embedding.data_ptr()
+    assert found(tmp_path / "m.pt").value("hidden_dim") == 1024
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(33, 64).to_sparse(),
+        torch.ones(64, 33).t(),
+        torch.ones(33, 64, device="meta"),
+        torch.ones(33, 128)[:, ::2],
+    ],
+    ids=["sparse", "transposed", "meta", "strided"],
+)
+def test_tensors_that_are_not_stored_whole_are_refused(
+    tmp_path: Path, small_model: Path, tensor: torch.Tensor
+) -> None:
+    path = save_changed(small_model, tmp_path / "m.pt", {"embed_tokens.weight": tensor})
+    told = refusal(path)
+    assert told == "tensor embed_tokens.weight is not stored whole (strided or sparse)"
+
+
+def retyped(source: Path, target: Path, dtype: torch.dtype, part: str = "") -> Path:
+    archive = load(source)
+    archive["model"] = {
+        name: tensor.to(dtype) if part in name else tensor
+        for name, tensor in archive["model"].items()
+    }
+    torch.save(archive, target)
+    return target
+
+
+@pytest.mark.parametrize("name", ["float64", "int8", "complex64", "float8_e4m3fn"])
+def test_types_that_no_release_has_are_refused(
+    tmp_path: Path, small_model: Path, name: str
+) -> None:
+    path = retyped(small_model, tmp_path / "m.pt", getattr(torch, name))
+    assert refusal(path) == f"tensors of type {name}"
+
+
+def test_mixed_types_are_refused(tmp_path: Path, small_model: Path) -> None:
+    path = retyped(small_model, tmp_path / "m.pt", torch.float16, "fc1")
+    assert refusal(path) == "tensors of several types: float16, float32"
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_types_of_releases_and_fine_tunes_are_read(
+    tmp_path: Path, small_model: Path, name: str
+) -> None:
+    path = retyped(small_model, tmp_path / "m.pt", getattr(torch, name))
+    assert found(path).properties["dtype"].value == name
+    layers = hidden(path)
+    assert all(torch.isfinite(layer).all() and layer.dtype == torch.float32 for layer in layers)
+
+
+# ---- What is read
+
+
+def test_tensors_are_read_as_stored(small_model: Path) -> None:
+    state = load(small_model)["model"]
+    weights = open_weights(small_model)
+    names = list(trunk_shapes(2, 64))
+    read = dict(weights.read(names))
+    assert list(read) == names
+    assert all(torch.equal(tensor, state[TRUNK + name]) for name, tensor in read.items())
+
+
+def test_the_digest_is_that_of_sha256sum(small_model: Path) -> None:
+    told = subprocess.run(["sha256sum", small_model], capture_output=True, text=True, check=True)
+    assert open_weights(small_model).sha256() == told.stdout.split()[0]
+
+
+# ---- What make_model writes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_fair_esms_own_loader_reads_an_untrained_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "esm2_made.pt"
+    regression = make_model(path, 2, 64, 4, dtype=dtype)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        model, _ = esm.pretrained.load_model_and_alphabet_local(str(path))
+    assert (model.num_layers, model.embed_dim, model.attention_heads) == (2, 64, 4)
+    state, loaded = load(path)["model"], model.state_dict()
+    for name in trunk_shapes(2, 64):
+        assert torch.equal(loaded[name], state[TRUNK + name].float()), name
+    contact = load(regression)["model"]
+    assert torch.equal(loaded["contact_head.regression.weight"], contact[REGRESSION])
+
+
+REGRESSION = "contact_head.regression.weight"
+
+
+def made(path: Path, **keywords: Any) -> tuple[dict[str, bytes], bytes]:  # noqa: ANN401
+    """The bytes of every tensor of a made model, and of its contact regression."""
+    regression = make_model(path, 2, 32, 2, **keywords)
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in load(path)["model"].items()}
+    return tensors, load(regression)["model"][REGRESSION].numpy().tobytes()
+
+
+def test_a_seed_decides_every_tensor(tmp_path: Path) -> None:
+    first = made(tmp_path / "a.pt", seed=7)
+    torch.rand(3)  # the global generator has no say
+    assert made(tmp_path / "b.pt", seed=7) == first
+    other = made(tmp_path / "c.pt", seed=8)
+    assert other[1] != first[1]
+    for name in trunk_shapes(2, 32):
+        assert other[0][TRUNK + name] != first[0][TRUNK + name], name
+
+
+def test_half_precision_is_the_same_model_rounded(tmp_path: Path) -> None:
+    make_model(tmp_path / "whole.pt", 2, 32, 2)
+    make_model(tmp_path / "half.pt", 2, 32, 2, dtype=torch.float16)
+    whole, half = load(tmp_path / "whole.pt")["model"], load(tmp_path / "half.pt")["model"]
+    assert whole.keys() == half.keys()
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor, whole[name].half()), name
+
+
+def test_an_untrained_model_has_outlier_channels(small_model: Path) -> None:
+    last_but_one = hidden(small_model)[1].abs().mean(0)
+    largest = last_but_one.topk(5).values
+    assert largest[3] > 20 * last_but_one.median()  # four of them
+    assert largest[4] < 10 * last_but_one.median()
+
+
+def test_an_untrained_model_says_so(small_model: Path) -> None:
+    assert open_weights(small_model).untrained
+
+
+def test_a_model_that_does_not_say_so_is_not_untrained(tmp_path: Path, small_model: Path) -> None:
+    archive = load(small_model)
+    del archive["cfg"]["model"].untrained
+    torch.save(archive, tmp_path / "m.pt")
+    assert not open_weights(tmp_path / "m.pt").untrained
+
+
+# ---- Hugging Face folders
+
+# transformers 4.x, models/esm/convert_esm.py: fair-esm's names, and theirs.
+TO_HUGGING_FACE = {
+    "embed_tokens.": "esm.embeddings.word_embeddings.",
+    "emb_layer_norm_after.": "esm.encoder.emb_layer_norm_after.",
+    "layers.": "esm.encoder.layer.",
+    ".self_attn.q_proj.": ".attention.self.query.",
+    ".self_attn.k_proj.": ".attention.self.key.",
+    ".self_attn.v_proj.": ".attention.self.value.",
+    ".self_attn.rot_emb.": ".attention.self.rotary_embeddings.",
+    ".self_attn.out_proj.": ".attention.output.dense.",
+    ".self_attn_layer_norm.": ".attention.LayerNorm.",
+    ".fc1.": ".intermediate.dense.",
+    ".fc2.": ".output.dense.",
+    ".final_layer_norm.": ".LayerNorm.",
+}
+
+
+def hugging_face_name(name: str) -> str:
+    for ours, theirs in TO_HUGGING_FACE.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def hugging_face_state(source: Path) -> State:
+    archive = load(source)["model"]
+    return {
+        hugging_face_name(name.removeprefix(TRUNK)): tensor.clone()
+        for name, tensor in archive.items()
+        if name.startswith(TRUNK)
+    }
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    config = {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "token_dropout": True,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "is_folding_model": False,
+        "vocab_size": 33,
+        **changes,
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, small_model: Path) -> Path:
+    """small_model as a Hugging Face folder with one safetensors file."""
+    write_config(tmp_path / "hf")
+    save_file(hugging_face_state(small_model), tmp_path / "hf/model.safetensors")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, small_model: Path) -> Path:
+    """small_model as a Hugging Face folder with two shards and an index."""
+    write_config(tmp_path / "sharded")
+    state = hugging_face_state(small_model)
+    weight_map: dict[str, str] = {}
+    for i in range(2):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        part = dict(list(state.items())[i::2])
+        save_file(part, tmp_path / "sharded" / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path / "sharded"
+
+
+@pytest.mark.parametrize("kind", ["folder", "sharded"])
+def test_a_hugging_face_folder_is_the_same_model(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    path = request.getfixturevalue(kind)
+    detection = found(path)
+    assert detection.weights is not None
+    assert detection.weights.format == "huggingface"
+    assert detection.name == path.name
+    theirs = {key: prop.value for key, prop in detection.properties.items()}
+    ours = {key: prop.value for key, prop in found(small_model).properties.items()}
+    assert theirs == {**ours, "weights_format": "huggingface"}
+    names = list(trunk_shapes(2, 64))
+    read = dict(detection.weights.read(names))
+    assert sorted(read) == sorted(names)
+    for name, tensor in open_weights(small_model).read(names):
+        assert torch.equal(read[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["folder", "sharded"])
+def test_a_hugging_face_folder_gives_the_same_vectors(
+    request: pytest.FixtureRequest, small_model: Path, kind: str
+) -> None:
+    theirs, ours = hidden(request.getfixturevalue(kind)), hidden(small_model)
+    assert all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True))
+
+
+def test_names_without_their_esm_are_read_too(
+    tmp_path: Path, small_model: Path, folder: Path
+) -> None:
+    # EsmModel saves without the leading "esm." that EsmForMaskedLM has.
+    state = {
+        name.removeprefix("esm."): tensor
+        for name, tensor in hugging_face_state(small_model).items()
+    }
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(hidden(folder)[-1], hidden(small_model)[-1])
+
+
+def test_the_digest_of_a_folder_is_that_of_its_sha256sum_listing(sharded: Path) -> None:
+    listing = "sha256sum config.json model-*.safetensors | sha256sum"
+    told = subprocess.run(
+        ["sh", "-c", listing], capture_output=True, text=True, check=True, cwd=sharded
+    )
+    assert open_weights(sharded).sha256() == told.stdout.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert', not 'esm'"),
+        ({"model_type": None}, "model_type None, not 'esm'"),
+        ({"is_folding_model": True}, "an ESMFold model (is_folding_model), not ESM-2"),
+        (
+            {"position_embedding_type": "absolute"},
+            "position_embedding_type 'absolute': ESM-2 has 'rotary'",
+        ),
+        (
+            {"emb_layer_norm_before": True},
+            "emb_layer_norm_before is set: ESM-1b or ESM-1v, not ESM-2",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            "num_layers is 3 by checkpoint metadata, 2 by tensor shapes",
+        ),
+        ({"hidden_size": "64"}, "metadata has hidden_dim = '64'"),
+        ({"token_dropout": 1}, "metadata has token_dropout = '1'"),
+    ],
+)
+def test_other_models_and_contradictions_are_refused(
+    folder: Path, changes: dict[str, object], fact: str
+) -> None:
+    write_config(folder, **changes)
+    assert refusal(folder) == fact
+
+
+def test_an_empty_folder_is_refused(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    answer = script("detect", "--esm-model", tmp_path / "empty")
+    assert answer.status == 2
+    assert answer.error == f"{tmp_path}/empty/config.json: no such file"
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path / "hf")
+    (tmp_path / "hf/tf_model.h5").write_bytes(b"")
+    fact = "no model.safetensors, no pytorch_model.bin and no index of shards"
+    assert refusal(tmp_path / "hf") == fact
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null"])
+def test_a_broken_config_json_is_refused(script: Script, folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    answer = script("detect", "--esm-model", folder)
+    assert answer.status == 2
+    assert answer.error.startswith(f"{folder}/config.json: not ")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, 0.5, -1])
+def test_truncated_safetensors_are_refused(script: Script, folder: Path, kept: float) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
+    answer = script("detect", "--esm-model", folder)
+    assert answer.status == 2
+    assert answer.error.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "..", ".", "", "shards/a", "missing.safetensors", 3],
+)
+def test_an_index_that_names_anything_but_files_of_the_folder_is_refused(
+    script: Script, sharded: Path, name: object
+) -> None:
+    (sharded / "shards").mkdir()
+    for place in (sharded.parent / "outside.safetensors", sharded / "shards/a"):
+        place.write_bytes((sharded / "model-00001-of-00002.safetensors").read_bytes())
+    index = sharded / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"][next(iter(listed["weight_map"]))] = name
+    index.write_text(json.dumps(listed))
+    answer = script("detect", "--esm-model", sharded)
+    assert answer.status == 2
+    assert answer.error == f"{index}: names {str(name)!r}, which is not a file of the folder"
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "model.safetensors", 3])
+def test_an_index_without_a_map_is_refused(
+    script: Script, sharded: Path, weight_map: object
+) -> None:
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    answer = script("detect", "--esm-model", sharded)
+    assert (answer.status, answer.error) == (2, f"{index}: no weight_map")
+
+
+def test_a_missing_shard_is_missing_tensors(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    kept = {name: file for name, file in listed.items() if "00001" in file}
+    index.write_text(json.dumps({"weight_map": kept}))
+    assert re.match(r"tensor layers\.\S+ and \d+ more missing", refusal(sharded))

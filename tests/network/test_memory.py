@@ -1,0 +1,158 @@
+"""Memory: if this fails, one long protein ends a week-long run, or the system kills it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.models.untrained import make_model
+from lib.network import memory, vectors
+from lib.network.device import choose_pack, packs_at_once
+from lib.network.esm2 import Network
+from lib.network.memory import available_bytes, contact_bytes, pack_bytes
+from lib.settings import load_settings
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.reference import read_run, worst_residue_error
+
+# Peak of a pack of that many tokens, beyond what the process had after a tiny one.
+PEAK = """
+import sys, torch
+from benchmarks.processes import peak_bytes
+from lib.models.detection import detect
+from lib.sequences.records import Owner, Sequence
+from lib.network.esm2 import load_network
+from lib.settings import load_settings
+from lib.network.pipeline import Pack, computed
+torch.set_num_threads(2)
+settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
+found = detect(settings.model, contacts="contacts" in sys.argv)
+network = load_network(
+    found, torch.device("cpu"), getattr(torch, sys.argv[2])
+)
+def peak(packs, count, residues):
+    owner = [Owner(0, "a", "", residues)]
+    sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
+    ranges = [range(i * count, (i + 1) * count) for i in range(packs)]
+    list(computed(network, [Pack(one, sequences) for one in ranges], sys.argv[6:], "float32"))
+    return peak_bytes()
+before = peak(2, 1, 10)
+print(peak(*map(int, sys.argv[3:6])) - before)
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("packs", "count", "residues", "columns"),
+    [
+        (1, 16, 1022, ["mean_2"]),
+        (2, 8, 1022, ["mean_2"]),  # at once
+        (1, 1, 6_000, ["mean_2"]),
+        (2, 1, 6_000, ["mean_2"]),  # one after the other
+        (1, 16, 1022, ["per_tok_1", "per_tok_2"]),
+        (1, 2, 2_000, ["contacts"]),
+    ],
+)
+def test_packs_take_no_more_than_estimated(
+    tmp_path: Path, precision: str, packs: int, count: int, residues: int, columns: list[str]
+) -> None:
+    path = tmp_path / "esm2_wide.pt"
+    make_model(path, 2, 1280, 20)
+    arguments = [str(path), precision, str(packs), str(count), str(residues), *columns]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kept = sum(column.startswith("per_tok") for column in columns)
+    maps = contact_bytes([residues] * count) if "contacts" in columns else 0
+    at_once = packs if residues + 2 <= 2048 else 1
+    assert int(done.stdout) <= at_once * (pack_bytes(count * (residues + 2), 1280, kept) + maps)
+
+
+def test_packs_of_default_size_take_at_most_a_gigabyte_at_the_largest_model() -> None:
+    cpu = torch.device("cpu")
+    tokens, _ = choose_pack(load_settings().compute, cpu)
+    assert packs_at_once(cpu) * pack_bytes(tokens, 5120, 0) <= 1e9
+
+
+def test_a_pack_that_does_not_fit_is_halved(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags += ["--include", "mean", "bos", "per_tok"]
+    assert script("embed", *flags).status == 0
+    packs: list[int] = []
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
+        packs.append(len(tokens))
+        return true_forward(self, tokens, *others)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(vectors, "available_bytes", lambda _: pack_bytes(1000, 64, 1))
+    assert script("embed", *flags).status == 0
+    assert max(packs) <= 1000
+    whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
+    assert sorted(whole) == sorted(halved)
+    for number, row in whole.items():
+        for kind in ("mean_2", "bos_2", "per_tok_2"):
+            one, other = row[kind], halved[number][kind]
+            assert isinstance(one, np.ndarray)
+            assert isinstance(other, np.ndarray)
+            assert worst_residue_error(other[None], one[None]) <= 1e-5
+
+
+def test_an_allocation_that_fails_halves_the_pack(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
+        if len(tokens) > 1200:
+            torch.empty(1 << 60)
+        return true_forward(self, tokens, *others)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 0, answer.err
+    assert len(read_run(place.output / "run-000001")) == 15
+
+
+def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = place.folder / "long.fasta"
+    long.write_text(f">titin\n{'MKLV' * 8750}\n>short\nMKLV\n")
+    flags = ["--esm-model", small_model, "--input", long]
+    flags += ["--set", "input.long_sequences=whole"]
+    monkeypatch.setattr(vectors, "available_bytes", lambda _: 10**7)
+    answer = script("embed", *flags)
+    assert answer.status == 4
+    assert answer.error == (
+        "record 0 (titin): 35000 residues need 0.1 GB of memory, 0.0 GB are available on cpu"
+    )
+    monkeypatch.undo()
+    assert script("resume", "--run", "1", "--config", place.config).status == 0
+    assert read_run(place.output / "run-000001")[0]["embedded_length"] == 35_000
+
+
+def test_memory_left_is_the_machines_or_the_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = available_bytes(torch.device("cpu"))
+    assert left is not None
+    assert 1e8 < left < 1e14
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    limit.write_text("3000\n")
+    used.write_text("1000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used)])
+    assert available_bytes(torch.device("cpu")) == 2000
+    limit.write_text("max\n")
+    again = available_bytes(torch.device("cpu"))
+    assert again is not None
+    assert again > 1e8
