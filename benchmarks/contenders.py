@@ -24,6 +24,7 @@ from lib.sequences.alphabet import tokenise
 from lib.sequences.plan import plan_packs
 from lib.sequences.records import Owner
 from lib.sequences.records import Sequence as FastaSequence
+from schema.parquet import VectorColumn
 
 __all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
 
@@ -108,7 +109,7 @@ def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.d
 def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens: int) -> Embed:
     """This project's network, packs and pooling, without files and database."""
     network = load_network(detection, device, dtype)
-    column = f"mean_{network.shape.num_layers}"
+    column = VectorColumn("mean", network.shape.num_layers)
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))

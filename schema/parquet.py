@@ -3,43 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-__all__ = ["CONTACTS", "FOOTER_KEY", "checkpoint_columns", "vector_columns"]
+__all__ = ["CONTACTS", "FOOTER_KEY", "VectorColumn", "checkpoint_columns", "vector_columns"]
 
 FOOTER_KEY = b"esm_ledger"
-CONTACTS = "contacts"  # of a model, not of a layer
+CONTACTS = "contacts"
 
 
-def vector_columns(include: Sequence[str], repr_layers: Sequence[int]) -> list[str]:
+@dataclass(frozen=True)
+class VectorColumn:
+    """A column of vectors; `str` gives its name in a checkpoint file, as `mean_36`.
+
+    kind: mean, bos, per_tok or contacts. layer: None for contacts, which belong to the model.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}_{self.layer}"
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a record has one vector: mean and bos."""
+        return self.kind in ("mean", "bos")
+
+    def arrow_type(self, hidden_dim: int, per_tok_dtype: str) -> pa.DataType:
+        """Return the type of a row.
+
+        (hidden_dim,) float32 if pooled; a row-major (embedded_length x hidden_dim) list of
+        `per_tok_dtype` for per_tok, (embedded_length x embedded_length) of float32 for contacts.
+        """
+        if self.is_pooled:
+            return pa.list_(pa.float32(), hidden_dim)
+        half = self.kind == "per_tok" and per_tok_dtype == "float16"
+        return pa.list_(pa.float16() if half else pa.float32())
+
+
+def vector_columns(include: Sequence[str], repr_layers: Sequence[int]) -> list[VectorColumn]:
     """Return the columns that hold vectors: one per kind and layer, and one for contacts."""
-    columns = []
+    columns: list[VectorColumn] = []
     for kind in include:
-        columns += [kind] if kind == CONTACTS else [f"{kind}_{layer}" for layer in repr_layers]
+        layers = [None] if kind == CONTACTS else repr_layers
+        columns += [VectorColumn(kind, layer) for layer in layers]
     return columns
 
 
 def checkpoint_columns(
     include: Sequence[str], repr_layers: Sequence[int], hidden_dim: int, per_tok_dtype: str
 ) -> pa.Schema:
-    """Return the Arrow schema of a checkpoint.
-
-    One row per record; `mean_L` and `bos_L` are (hidden_dim,) float32, `per_tok_L` is a
-    row-major (embedded_length x hidden_dim) list of `per_tok_dtype`, `contacts` a row-major
-    (embedded_length x embedded_length) list of float32.
-    """
-    columns = [
-        pa.field("record", pa.int64(), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("description", pa.string(), nullable=False),
-        pa.field("length", pa.int32(), nullable=False),
-        pa.field("embedded_length", pa.int32(), nullable=False),
+    """Return the Arrow schema of a checkpoint, which has one row per record."""
+    vectors = [
+        pa.field(str(column), column.arrow_type(hidden_dim, per_tok_dtype), nullable=False)
+        for column in vector_columns(include, repr_layers)
     ]
-    value = pa.float16() if per_tok_dtype == "float16" else pa.float32()
-    shapes = {"per_tok": pa.list_(value), CONTACTS: pa.list_(pa.float32())}
-    for name in vector_columns(include, repr_layers):
-        kind = name if name == CONTACTS else name.rpartition("_")[0]
-        shape = shapes.get(kind, pa.list_(pa.float32(), hidden_dim))
-        columns.append(pa.field(name, shape, nullable=False))
-    return pa.schema(columns)
+    return pa.schema(
+        [
+            pa.field("record", pa.int64(), nullable=False),
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("description", pa.string(), nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            pa.field("embedded_length", pa.int32(), nullable=False),
+            *vectors,
+        ]
+    )

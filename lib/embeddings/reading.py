@@ -36,7 +36,7 @@ from lib.errors import IdentityRefusedError, SettingsError
 from lib.ledger.footer import read_footer
 from lib.ledger.history import query
 from lib.ledger.sqlite_file import database_path
-from schema.parquet import CONTACTS
+from schema.parquet import CONTACTS, VectorColumn
 
 __all__ = ["RunEmbeddings", "open_run", "values"]
 
@@ -141,8 +141,8 @@ class RunEmbeddings:
         rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
         return pa.concat_tables(parts).take(rank)
 
-    def column(self, kind: str, layer: int | None = None) -> str:
-        """Return the name of the column of `kind` (mean, bos, per_tok) at `layer`.
+    def column(self, kind: str, layer: int | None = None) -> VectorColumn:
+        """Return the column of `kind` (mean, bos, per_tok) at `layer`.
 
         Negative layers count from the end; None is the last that was kept. Raises SettingsError
         if the run did not keep it.
@@ -154,7 +154,7 @@ class RunEmbeddings:
         if counted not in self.layers:
             kept = " ".join(map(str, self.layers))
             raise SettingsError(f"run {self.facts['id']}: layer {layer} is not kept, only {kept}")
-        return f"{kind}_{counted}"
+        return VectorColumn(kind, counted)
 
     def matrix(
         self, kind: str = "mean", layer: int | None = None, *, to: str | Path | None = None
@@ -172,10 +172,10 @@ class RunEmbeddings:
             return mapped
         matrix = np.empty((len(self), self.hidden_dim), np.float32)
         for positions, table in self.stored(column):
-            matrix[positions] = values(table.column(column)).reshape(-1, self.hidden_dim)
+            matrix[positions] = values(table.column(str(column))).reshape(-1, self.hidden_dim)
         return matrix
 
-    def write_matrix(self, column: str, path: Path) -> None:
+    def write_matrix(self, column: VectorColumn, path: Path) -> None:
         """Write a column of `mean` or `bos` to `path` as .npy, (N, hidden_dim), FASTA order."""
         shape = (len(self), self.hidden_dim)
         with path.open("wb") as file:
@@ -183,12 +183,12 @@ class RunEmbeddings:
             np.lib.format.write_array_header_1_0(file, header)
             start, width = file.tell(), self.hidden_dim * 4
             for positions, table in self.stored(column):
-                rows = values(table.column(column)).reshape(-1, self.hidden_dim)
+                rows = values(table.column(str(column))).reshape(-1, self.hidden_dim)
                 for position, row in zip(positions.tolist(), rows, strict=True):
                     _write_at(file, row, start + position * width)
 
     def write_residues(
-        self, column: str, path: Path
+        self, column: VectorColumn, path: Path
     ) -> tuple[npt.NDArray[np.int64], np.dtype[Any]]:
         """Write a column of `per_tok` to `path`, the records end to end in FASTA order.
 
@@ -201,7 +201,7 @@ class RunEmbeddings:
         with path.open("wb") as file:
             for positions, table in self.stored(column):
                 for position, row in zip(
-                    positions.tolist(), lists(table.column(column)), strict=True
+                    positions.tolist(), lists(table.column(str(column))), strict=True
                 ):
                     _write_at(file, row, int(starts[position]) * dtype.itemsize)
         return starts, dtype
@@ -220,10 +220,11 @@ class RunEmbeddings:
         Raises SettingsError for a record that is not there, or a run that kept none.
         """
         self._refuse_unkept(CONTACTS)
-        found = self.row(record, CONTACTS)[CONTACTS]
+        column = VectorColumn(CONTACTS)
+        found = self.row(record, column)[column]
         return found.reshape(math.isqrt(found.size), -1)
 
-    def row(self, record: int, *columns: str) -> dict[str, Array]:
+    def row(self, record: int, *columns: VectorColumn) -> dict[VectorColumn, Array]:
         """Return the numbers that columns have of one record, flat, in the type that was kept.
 
         Raises SettingsError for a record that is not there.
@@ -234,20 +235,23 @@ class RunEmbeddings:
         file, group, row = (int(one) for one in self._places[position])
         path = self._files[file].path
         with disk_errors(path), _open(path) as parquet:
-            table = parquet.read_row_group(group, columns=list(columns))
-        return {column: values(table.column(column).slice(row, 1)) for column in columns}
+            table = parquet.read_row_group(group, columns=[*map(str, columns)])
+        return {column: values(table.column(str(column)).slice(row, 1)) for column in columns}
 
-    def stored(self, *columns: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+    def stored(
+        self, *columns: str | VectorColumn
+    ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Yield every row once, a row group at a time, as it lies on disk.
 
         Gives (rows,) the place of each row in FASTA order, and the columns asked for.
         """
+        names = [*map(str, columns)]
         for file in self._files:
             with disk_errors(file.path), _open(file.path) as parquet:
                 for group in range(parquet.num_row_groups):
-                    table = parquet.read_row_group(group, columns=["record", *columns])
+                    table = parquet.read_row_group(group, columns=["record", *names])
                     numbers = table.column("record").to_numpy()
-                    yield np.searchsorted(self.records, numbers), table.select(list(columns))
+                    yield np.searchsorted(self.records, numbers), table.select(names)
 
     def _refuse_unkept(self, kind: str) -> None:
         if kind not in self.facts["include"]:

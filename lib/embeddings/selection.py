@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lib.disk import disk_errors
 from lib.embeddings.reading import RunEmbeddings
 from lib.errors import LedgerError, SettingsError
+from schema.parquet import VectorColumn
 
 __all__ = ["Selection", "facts_of", "facts_text", "library", "ordered_vectors", "refuse_repeats"]
 
@@ -31,7 +32,7 @@ class Selection:
     dtype: str | None = None
 
 
-def facts_of(run: RunEmbeddings, column: str | None = None) -> dict[str, Any]:
+def facts_of(run: RunEmbeddings, column: VectorColumn | None = None) -> dict[str, Any]:
     """Return what identifies a run and its model, and with `column` the layer and pooling."""
     facts = {
         "model": run.model["name"],
@@ -47,8 +48,8 @@ def facts_of(run: RunEmbeddings, column: str | None = None) -> dict[str, Any]:
         "records_total": run.facts["records_total"],
     }
     if column is not None:
-        kind, _, layer = column.rpartition("_")
-        facts |= {"layer": int(layer), "pooling": "none" if kind == "per_tok" else kind}
+        pooling = column.kind if column.is_pooled else "none"
+        facts |= {"layer": column.layer, "pooling": pooling}
     return facts
 
 
@@ -59,7 +60,7 @@ def facts_text(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def ordered_vectors(
-    run: RunEmbeddings, column: str, beside: Path
+    run: RunEmbeddings, column: VectorColumn, beside: Path
 ) -> Iterator[Sequence[npt.NDArray[Any]]]:
     """Give the vectors of every record in FASTA order: (hidden_dim,), or (residues, hidden_dim).
 
@@ -71,7 +72,7 @@ def ordered_vectors(
         tempfile.TemporaryDirectory(dir=beside.parent, prefix=f".{beside.name}.") as folder,
     ):
         path = Path(folder) / "ordered"
-        if column.startswith("per_tok_"):
+        if column.kind == "per_tok":
             starts, dtype = run.write_residues(column, path)
             # Copy-on-write: torch warns of arrays that it may not write to.
             flat = np.memmap(path, dtype, "c") if len(run) else np.empty(0, dtype)

@@ -26,7 +26,7 @@ from lib.embeddings.selection import (
     refuse_repeats,
 )
 from lib.errors import LedgerError, MachineError
-from schema.parquet import CONTACTS, vector_columns
+from schema.parquet import CONTACTS, VectorColumn, vector_columns
 
 __all__ = ["write_esm_extract", "write_virnucpro"]
 
@@ -61,16 +61,15 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
         (folder / "run.json").write_text(facts_text(facts_of(run)), encoding="utf-8")
         for positions, table in run.stored("id", "description", *columns):
             labels = _labels(table)
-            vectors = {name: _rows(run, name, table.column(name)) for name in columns}
+            vectors = {one: _rows(run, one, table.column(str(one))) for one in columns}
             for row, position in enumerate(positions.tolist()):
                 result: dict[str, Any] = {"label": labels[row]}
-                for kind in (one for one in kinds if one != CONTACTS):
-                    result[_KEYS[kind]] = {
-                        layer: torch.from_numpy(vectors[f"{kind}_{layer}"][row].astype(np.float32))
-                        for layer in run.layers
-                    }
-                if CONTACTS in kinds:
-                    result[CONTACTS] = torch.from_numpy(vectors[CONTACTS][row].copy())
+                for column, rows in vectors.items():
+                    tensor = torch.from_numpy(rows[row].astype(np.float32))
+                    if column.layer is None:
+                        result[_KEYS[column.kind]] = tensor
+                    else:
+                        result.setdefault(_KEYS[column.kind], {})[column.layer] = tensor
                 _save(result, folder / names[position], to)
 
 
@@ -99,12 +98,12 @@ def _file_name(label: str) -> str:
     return label.replace("/", "_").replace("\0", "_") + ".pt"
 
 
-def _rows(run: RunEmbeddings, name: str, column: Any) -> list[npt.NDArray[Any]]:  # noqa: ANN401
-    if name == CONTACTS:
-        return [row.reshape(math.isqrt(row.size), -1) for row in lists(column)]
-    if name.startswith("per_tok_"):
-        return [row.reshape(-1, run.hidden_dim) for row in lists(column)]
-    return list(values(column).reshape(-1, run.hidden_dim))
+def _rows(run: RunEmbeddings, column: VectorColumn, stored: Any) -> list[npt.NDArray[Any]]:  # noqa: ANN401
+    if column.is_pooled:
+        return list(values(stored).reshape(-1, run.hidden_dim))
+    if column.kind == CONTACTS:
+        return [row.reshape(math.isqrt(row.size), -1) for row in lists(stored)]
+    return [row.reshape(-1, run.hidden_dim) for row in lists(stored)]
 
 
 def _save(content: dict[str, Any], path: Path, to: Path) -> None:

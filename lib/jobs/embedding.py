@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine
 
+from lib.columns import Vectors
 from lib.errors import InputError, MachineError
 from lib.jobs.interruption import Interruption
 from lib.ledger.checkpoints import CheckpointWriter, rename_into_place
@@ -26,7 +27,7 @@ from lib.ledger.runs import (
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.pipeline import Pack, StoppedError, computed
-from lib.network.vectors import NonFiniteError, Vectors
+from lib.network.vectors import NonFiniteError
 from lib.sequences.plan import plan_packs, remaining
 from lib.sequences.records import Inventory, Window, read_windows
 from lib.settings import Settings

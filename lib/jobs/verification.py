@@ -21,7 +21,7 @@ from lib.network.device import use_threads
 from lib.network.memory import available_bytes, ran_out
 from lib.sequences.records import Inventory, read_windows
 from lib.settings import Settings
-from schema.parquet import CONTACTS, vector_columns
+from schema.parquet import VectorColumn, vector_columns
 from schema.tables import Run
 
 __all__ = ["COLUMNS", "Agreement", "Verification", "verify_run"]
@@ -180,7 +180,7 @@ def verify_run(
         raise MachineError(f"run {run_id}: no drawn record fits into memory: {left_out[0]}")
     say(f"run {run_id}: {len(records)} records go through fair-esm (seed {seed})")
     columns = vector_columns(run.include, run.repr_layers)
-    found: dict[str, list[_Compared]] = {column: [] for column in columns}
+    found: dict[VectorColumn, list[_Compared]] = {column: [] for column in columns}
     for record in records:
         name, residues = sequences[record]
         truth = _reference(reference, record, name, residues, run.repr_layers)
@@ -231,16 +231,15 @@ def _reference(
         ) from None
 
 
-def _compare(column: str, kept: Array, truth: Reference) -> tuple[Array, Array]:
+def _compare(column: VectorColumn, kept: Array, truth: Reference) -> tuple[Array, Array]:
     """Return errors and cosines of a column of one record; kept: flat, as it was written."""
-    if column == CONTACTS:
+    if column.layer is None:
         assert truth.contacts is not None
         return np.abs(kept - truth.contacts.ravel()), np.empty(0)
-    kind, _, layer = column.rpartition("_")
-    tokens = truth.tokens[int(layer)].astype(np.float64)
+    tokens = truth.tokens[column.layer].astype(np.float64)
     residues = tokens[1:-1]
     whole = {"mean": residues.mean(0, keepdims=True), "bos": tokens[:1], "per_tok": residues}
-    expected = whole[kind]
+    expected = whole[column.kind]
     found = kept.astype(np.float64).reshape(expected.shape)
     norms = np.linalg.norm(expected, axis=1)
     errors = np.linalg.norm(found - expected, axis=1) / norms
@@ -248,23 +247,22 @@ def _compare(column: str, kept: Array, truth: Reference) -> tuple[Array, Array]:
     return errors, cosines
 
 
-def _agreement(run: Run, column: str, compared: Sequence[_Compared]) -> Agreement:
+def _agreement(run: Run, column: VectorColumn, compared: Sequence[_Compared]) -> Agreement:
     worst = max(compared, key=lambda one: _largest(one.errors))
     errors = np.concatenate([one.errors for one in compared])
     cosines = np.concatenate([one.cosines for one in compared])
     bound = _ERROR_BOUNDS[run.precision]
-    if column.startswith("per_tok_") and run.per_tok_dtype == "float16":
+    if column.kind == "per_tok" and run.per_tok_dtype == "float16":
         bound += _FLOAT16_ROUNDING
-    pooled = column.startswith(("mean_", "bos_"))
     return Agreement(
-        column=column,
+        column=str(column),
         compared=len(errors),
         worst_error=float(errors.max()),
         median_error=float(np.median(errors)),
         error_bound=bound,
         worst_cosine=float(cosines.min()) if len(cosines) else None,
         median_cosine=float(np.median(cosines)) if len(cosines) else None,
-        cosine_bound=_COSINE_BOUND if pooled and run.precision != "float32" else None,
+        cosine_bound=_COSINE_BOUND if column.is_pooled and run.precision != "float32" else None,
         worst_record=worst.record,
         worst_id=worst.id,
     )

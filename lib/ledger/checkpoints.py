@@ -16,12 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.columns import Vectors
 from lib.digest import file_sha256
 from lib.disk import disk_errors, sync_folder
 from lib.errors import MachineError
-from lib.network.vectors import Vectors
 from lib.sequences.records import Owner
-from schema.parquet import CONTACTS, FOOTER_KEY
+from schema.parquet import FOOTER_KEY
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -65,17 +65,13 @@ class CheckpointWriter:
         self._rows: list[pa.RecordBatch] = []
         self._held = 0
         self.records = 0
-        floats = [
-            name
-            for name in columns.names
-            if name.startswith(("mean_", "bos_", "per_tok_", CONTACTS))
-        ]
+        vectors = {field.name for field in columns if pa.types.is_nested(field.type)}
         with disk_errors(self._temporary):
             self._writer = pq.ParquetWriter(
                 self._temporary,
                 columns,
                 use_dictionary=False,
-                compression={name: "none" if name in floats else "zstd" for name in columns.names},
+                compression={name: "none" if name in vectors else "zstd" for name in columns.names},
                 write_statistics=["record", "length", "embedded_length"],
                 write_page_checksum=True,
                 store_schema=True,
@@ -175,7 +171,8 @@ def _rows(
         "length": pa.array([owner.length for owner in flat], pa.int32()),
         "embedded_length": pa.array(np.asarray(lengths, np.int32)[index], pa.int32()),
     }
-    for name, column in vectors.columns.items():
+    for kept, column in vectors.columns.items():
+        name = str(kept)
         kind = columns.field(name).type
         if isinstance(column, list):
             offsets = np.zeros(len(index) + 1, dtype=np.int32)

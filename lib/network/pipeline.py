@@ -12,12 +12,14 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from lib.columns import Vectors
 from lib.errors import InputError, LedgerError, MachineError
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.memory import available_bytes
-from lib.network.vectors import Launched, Vectors, launch, needed_bytes
+from lib.network.vectors import Launched, launch, needed_bytes
 from lib.sequences.records import Sequence as FastaSequence
+from schema.parquet import VectorColumn
 
 __all__ = ["Pack", "StoppedError", "computed", "lanes"]
 
@@ -52,7 +54,7 @@ class _OnWay:
 def computed(
     network: Network,
     packs: Iterable[Pack],
-    columns: Sequence[str],
+    columns: Sequence[VectorColumn],
     per_tok_dtype: str,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Pack, Vectors]]:

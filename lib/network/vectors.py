@@ -6,12 +6,11 @@ import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from lib.columns import Column, Vectors
 from lib.errors import LedgerError, MachineError
 from lib.network import pooling
 from lib.network.contacts import ContactMaps
@@ -20,22 +19,11 @@ from lib.network.memory import available_bytes, contact_bytes, pack_bytes
 from lib.sequences.alphabet import tokenise
 from lib.sequences.plan import group_equal_lengths
 from lib.sequences.records import Sequence as FastaSequence
-from schema.parquet import CONTACTS
+from schema.parquet import CONTACTS, VectorColumn
 
-__all__ = ["Launched", "NonFiniteError", "Vectors", "launch", "needed_bytes"]
+__all__ = ["Launched", "NonFiniteError", "launch", "needed_bytes"]
 
-Column = npt.NDArray[Any] | list[npt.NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What is kept of a few sequences, by column name, in the order of the plan.
-
-    `mean_L` and `bos_L` are (sequences, hidden_dim) float32 arrays, `per_tok_L` a list with
-    one (residues, hidden_dim) array per sequence, `contacts` one with (residues, residues).
-    """
-
-    columns: Mapping[str, Column]
+_CONTACT_MAPS = VectorColumn(CONTACTS)
 
 
 class NonFiniteError(LedgerError):
@@ -55,7 +43,7 @@ class _Part:
     """
 
     sequences: Sequence[FastaSequence]
-    kept: Mapping[str, torch.Tensor | list[torch.Tensor]]
+    kept: Mapping[VectorColumn, torch.Tensor | list[torch.Tensor]]
     done: torch.cuda.Event | None
 
 
@@ -70,17 +58,17 @@ class Launched:
         or infinity.
         """
         vectors = [_collect_part(part) for part in self._parts]
-        return functools.reduce(_joined, vectors)
+        return functools.reduce(Vectors.joined, vectors)
 
 
 def launch(
     network: Network,
     sequences: Sequence[FastaSequence],
-    columns: Sequence[str],
+    columns: Sequence[VectorColumn],
     per_tok_dtype: str,
     abandoned: threading.Event | None = None,
 ) -> Launched:
-    """Send a pack through the network, keeping `columns` ("mean_6", "contacts", …) of it.
+    """Send a pack through the network, keeping `columns` of it.
 
     A pack that does not fit into the device's memory is computed in halves. Raises MachineError
     naming a record that does not fit alone. Another thread may set `abandoned`: then nobody
@@ -108,20 +96,20 @@ def launch(
 
 
 def needed_bytes(
-    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
 ) -> int:
     """Return an upper estimate of the memory that a pack takes beside the weights."""
     lengths = [len(sequence.residues) for sequence in sequences]
     tokens = sum(lengths) + 2 * len(lengths)
-    kept_layers = sum(column.startswith("per_tok_") for column in columns)
-    maps = contact_bytes(lengths) if CONTACTS in columns else 0
+    kept_layers = sum(column.kind == "per_tok" for column in columns)
+    maps = contact_bytes(lengths) if _CONTACT_MAPS in columns else 0
     return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
 
 
 def _launch_part(
     network: Network,
     sequences: Sequence[FastaSequence],
-    columns: Sequence[str],
+    columns: Sequence[VectorColumn],
     per_tok_dtype: str,
     abandoned: threading.Event | None,
 ) -> _Part:
@@ -129,30 +117,30 @@ def _launch_part(
     groups = group_equal_lengths(lengths)
     tokens = torch.from_numpy(tokenise([sequence.residues for sequence in sequences]))
     on_cuda = network.device.type == "cuda"  # then copies come back through pinned memory
-    by_layer: dict[int, list[str]] = {}
+    by_layer: dict[int, list[VectorColumn]] = {}
     maps = None
-    if CONTACTS in columns:
+    if _CONTACT_MAPS in columns:
         assert network.regression is not None
         maps = ContactMaps(network.regression, groups, network.device)
-    for column in (name for name in columns if name != CONTACTS):
-        by_layer.setdefault(int(column.rpartition("_")[2]), []).append(column)
-    kept: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+    for column in columns:
+        if column.layer is not None:
+            by_layer.setdefault(column.layer, []).append(column)
+    kept: dict[VectorColumn, torch.Tensor | list[torch.Tensor]] = {}
     last = max(by_layer, default=0) if maps is None else network.shape.num_layers
     with torch.inference_mode():
         for layer, hidden in network.forward(tokens, lengths, range(last + 1), maps):
             if abandoned is not None and abandoned.is_set():
                 raise _AbandonedError
             for column in by_layer.get(layer, []):
-                kind = column.rpartition("_")[0]
-                if kind == "per_tok":
+                if column.kind == "per_tok":
                     # One copy for the pack: what the network yields is overwritten.
                     dtype = getattr(torch, per_tok_dtype)
                     kept[column] = hidden.to("cpu", dtype, copy=True, non_blocking=on_cuda)
                 else:
-                    pool = pooling.mean if kind == "mean" else pooling.bos
+                    pool = pooling.mean if column.kind == "mean" else pooling.bos
                     kept[column] = pool(hidden, groups).to("cpu", non_blocking=on_cuda)
         if maps is not None:
-            kept[CONTACTS] = [one.to("cpu", non_blocking=on_cuda) for one in maps.finish()]
+            kept[_CONTACT_MAPS] = [one.to("cpu", non_blocking=on_cuda) for one in maps.finish()]
     done = None
     if on_cuda:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -164,9 +152,9 @@ def _collect_part(part: _Part) -> Vectors:
     if part.done is not None:
         part.done.synchronize()
     groups = group_equal_lengths([len(sequence.residues) for sequence in part.sequences])
-    columns: dict[str, Column] = {}
+    columns: dict[VectorColumn, Column] = {}
     for name, kept in part.kept.items():
-        if name.startswith("per_tok_"):
+        if name.kind == "per_tok":
             assert isinstance(kept, torch.Tensor)
             kept = pooling.per_tok(kept, groups)
         columns[name] = [one.numpy() for one in kept] if isinstance(kept, list) else kept.numpy()
@@ -174,14 +162,16 @@ def _collect_part(part: _Part) -> Vectors:
     return Vectors(columns)
 
 
-def _refuse_non_finite(kept: Column, sequences: Sequence[FastaSequence], column: str) -> None:
+def _refuse_non_finite(
+    kept: Column, sequences: Sequence[FastaSequence], column: VectorColumn
+) -> None:
     if not isinstance(kept, list) and np.isfinite(kept).all():
         return
     for sequence, vector in zip(sequences, kept, strict=True):
         if not np.isfinite(vector).all():
             owner = sequence.owners[0]
-            kind, _, layer = column.rpartition("_")
-            place = column if column == CONTACTS else f"{kind} of layer {layer}"
+            of_layer = "" if column.layer is None else f" of layer {column.layer}"
+            place = f"{column.kind}{of_layer}"
             raise NonFiniteError(f"record {owner.number} ({owner.id}): non-finite value in {place}")
 
 
@@ -189,17 +179,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     # torch reports failed CPU allocations as plain RuntimeErrors.
     kinds = MemoryError | torch.OutOfMemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _joined(first: Vectors, second: Vectors) -> Vectors:
-    columns: dict[str, Column] = {}
-    for name, one in first.columns.items():
-        other = second.columns[name]
-        if isinstance(one, list):
-            columns[name] = [*one, *other]
-        else:
-            columns[name] = np.concatenate([one, other])
-    return Vectors(columns)
 
 
 def _gigabytes(size: int | None) -> str:

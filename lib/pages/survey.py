@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lib.embeddings.reading import RunEmbeddings, values
 from lib.errors import IdentityRefusedError
+from schema.parquet import VectorColumn
 
 __all__ = ["SAMPLE_RECORDS", "Extreme", "Survey", "survey"]
 
@@ -73,7 +74,7 @@ def survey(run: RunEmbeddings) -> Survey:
     norms = np.zeros(total if column else 0)
     smallest: list[Extreme] = []
     largest: list[Extreme] = []
-    wanted = ["id", "length", "embedded_length"] + ([column] if column else [])
+    wanted = ["id", "length", "embedded_length"] + ([str(column)] if column else [])
     for positions, table in run.stored(*wanted):
         ids = table.column("id").to_pylist()
         names[positions] = [_short_digest(one) for one in ids]
@@ -83,7 +84,7 @@ def survey(run: RunEmbeddings) -> Survey:
         for row in sampled.tolist():
             sample_ids[positions[row] // step] = ids[row]
         if column is not None:
-            vectors = values(table.column(column)).reshape(-1, width)
+            vectors = values(table.column(str(column))).reshape(-1, width)
             sample_vectors[positions[sampled] // step] = vectors[sampled]
             here = norms[positions] = _norms(vectors, run, positions, column)
             records = run.records[positions].tolist()
@@ -92,16 +93,24 @@ def survey(run: RunEmbeddings) -> Survey:
             smallest = sorted({*smallest, *ends})[:_EXTREMES]
             largest = sorted({*largest, *ends}, reverse=True)[:_EXTREMES]
     return Survey(
-        column, lengths, embedded, norms, smallest, largest, sample, sample_ids, sample_vectors,
+        column=None if column is None else str(column),
+        lengths=lengths,
+        embedded=embedded,
+        norms=norms,
+        smallest=smallest,
+        largest=largest,
+        sample=sample,
+        sample_ids=sample_ids,
+        sample_vectors=sample_vectors,
         repeated_ids=total - len(np.unique(names)),
-    )  # fmt: skip
+    )
 
 
 def _norms(
     vectors: npt.NDArray[np.float32],
     run: RunEmbeddings,
     positions: npt.NDArray[np.int64],
-    column: str,
+    column: VectorColumn,
 ) -> npt.NDArray[np.float64]:
     # In float64, as a sum of squares of float32 could overflow.
     norms: npt.NDArray[np.float64] = np.sqrt(np.square(vectors, dtype=np.float64).sum(axis=1))

@@ -20,7 +20,7 @@ from lib.digest import file_sha256
 from lib.jobs import fair_esm, verification
 from lib.models.regression import regression_path
 from lib.models.untrained import make_folder
-from schema.parquet import FOOTER_KEY
+from schema.parquet import FOOTER_KEY, VectorColumn
 from schema.tables import Run
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
@@ -293,6 +293,6 @@ def test_the_worst_of_several_records_is_named() -> None:
         verification._Compared(2, "odd", np.array([0.0, 4.0]), np.empty(0)),
     ]
     run = Run(precision="float32", per_tok_dtype="float32")
-    found = verification._agreement(run, "contacts", compared)
+    found = verification._agreement(run, VectorColumn("contacts"), compared)
     assert (found.worst_record, found.worst_error, found.median_error) == (2, 4.0, 3.0)
     assert not found.good

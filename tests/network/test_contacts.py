@@ -30,6 +30,7 @@ from lib.network.vectors import launch
 from lib.sequences.records import Owner
 from lib.sequences.records import Sequence as FastaSequence
 from lib.settings import load_settings
+from schema.parquet import VectorColumn
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
 from tests.models.test_adapter import factors, save_adapter
@@ -42,6 +43,8 @@ from tests.reference import Array, assert_same_bits, fasta, read_run, write_fast
 SMALLER = {(30, 640, 20): (30, 320, 10), (2, 2560, 40): (1, 2560, 40)}
 CONTACT_SHAPES = [SMALLER.get(shape, shape) for shape in SHAPES]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+CONTACT_MAPS = VectorColumn("contacts")
 
 
 class FairEsm:
@@ -70,7 +73,8 @@ def predicted(
     network = load_network(found, device, dtype)
     owner = [Owner(0, "a", "", 1)]
     sequences = [FastaSequence(sequence.encode(), owner) for sequence in pack]
-    column = launch(network, sequences, ["contacts"], "float32").collect().columns["contacts"]
+    kept = launch(network, sequences, [CONTACT_MAPS], "float32").collect()
+    column = kept.columns[CONTACT_MAPS]
     assert isinstance(column, list)
     return column
 

@@ -29,9 +29,12 @@ from lib.sequences.records import Owner, Sequence
 from lib.network.esm2 import load_network
 from lib.settings import load_settings
 from lib.network.pipeline import Pack, computed
+from schema.parquet import VectorColumn
 torch.set_num_threads(2)
+columns = [VectorColumn(kind, int(layer) or None)
+           for kind, layer in (word.split("@") for word in sys.argv[6:])]
 settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
-found = detect(settings.model, contacts="contacts" in sys.argv)
+found = detect(settings.model, contacts=VectorColumn("contacts") in columns)
 network = load_network(
     found, torch.device("cpu"), getattr(torch, sys.argv[2])
 )
@@ -39,7 +42,7 @@ def peak(packs, count, residues):
     owner = [Owner(0, "a", "", residues)]
     sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
     ranges = [range(i * count, (i + 1) * count) for i in range(packs)]
-    list(computed(network, [Pack(one, sequences) for one in ranges], sys.argv[6:], "float32"))
+    list(computed(network, [Pack(one, sequences) for one in ranges], columns, "float32"))
     return peak_bytes()
 before = peak(2, 1, 10)
 print(peak(*map(int, sys.argv[3:6])) - before)
@@ -50,12 +53,12 @@ print(peak(*map(int, sys.argv[3:6])) - before)
 @pytest.mark.parametrize(
     ("packs", "count", "residues", "columns"),
     [
-        (1, 16, 1022, ["mean_2"]),
-        (2, 8, 1022, ["mean_2"]),  # at once
-        (1, 1, 6_000, ["mean_2"]),
-        (2, 1, 6_000, ["mean_2"]),  # one after the other
-        (1, 16, 1022, ["per_tok_1", "per_tok_2"]),
-        (1, 2, 2_000, ["contacts"]),
+        (1, 16, 1022, ["mean@2"]),
+        (2, 8, 1022, ["mean@2"]),  # at once
+        (1, 1, 6_000, ["mean@2"]),
+        (2, 1, 6_000, ["mean@2"]),  # one after the other
+        (1, 16, 1022, ["per_tok@1", "per_tok@2"]),
+        (1, 2, 2_000, ["contacts@0"]),
     ],
 )
 def test_packs_take_no_more_than_estimated(
@@ -69,7 +72,7 @@ def test_packs_take_no_more_than_estimated(
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     kept = sum(column.startswith("per_tok") for column in columns)
-    maps = contact_bytes([residues] * count) if "contacts" in columns else 0
+    maps = contact_bytes([residues] * count) if "contacts@0" in columns else 0
     at_once = packs if residues + 2 <= 2048 else 1
     assert int(done.stdout) <= at_once * (pack_bytes(count * (residues + 2), 1280, kept) + maps)
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.columns import Vectors
 from lib.errors import MachineError
 from lib.jobs import loading
 from lib.models.detection import detect
@@ -29,12 +30,13 @@ from lib.network import pipeline, pooling, vectors
 from lib.network.esm2 import Network, load_network
 from lib.network.memory import pack_bytes
 from lib.network.pipeline import Pack, StoppedError, computed
-from lib.network.vectors import Launched, Vectors
+from lib.network.vectors import Launched
 from lib.sequences import records as fasta_reader
 from lib.sequences.plan import Group
 from lib.sequences.records import Owner
 from lib.sequences.records import Sequence as FastaSequence
 from lib.settings import load_settings
+from schema.parquet import VectorColumn
 from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
 from tests.reference import fasta, read_run
 
@@ -64,6 +66,9 @@ class Steps:
         step = f"{kind} {1 + sum(one.startswith(kind) for one in self.seen)}"
         self.before(step)
         self.seen.append(step)
+
+
+MEAN = VectorColumn("mean", 2)
 
 
 @pytest.fixture
@@ -247,7 +252,7 @@ def test_two_packs_are_computed_at_once_and_come_out_in_order(
     forwards = Forwards(monkeypatch)
     forwards.seconds[9] = 1.0
     packs = packs_of(9, 8, 7, 6)
-    found = list(computed(loaded(small_model), packs, ["mean_2"], "float32"))
+    found = list(computed(loaded(small_model), packs, [MEAN], "float32"))
     assert [pack for pack, _ in found] == packs
     assert forwards.place("ends", 7) < forwards.place("ends", 9)
     assert set(forwards.threads.values()) == {1}
@@ -259,7 +264,7 @@ def test_threads_that_cannot_be_halved_compute_one_pack_at_a_time(
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     forwards = Forwards(monkeypatch)
-    list(computed(loaded(small_model), packs_of(9, 8), ["mean_2"], "float32"))
+    list(computed(loaded(small_model), packs_of(9, 8), [MEAN], "float32"))
     assert forwards.events == [("begins", 9), ("ends", 9), ("begins", 8), ("ends", 8)]
     assert forwards.threads == {9: 3, 8: 3}
     torch.set_num_threads(before)
@@ -270,7 +275,7 @@ def test_a_long_sequence_has_all_threads_to_itself(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = Forwards(monkeypatch)
-    list(computed(loaded(small_model), packs_of(9, 3000, 8, 7), ["mean_2"], "float32"))
+    list(computed(loaded(small_model), packs_of(9, 3000, 8, 7), [MEAN], "float32"))
     assert forwards.threads == {9: 1, 3000: 2, 8: 1, 7: 1}
     assert forwards.events[:4] == [("begins", 9), ("ends", 9), ("begins", 3000), ("ends", 3000)]
 
@@ -281,7 +286,7 @@ def test_packs_that_do_not_fit_beside_each_other_go_one_after_the_other(
 ) -> None:
     forwards = Forwards(monkeypatch)
     monkeypatch.setattr(pipeline, "available_bytes", lambda _: pack_bytes(200, 64, 0))
-    list(computed(loaded(small_model), packs_of(100, 99, 98), ["mean_2"], "float32"))
+    list(computed(loaded(small_model), packs_of(100, 99, 98), [MEAN], "float32"))
     kinds = [kind for kind, _ in forwards.events]
     assert kinds == ["begins", "ends"] * 3
 
@@ -297,7 +302,7 @@ def test_the_bits_do_not_depend_on_which_pack_is_ready_first(
     runs = []
     for slow in (None, 300, 60):
         forwards.seconds = {} if slow is None else {slow: 0.3}
-        runs.append(list(computed(network, packs, ["mean_2", "bos_1"], "float32")))
+        runs.append(list(computed(network, packs, [MEAN, VectorColumn("bos", 1)], "float32")))
     for other in runs[1:]:
         for (_, one), (_, again) in zip(runs[0], other, strict=True):
             np.testing.assert_equal(one.columns, again.columns)
@@ -312,14 +317,14 @@ def test_a_pack_that_fails_is_told_after_those_before_it(
     true = vectors.needed_bytes
 
     def much_for_the_second(
-        network: Network, sequences: Sequence[FastaSequence], columns: Sequence[str]
+        network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
     ) -> int:
         return 1 << 60 if sequences[0].owners[0].id == "p1" else true(network, sequences, columns)
 
     monkeypatch.setattr(vectors, "needed_bytes", much_for_the_second)
     yielded = []
     with pytest.raises(MachineError, match=r"record 1 \(p1\): 8 residues need"):
-        for pack, _ in computed(loaded(small_model), packs_of(9, 8, 7), ["mean_2"], "float32"):
+        for pack, _ in computed(loaded(small_model), packs_of(9, 8, 7), [MEAN], "float32"):
             yielded.append(len(pack.sequences[0].residues))
     assert yielded == [9]
 
@@ -337,7 +342,7 @@ def test_after_a_stop_only_what_was_begun_is_yielded(
     yielded = []
     with pytest.raises(StoppedError):
         for pack, _ in computed(
-            loaded(small_model), packs_of(9, 8, 7, 6), ["mean_2"], "float32", stopped
+            loaded(small_model), packs_of(9, 8, 7, 6), [MEAN], "float32", stopped
         ):
             yielded.append(len(pack.sequences[0].residues))
     assert yielded == [9, 8]
