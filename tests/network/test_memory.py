@@ -25,10 +25,12 @@ PEAK = """
 import sys, torch
 from benchmarks.processes import peak_bytes
 from lib.models.detection import detect
-from lib.sequences.records import Owner, Sequence
+from lib.sequences.records import Owner
+from lib.sequences.windows import Sequence
 from lib.network.esm2 import load_network
 from lib.settings import load_settings
-from lib.network.pipeline import Pack, computed
+from lib.sequences.plan import Pack
+from lib.network.pipeline import computed
 torch.set_num_threads(2)
 settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
 found = detect(settings.model, contacts="contacts" in sys.argv)

@@ -1,20 +1,14 @@
-"""Packs of sequences and their tokens.
-
-If these fail, a user's sequences go missing, overflow memory, or are embedded as other letters.
-"""
+"""Packs: if these fail, a user's sequences go missing or overflow memory."""
 
 from __future__ import annotations
 
 import itertools
 
-import esm
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.sequences.alphabet import CLS, EOS, LETTERS, tokenise
-from lib.sequences.plan import Group, group_equal_lengths, plan_packs, remaining
+from lib.sequences.plan import plan_packs, remaining
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=60)
 
@@ -114,60 +108,3 @@ def test_what_remains_is_the_pack_without_what_is_done(
     parts = list(remaining(whole, stretches))
     assert [i for part in parts for i in part] == [i for i in whole if i not in done]
     assert all(parts)
-
-
-@settings(deadline=None)
-@given(lengths=LENGTHS)
-def test_groups_hold_every_sequence_at_its_place(lengths: list[int]) -> None:
-    groups = group_equal_lengths(lengths)
-    assert [group.tokens - 2 for group in groups for _ in range(group.count)] == lengths
-    place = 0
-    for group in groups:
-        assert group.start == place
-        place = group.stop
-    assert place == sum(lengths) + 2 * len(lengths)
-    for group, following in itertools.pairwise(groups):
-        assert group.tokens != following.tokens
-
-
-def test_neighbours_of_one_length_are_one_group() -> None:
-    groups = [Group(0, 2, 5), Group(10, 1, 4), Group(14, 1, 5)]
-    assert group_equal_lengths([3, 3, 2, 3]) == groups
-
-
-# ---- Tokens
-
-
-@pytest.fixture(scope="module")
-def reference() -> esm.data.Alphabet:
-    return esm.data.Alphabet.from_architecture("ESM-1b")
-
-
-@pytest.mark.parametrize("letter", LETTERS.decode())
-def test_every_letter_is_the_token_that_fair_esm_makes_of_it(
-    reference: esm.data.Alphabet, letter: str
-) -> None:
-    expected = [reference.cls_idx, reference.get_idx(letter), reference.eos_idx]
-    assert tokenise([letter.encode()]).tolist() == expected
-
-
-def test_the_letters_are_all_that_fair_esm_knows(reference: esm.data.Alphabet) -> None:
-    single = {token for token in reference.all_toks if len(token) == 1}
-    assert single == set(LETTERS.decode())
-    assert (reference.cls_idx, reference.eos_idx) == (CLS, EOS)
-
-
-@settings(deadline=None)
-@given(sequence=st.text(LETTERS.decode(), min_size=1, max_size=80))
-def test_a_sequence_is_tokenised_as_by_fair_esms_own_converter(sequence: str) -> None:
-    converter = esm.data.Alphabet.from_architecture("ESM-1b").get_batch_converter()
-    _, _, expected = converter([("", sequence)])
-    assert tokenise([sequence.encode()]).tolist() == expected[0].tolist()
-
-
-@settings(deadline=None)
-@given(sequences=st.lists(st.text(LETTERS.decode(), min_size=1, max_size=20).map(str.encode)))
-def test_sequences_stand_end_to_end(sequences: list[bytes]) -> None:
-    parts = [tokenise([sequence]) for sequence in sequences]
-    expected = np.concatenate([np.empty(0, np.uint8), *parts])
-    assert tokenise(sequences).tolist() == expected.tolist()
