@@ -19,11 +19,11 @@ from lib.models.detection import Detection
 from lib.models.huggingface import fair_esm_name
 from lib.network.device import packs_at_once
 from lib.network.esm2 import load_network
-from lib.network.pipeline import Pack, computed
+from lib.network.pipeline import computed
 from lib.sequences.alphabet import tokenise
-from lib.sequences.plan import plan_packs
+from lib.sequences.plan import Pack, plan_packs
 from lib.sequences.records import Owner
-from lib.sequences.records import Sequence as FastaSequence
+from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import VectorColumn
 
 __all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]

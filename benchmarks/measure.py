@@ -23,8 +23,8 @@ from lib.models.detection import Detection
 from lib.network.device import packs_at_once
 from lib.network.pipeline import lanes
 from lib.sequences.alphabet import tokenise
+from lib.sequences.inventory import preflight
 from lib.sequences.plan import plan_packs
-from lib.sequences.records import preflight
 from lib.settings import Settings, override
 
 __all__ = ["Figures", "agreement", "end_to_end_share", "in_turn", "roof"]

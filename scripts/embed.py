@@ -47,7 +47,7 @@ from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.models.detection import detect
 from lib.network.device import packs_at_once
-from lib.sequences.records import preflight
+from lib.sequences.inventory import preflight
 from lib.settings import load_settings
 
 

@@ -9,7 +9,7 @@ from lib.jobs.loading import LoadedModel
 from lib.jobs.validation import RunAudit, Validation
 from lib.models.detection import Detection
 from lib.models.download import Offer
-from lib.sequences.records import Inventory
+from lib.sequences.inventory import Inventory
 from lib.units import size
 from schema.tables import Run
 

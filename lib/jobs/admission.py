@@ -26,7 +26,8 @@ from lib.ledger.identity import (
     run_config,
 )
 from lib.models.detection import Detection, Property, detect
-from lib.sequences.records import Inventory, input_sha256, preflight
+from lib.sequences.inventory import Inventory, preflight
+from lib.sequences.records import input_sha256
 from lib.settings import Settings, from_snapshot, override
 from schema.tables import Checkpoint, Run
 

@@ -26,10 +26,11 @@ from lib.ledger.runs import (
 )
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
-from lib.network.pipeline import Pack, StoppedError, computed
+from lib.network.pipeline import StoppedError, computed
 from lib.network.vectors import NonFiniteError
-from lib.sequences.plan import plan_packs, remaining
-from lib.sequences.records import Inventory, Window, read_windows
+from lib.sequences.inventory import Inventory
+from lib.sequences.plan import Pack, plan_packs, remaining
+from lib.sequences.windows import Window, read_windows
 from lib.settings import Settings
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run

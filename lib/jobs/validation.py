@@ -13,7 +13,7 @@ from lib.ledger.identity import audit, check_settings
 from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
-from lib.sequences.records import Inventory, preflight
+from lib.sequences.inventory import Inventory, preflight
 from lib.settings import Settings
 from schema.tables import Run
 

@@ -19,7 +19,8 @@ from lib.ledger.database import open_for_reading
 from lib.ledger.runs import load_run
 from lib.network.device import use_threads
 from lib.network.memory import available_bytes, ran_out
-from lib.sequences.records import Inventory, read_windows
+from lib.sequences.inventory import Inventory
+from lib.sequences.windows import read_windows
 from lib.settings import Settings
 from schema.parquet import VectorColumn, vector_columns
 from schema.tables import Run

@@ -12,7 +12,8 @@ from lib.errors import IdentityRefusedError
 from lib.ledger.checkpoints import CHECKPOINT_NAME, leftovers
 from lib.ledger.footer import read_footer
 from lib.models.detection import Detection
-from lib.sequences.records import PLAN, Inventory
+from lib.sequences.inventory import Inventory
+from lib.sequences.plan import PLAN
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run

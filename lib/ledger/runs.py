@@ -22,7 +22,8 @@ from lib.ledger.checkpoints import FinishedFile
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
-from lib.sequences.records import PLAN, Inventory
+from lib.sequences.inventory import Inventory
+from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
 from schema.esm2_config import ESM2Config
 from schema.tables import Attempt, Base, Checkpoint, Model, Run

@@ -1,4 +1,4 @@
-"""Attention of every sequence of a pack to itself, by what is fastest for device and precision."""
+"""Attention within each sequence of a pack, by the fastest kernel for device and precision."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from lib.sequences.plan import Group
+from lib.network.groups import Group
 
 __all__ = ["attend", "sequence_bounds", "turned"]
 
-# Scores are kept this small so that they stay in a core's cache between the two products.
+# A block of scores is this small so that it stays in a core's cache between the two products.
 _SCORE_BYTES = 2 << 20
-# Rows of scores are filled up to a multiple of this: softmax is up to twice as fast on whole
-# vectors as on rows with a remainder, more than what the added columns cost.
+# Rows of scores are padded to a multiple of this: softmax is up to twice as fast on whole vectors
+# as on rows with a remainder, which saves more than the added columns cost.
 _COLUMNS = 32
-# Longer sequences go through a kernel that never holds their scores.
+# Longer sequences go through a kernel that never stores all their scores.
 _BLOCKED_TOKENS = 2048
 
 
 def attend(
     qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
 ) -> torch.Tensor:
-    """Return (T, heads, head_dim) in the type of `qkv`, which may be overwritten.
+    """Return the attended values, (T, heads, head_dim), in the dtype of `qkv`.
 
-    qkv: (T, 3, heads, head_dim), of queries and keys the numbers that turn together neighbours;
-    rotary: (T, 2, 1, head_dim / 2) complex64, the turn of every token's query and key, with the
-    scale of the scores in the query's; bounds: `sequence_bounds` of the groups, on the device.
+    qkv: (T, 3, heads, head_dim), which this may overwrite; in queries and keys, the two numbers
+    that turn together are neighbours. rotary: (T, 2, 1, head_dim / 2) complex64, the turn of each
+    token's query, which includes the scale of the scores, and of its key. bounds:
+    `sequence_bounds` of the groups, on the device.
     """
     v = qkv[:, 2]
     if v.device.type == "cuda" and v.dtype is not torch.float32:
-        # float16 is read and written once; there are no complex numbers of bfloat16.
+        # float16 needs no copy: torch has complex numbers of float16, but not of bfloat16.
         qk = qkv[:, :2] if v.dtype is torch.float16 else qkv[:, :2].float()
         return _varlen(turned(qk, rotary), v, groups, bounds)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
         part = slice(group.start, group.stop)
-        # By group and not by pack: what is turned is used while it is in the cache.
+        # Turned by group and not by pack, so that the products find it in the cache.
         qk = turned(qkv[part, :2].float(), rotary[part])
         blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
         attend_group = _blocked if blocked else _flash
@@ -46,17 +47,17 @@ def attend(
 
 
 def turned(qk: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Give queries and keys, (T, 2, heads, head_dim), their rotary positions in place.
+    """Apply rotary positions to queries and keys, (T, 2, heads, head_dim), in place.
 
-    qk: float32 or float16. One complex product (Su et al. 2021), which is complex64's for float16
-    too, rounded when it is stored.
+    qk: float32 or float16. One complex product (Su et al. 2021); torch computes it in complex64
+    for float16 too, and rounds the result.
     """
     torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2)).mul_(rotary)
     return qk
 
 
 def _flash(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group) -> None:
-    """torch's fused attention, one call for the sequences of a group."""
+    """Attend by torch's fused kernel, in one call for the sequences of a group."""
     q, k = (_by_sequence(one.to(v.dtype), group).transpose(1, 2) for one in qk.unbind(1))
     values = _by_sequence(v, group).transpose(1, 2)
     attended = F.scaled_dot_product_attention(q, k, values, scale=1.0)
@@ -64,9 +65,9 @@ def _flash(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group)
 
 
 def _blocked(qk: torch.Tensor, v: torch.Tensor, mixed: torch.Tensor, group: Group) -> None:
-    """Plain products a few heads at a time; softmax works in float32 on their scores.
+    """Attend by plain products, a few heads at a time; softmax computes in float32.
 
-    In half precision on CPU this is faster than the fused kernel at every length it is used for.
+    In half precision on CPU, this is faster than the fused kernel up to `_BLOCKED_TOKENS`.
     """
     tokens, heads, width = group.tokens, v.shape[1], v.shape[2]
     count, batch = group.count, group.count * heads
@@ -97,7 +98,7 @@ def _by_sequence(part: torch.Tensor, group: Group) -> torch.Tensor:
 def _varlen(
     qk: torch.Tensor, v: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
 ) -> torch.Tensor:
-    """torch's variable-length attention on CUDA: the whole pack in one call."""
+    """Attend by torch's variable-length kernel on CUDA, in one call for the whole pack."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k = qk.to(v.dtype).unbind(1)
@@ -108,7 +109,7 @@ def _varlen(
 
 
 def sequence_bounds(groups: Sequence[Group]) -> torch.Tensor:
-    """Return (N + 1,) int32: the first token of every sequence of a pack, and the end."""
+    """Return (N + 1,) int32: the first token of each sequence of a pack, and its end."""
     lengths = [group.tokens for group in groups for _ in range(group.count)]
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = torch.tensor(lengths).cumsum(0)

@@ -1,9 +1,10 @@
 """Predicted contacts: a logistic regression over the attention maps of every layer.
 
-As ESMContactPredictionHead of fair-esm 2.0.0's esm/modules.py (Rao et al. 2021,
-doi:10.1101/2020.12.15.422761): maps without <cls> and <eos>, made symmetric, corrected by the
-average product (Dunn et al. 2008), weighed and summed. fair-esm holds the maps of all layers and
-heads until then; here each is added to the sum as its layer goes by.
+This computes what ESMContactPredictionHead in fair-esm 2.0.0's esm/modules.py computes (Rao et al.
+2021, doi:10.1101/2020.12.15.422761): it removes <cls> and <eos> from the maps, makes them
+symmetric, applies the average product correction (Dunn et al. 2008), and sums them with weights.
+fair-esm keeps the maps of all layers and heads for that; here each layer is added to the sum as
+soon as it is computed.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from collections.abc import Sequence
 import torch
 
 from lib.models.regression import Regression
-from lib.sequences.plan import Group
+from lib.network.groups import Group
 
 __all__ = ["BLOCK_BYTES", "ContactMaps"]
 
-# Attention maps are made so many at a time; one map of a long sequence may be larger.
+# Attention maps are computed in blocks of this size; one map of a long sequence may be larger.
 BLOCK_BYTES = 16 << 20
 
 
 class ContactMaps:
-    """The contacts of the sequences of a pack, summed up layer by layer; for one pass of a network.
+    """The contacts of the sequences of a pack, summed layer by layer in one pass of a network.
 
-    With A a head's map without <cls> and <eos>, r its row sums and c its column sums, fair-esm's
-    head adds w (S - s s' / sum(s)) with S = A + A' and s = r + c. Here half of that is summed,
-    w (A - s s' / (2 sum(s))), and in the end added to its transpose.
+    For the map A of a head, without <cls> and <eos>, with row sums r and column sums c, fair-esm
+    adds w (S - s s' / sum(s)), where S = A + A' and s = r + c. This adds half of it,
+    w (A - s s' / (2 sum(s))), and `finish` adds the sum to its transpose.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ContactMaps:
         """Add the attention of the next layer.
 
         qk: (T, 2, heads, head_dim) float32, queries and keys of the pack with rotary positions,
-        as `lib.network.attention.turned` gives them.
+        as `lib.network.attention.turned` returns them.
         """
         weight = self._weight[self._layers_added]
         heads = len(weight)
@@ -63,7 +64,7 @@ class ContactMaps:
         self._layers_added += 1
 
     def finish(self) -> list[torch.Tensor]:
-        """Return one (residues, residues) float32 of probabilities per sequence."""
+        """Return one (residues, residues) float32 tensor of probabilities per sequence."""
         found: list[torch.Tensor] = []
         for halves in self._halves:
             found += (halves + halves.transpose(1, 2)).add_(self._bias).sigmoid_()

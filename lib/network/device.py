@@ -1,4 +1,4 @@
-"""The device that computes: chosen, named, and its threads set."""
+"""The device that computes: its choice, its name, its precision, packs and threads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = [
     "use_threads",
 ]
 
-# On CPU more gains nothing, and two packs of the largest model still take less than 1 GB. On CUDA
-# it is what fills the device at the width of the smaller models; it has not been measured.
+# On CPU larger packs are not faster, and two packs of the largest model take less than 1 GB. On
+# CUDA this fills the device at the width of the smaller models; nobody has measured it.
 _TOKENS_PER_PACK = {"cpu": 2048, "cuda": 32_768}
 _PACKS_AT_ONCE = {"cpu": 2, "cuda": 1}
 
 
 def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
-    """Return the device and why it was chosen; raises MachineError if it is not there."""
+    """Return the device and why it was chosen; raises MachineError if there is none."""
     if compute.device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0), "auto: CUDA is available"
@@ -42,7 +42,7 @@ def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
 
 
 def choose_precision(compute: ComputeSettings, device: torch.device) -> tuple[str, str]:
-    """Return the type of matrix products (float32, bfloat16 or float16) and why it was chosen."""
+    """Return the dtype of matrix products (float32, bfloat16 or float16) and why it was chosen."""
     if compute.precision != "auto":
         return compute.precision, "as set"
     if device.type == "cuda":
@@ -52,9 +52,9 @@ def choose_precision(compute: ComputeSettings, device: torch.device) -> tuple[st
 
 
 def choose_pack(compute: ComputeSettings, device: torch.device) -> tuple[int, str]:
-    """Return how many tokens go through the network at once, and why.
+    """Return the largest number of tokens in a pack, and why it was chosen.
 
-    The same on every attempt on such a device: it does not depend on what memory is free.
+    It depends on the kind of device and not on free memory, so every attempt has the same packs.
     """
     if compute.tokens_per_pack:
         return compute.tokens_per_pack, "as set"
@@ -62,19 +62,19 @@ def choose_pack(compute: ComputeSettings, device: torch.device) -> tuple[int, st
 
 
 def packs_at_once(device: torch.device) -> int:
-    """Return how many packs are computed at once, if there are threads for it."""
+    """Return how many packs the device computes at once if its threads divide equally."""
     return _PACKS_AT_ONCE[device.type]
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the processor calls itself."""
+    """Return the name that the processor reports."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def use_threads(compute: ComputeSettings) -> int:
-    """Set torch's CPU threads if the settings say how many; return how many there are."""
+    """Set the number of torch's CPU threads if the settings give one; return the number in use."""
     if compute.threads:
         torch.set_num_threads(compute.threads)
     return torch.get_num_threads()
@@ -86,7 +86,7 @@ def _has_bfloat16_units() -> bool:
 
 
 def _cpuinfo(key: str) -> str:
-    """Return the first value of a key in Linux's /proc/cpuinfo; empty where there is none."""
+    """Return the first value of a key in Linux's /proc/cpuinfo, or an empty text."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -23,8 +23,8 @@ from lib.models.regression import Regression
 from lib.models.weights import Weights
 from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
+from lib.network.groups import Group, group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu
-from lib.sequences.plan import Group, group_equal_lengths
 
 __all__ = ["Network", "load_network"]
 

@@ -1,4 +1,4 @@
-"""Matrix products of the network, with what follows them done in the same pass where it can be."""
+"""Matrix products of the network, fused with the operation after them where torch can."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 __all__ = ["linear", "linear_add", "linear_gelu"]
 
 # oneDNN's linear with a fused tail, the operator that torch's own compiler emits on CPU. It is
-# not public API: where it is missing, the same is done in two steps.
+# not public API; where it is missing, two steps compute the same.
 _FUSED = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _FUSED_BFLOAT16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -16,21 +16,21 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 def linear(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
-    """Return x @ weight.T + bias; x: (T, in), weight: (out, in), all of one type."""
+    """Return x @ weight.T + bias; x: (T, in), weight: (out, in), all of one dtype."""
     if _is_fused(x):
         return _pointwise(x, weight_bias, "none", "")
     return F.linear(x, *weight_bias)
 
 
 def linear_gelu(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
-    """Return the exact (erf) GELU of `linear`."""
+    """Return the exact GELU (by erf) of `linear`."""
     if _is_fused(x):
         return _pointwise(x, weight_bias, "gelu", "none")
     return F.gelu(F.linear(x, *weight_bias))
 
 
 def linear_add(x: torch.Tensor, weight_bias: Affine, residual: torch.Tensor) -> torch.Tensor:
-    """Return `linear` plus a float32 residual, which may be overwritten."""
+    """Return `linear` plus a float32 residual, which this may overwrite."""
     if _is_fused(x) and x.dtype is torch.float32:
         fused = torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weight_bias, "add")
         assert isinstance(fused, torch.Tensor)

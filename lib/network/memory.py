@@ -1,7 +1,7 @@
-"""Memory: what a pack needs, and what a device has left, asked before it is taken.
+"""Memory: what a pack needs and what a device has left, compared before a pack is begun.
 
-Linux hands out memory that it does not have and kills the process that uses it: a failed
-allocation is not to be waited for.
+Linux hands out memory that it does not have, and kills the process that uses it. So it is too late
+to wait for an allocation to fail.
 """
 
 from __future__ import annotations
@@ -11,56 +11,52 @@ from pathlib import Path
 
 import torch
 
+from lib.network.cgroups import memory_left
 from lib.network.contacts import BLOCK_BYTES
 
 __all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 
 # Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
-# the feed-forward its input and norm and the 4-wide inner one, in attention q, k, v and copies.
+# the feed-forward layer its input, its norm and its inner array, 4 times as wide; in attention q,
+# k, v and their copies.
 _ARRAYS_ALIVE = 10
-# Limit and use of the control group that this process is in, version 2 and version 1.
-_CGROUPS = [
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-]
 
 
 def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
-    """Return an upper estimate of what a pack of `tokens` tokens takes beside the weights.
+    """Return an upper estimate of the bytes that a pack takes beside the weights.
 
     kept_layers: how many layers' per-token vectors are kept until the checkpoint has them.
     """
-    # What is kept lies once as arrays and once as the rows of a Parquet file.
+    # Kept vectors are in memory as arrays and again as the rows of a Parquet file.
     return 4 * tokens * hidden_dim * (_ARRAYS_ALIVE + 3 * kept_layers)
 
 
 def contact_bytes(lengths: Sequence[int]) -> int:
-    """Return an upper estimate of what the contacts of a pack take beside `pack_bytes`.
+    """Return an upper estimate of the bytes that contacts of a pack take beside `pack_bytes`.
 
     lengths: (N,) residues per sequence.
     """
     longest = max(BLOCK_BYTES, 4 * (max(lengths) + 2) ** 2)
-    # A block of attention as scores, as probabilities and twice while it is summed up; contacts
-    # as sums, as probabilities, and as the rows of a Parquet file.
+    # A block of attention is in memory as scores, as probabilities, and twice while it is summed;
+    # contacts as sums, as probabilities, and as the rows of a Parquet file.
     return 4 * longest + 5 * sum(4 * residues**2 for residues in lengths)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that is left on `device`, or None where nothing tells."""
+    """Return the bytes of memory left on `device`, or None if the system does not tell.
+
+    On a CPU that is the least of what the machine and the control groups of this process have.
+    """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + int(reserved)
-    limits = [_meminfo_available(), _cgroup_available()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    known = [left for left in (_meminfo_available(), memory_left()) if left is not None]
+    return min(known, default=None)
 
 
 def ran_out(error: Exception) -> bool:
-    """Return whether an error is memory's: torch has plain RuntimeErrors for it."""
+    """Return whether an error reports lack of memory: torch raises plain RuntimeErrors for it."""
     return isinstance(error, MemoryError) or "memory" in str(error)
 
 
@@ -71,13 +67,3 @@ def _meminfo_available() -> int | None:
         return None
     kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return 1024 * int(kilobytes[0]) if kilobytes else None
-
-
-def _cgroup_available() -> int | None:
-    for limit, used in _CGROUPS:
-        try:
-            left = int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not this version, or "max": no limit
-            continue
-        return max(0, left)
-    return None

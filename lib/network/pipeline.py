@@ -1,4 +1,4 @@
-"""The pipeline: packs on their way through the network, several at a time, in order at its end."""
+"""The pipeline: packs go through the network several at a time and come out in order."""
 
 from __future__ import annotations
 
@@ -18,33 +18,25 @@ from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.memory import available_bytes
 from lib.network.vectors import Launched, launch, needed_bytes
-from lib.sequences.records import Sequence as FastaSequence
+from lib.sequences.plan import Pack
 from schema.parquet import VectorColumn
 
-__all__ = ["Pack", "StoppedError", "computed", "lanes"]
+__all__ = ["StoppedError", "computed", "lanes"]
 
-# A sequence of more tokens keeps all threads busy on its own, and takes the memory of many packs.
+# A longer sequence keeps all threads busy by itself, and takes the memory of many packs.
 _ALONE_TOKENS = 2048
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class Pack:
-    """Sequences that go through the network together, and their positions in the plan."""
-
-    positions: range
-    sequences: Sequence[FastaSequence]
-
-
 class StoppedError(Exception):
-    """There are packs that were not begun, because `computed` was told to stop."""
+    """`computed` was told to stop and left packs that it had not begun."""
 
 
 @dataclass(frozen=True)
 class _OnWay:
-    """A pack on its way; `launched` gives None if it was not begun."""
+    """A pack on its way. needed: bytes of memory; launched: gives None if it was not begun."""
 
     pack: Pack
     needed: int
@@ -60,10 +52,10 @@ def computed(
 ) -> Iterator[tuple[Pack, Vectors]]:
     """Yield every pack with its vectors, in order; `packs` is read a few packs ahead.
 
-    A pack is computed in the same way whatever is on its way beside it. After `stopped` has
-    given true no pack is begun: those on their way are yielded, then StoppedError is raised.
-    Raises what `packs`, `launch` and `collect` raise, after the packs before have been yielded.
-    When the generator is closed early, packs on their way are abandoned at their next layer.
+    The bits of a pack do not depend on the packs beside it. Once `stopped` returns true, no pack
+    is begun: those on their way are yielded, then StoppedError is raised. Raises what reading
+    `packs`, `launch` and `collect` raise, after yielding the packs before the error. If the
+    generator is closed early, packs on their way are abandoned at their next layer.
     """
     abandoned = threading.Event()
 
@@ -93,12 +85,12 @@ def computed(
 
 @contextmanager
 def lanes(device: torch.device) -> Iterator[tuple[Executor, int]]:
-    """Yield what launches packs on a device, and how many are to be on their way ahead.
+    """Yield an executor that launches packs on a device, and how many to launch ahead.
 
-    A CPU shares its threads between packs: two threads with a pack each wait less for each other
-    than two in one operation. Where they cannot be shared equally there is one pack at a time,
-    so that a pack is computed by as many threads on every attempt. A GPU is given a pack before
-    the vectors of the last are read.
+    On a CPU, packs share the threads: two threads with a pack each wait less for each other than
+    two threads in one operation. If the threads do not divide equally, packs go one at a time, so
+    that the same number of threads computes a pack on every attempt. A GPU gets its next pack
+    before the vectors of the last are read.
     """
     threads, count = torch.get_num_threads(), packs_at_once(device)
     if device.type == "cuda":
@@ -110,26 +102,26 @@ def lanes(device: torch.device) -> Iterator[tuple[Executor, int]]:
             count, initializer=torch.set_num_threads, initargs=(threads // count,)
         )
         try:
-            yield pool, count  # one more than there are lanes: none waits for the next
+            yield pool, count  # one more pack waits in its queue, so that no thread idles
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # a thread's number is also that of threads to come
+            torch.set_num_threads(threads)  # the initializer also set it for threads to come
 
 
 class _Here(Executor):
-    """Calls at once, in the thread that asks."""
+    """Runs each call at once, in the thread that submits it."""
 
     def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
         future: Future[_R] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except MachineError as error:  # told in its turn; a signal's error ends all at once
+        except MachineError as error:  # reported in its turn; a signal ends everything at once
             future.set_exception(error)
         return future
 
 
 def _until_refused(packs: Iterable[Pack], refused: list[LedgerError]) -> Iterator[Pack]:
-    """Yield packs up to an error of the input, which is kept."""
+    """Yield packs until reading them fails; append that error to `refused`."""
     try:
         yield from packs
     except (InputError, MachineError) as error:
@@ -137,21 +129,21 @@ def _until_refused(packs: Iterable[Pack], refused: list[LedgerError]) -> Iterato
 
 
 def _is_alone(pack: Pack, device: torch.device) -> bool:
-    """Return whether a pack has the machine to itself."""
+    """Return whether a pack needs the machine to itself."""
     longest = max(len(sequence.residues) for sequence in pack.sequences)
     return device.type == "cpu" and longest + 2 > _ALONE_TOKENS
 
 
 def _fits_beside(on_way: Iterable[_OnWay], needed: int, device: torch.device) -> bool:
-    """Return whether there is memory for one more pack; `launch` knows what to do without."""
-    if device.type == "cuda":  # one is computed at a time
+    """Return whether memory suffices for one more pack; if not even for one, `launch` halves it."""
+    if device.type == "cuda":  # computes one pack at a time
         return True
     available = available_bytes(device)
     return available is None or needed + sum(one.needed for one in on_way) <= available
 
 
 def _taken(on_way: deque[_OnWay], left: int) -> Iterator[tuple[Pack, Vectors]]:
-    """Wait for the oldest packs until `left` are on their way."""
+    """Yield the oldest packs, waiting for each, until `left` are on their way."""
     while len(on_way) > left:
         oldest = on_way.popleft()
         launched = oldest.launched.result()

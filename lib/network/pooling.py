@@ -1,4 +1,4 @@
-"""Pooling: per-token vectors of a pack to what is kept of each sequence."""
+"""Pooling: the per-token vectors of a pack reduced to what a run keeps of each sequence."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 
 import torch
 
-from lib.sequences.plan import Group
+from lib.network.groups import Group
 
 __all__ = ["bos", "mean", "per_tok"]
 
 
 def mean(hidden: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    """Return (sequences, hidden_dim): the mean over residues, <cls> and <eos> left out.
+    """Return (sequences, hidden_dim): the mean over residues, without <cls> and <eos>.
 
-    hidden: (tokens, hidden_dim) of one layer, float32. As esm-extract's `mean`.
+    hidden: (tokens, hidden_dim) of one layer, float32. The same as esm-extract's `mean`.
     """
     return torch.cat([_split(hidden, group)[:, 1:-1].mean(1) for group in groups])
 
 
 def bos(hidden: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    """Return (sequences, hidden_dim): the vector of <cls>. As esm-extract's `bos`."""
+    """Return (sequences, hidden_dim): the vector of <cls>, esm-extract's `bos`."""
     return torch.cat([_split(hidden, group)[:, 0] for group in groups])
 
 
 def per_tok(hidden: torch.Tensor, groups: Sequence[Group]) -> list[torch.Tensor]:
-    """Return one (residues, hidden_dim) per sequence. As esm-extract's `per_tok`."""
+    """Return one (residues, hidden_dim) per sequence, esm-extract's `per_tok`."""
     return [residues for group in groups for residues in _split(hidden, group)[:, 1:-1]]
 
 

@@ -15,10 +15,10 @@ from lib.errors import LedgerError, MachineError
 from lib.network import pooling
 from lib.network.contacts import ContactMaps
 from lib.network.esm2 import Network
+from lib.network.groups import group_equal_lengths
 from lib.network.memory import available_bytes, contact_bytes, pack_bytes
 from lib.sequences.alphabet import tokenise
-from lib.sequences.plan import group_equal_lengths
-from lib.sequences.records import Sequence as FastaSequence
+from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import CONTACTS, VectorColumn
 
 __all__ = ["Launched", "NonFiniteError", "launch", "needed_bytes"]

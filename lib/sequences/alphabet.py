@@ -1,4 +1,4 @@
-"""The ESM-2 alphabet: bytes of a sequence to token numbers, by table."""
+"""The ESM-2 alphabet: a table from the letters of a sequence to token numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TABLE[np.frombuffer(LETTERS, dtype=np.uint8)] = np.arange(4, 4 + len(LETTERS))
 def tokenise(sequences: list[bytes]) -> npt.NDArray[np.uint8]:
     """Return the tokens of `sequences` end to end, each between <cls> and <eos>.
 
-    Shape (sum of len + 2,). The letters have been checked by lib.sequences.records.
+    Shape (sum of len + 2,). `lib.sequences.records` has checked the letters.
     """
     total = sum(map(len, sequences)) + 2 * len(sequences)
     tokens = np.empty(total, dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""Compressed files, read to the last byte: gzip, bzip2, xz and zstd, told by name or first bytes.
+"""Compressed files, read to the last byte: gzip, bzip2, xz and zstd, known by name or first bytes.
 
-bz2.open, lzma.open and zstd.open take whatever follows the first stream and is no stream for
-the end of the file. In a file of several streams (pbzip2 and pixz write them) one damaged byte
-then loses the rest of the records in silence; here it is an error.
+If bytes after the first stream do not begin another stream, bz2.open, lzma.open and zstd.open
+treat them as the end of the file. In a file of several streams (pbzip2 and pixz write such files)
+one damaged byte can then silently lose the rest of the records; here it is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backports import zstd
 __all__ = ["open_decompressed"]
 
 _CHUNK = 1 << 17
-# Of any honest file; a header may ask for 4 GiB before the first byte comes out.
+# No ordinary file needs a larger one, but a header can ask for 4 GiB before the first byte.
 _LARGEST_DICTIONARY = 1 << 28
 _BY_FIRST_BYTES = {
     b"\x1f\x8b": ".gz",
@@ -31,7 +31,7 @@ _BY_FIRST_BYTES = {
 
 
 class _Decompressor(Protocol):
-    """What bz2, lzma and zstd have in common: one stream."""
+    """A decompressor of one stream, as bz2, lzma and zstd have it."""
 
     @property
     def eof(self) -> bool: ...
@@ -50,10 +50,10 @@ _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
 
 
 def open_decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """Open a file, plain or compressed, for reading what it says.
+    """Open a file, plain or compressed, to read its content.
 
-    The name decides, then the first bytes. Reading raises OSError or EOFError, or LZMAError,
-    ZstdError or zlib.error, for a stream that is damaged, unfinished or followed by other bytes.
+    Its suffix decides how, else its first bytes. Reading raises OSError, EOFError, LZMAError,
+    ZstdError or zlib.error for a stream that is damaged, unfinished or followed by other bytes.
     """
     kind = path.suffix
     if kind != ".gz" and kind not in _DECOMPRESSORS:
@@ -61,7 +61,7 @@ def open_decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
             start = file.read(6)
         kind = next((k for magic, k in _BY_FIRST_BYTES.items() if start.startswith(magic)), "")
     if kind == ".gz":
-        return gzip.open(path, "rb")  # strict about what follows a member, unlike the others
+        return gzip.open(path, "rb")  # unlike the others, refuses what does not begin a stream
     file = path.open("rb")
     if kind in _DECOMPRESSORS:
         return io.BufferedReader(_Streams(file, _DECOMPRESSORS[kind]), _CHUNK)
@@ -69,7 +69,7 @@ def open_decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 class _Streams(io.RawIOBase):
-    """The content of compressed streams, one after the other, up to the end of the file."""
+    """The content of all compressed streams of a file, one after the other."""
 
     def __init__(self, file: io.BufferedReader, start: Callable[[], _Decompressor]) -> None:
         self._file = file

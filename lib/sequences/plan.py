@@ -1,32 +1,63 @@
-"""Packing: which sequences go through the network together, end to end, without padding."""
+"""The plan: the order of work, and the packs that go through the network together.
+
+A plan depends only on the input and on the numbers given here, so every attempt on a run makes the
+same one, and a plan can be made where there is no network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Group", "group_equal_lengths", "plan_packs", "remaining"]
+from lib.sequences.inventory import WINDOW_RECORDS, WINDOW_RESIDUES
+from lib.sequences.windows import Sequence as FastaSequence
+from lib.sequences.windows import Window
 
-# Smaller packs are slower: what is done once a pack shows.
+__all__ = ["PLAN", "Pack", "packs_left", "plan_packs", "remaining"]
+
+# Part of a run's identity: a run that was planned with other bounds cannot be resumed.
+PLAN = f"windows of {WINDOW_RECORDS} records or {WINDOW_RESIDUES} residues, longest first"
+
+# Smaller packs are slower: the network's fixed cost per pack begins to show.
 _LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Group:
-    """A run of `count` sequences of `tokens` tokens each that starts at token `start` of a pack."""
+class Pack:
+    """Sequences that go through the network together, end to end, without padding.
 
-    start: int
-    count: int
-    tokens: int
+    positions: the positions of the sequences in the plan; ends_window: whether its last sequence
+    is the last of its window. A stretch never reaches beyond such a pack.
+    """
 
-    @property
-    def stop(self) -> int:
-        """The token after the last."""
-        return self.start + self.count * self.tokens
+    positions: range
+    sequences: Sequence[FastaSequence]
+    ends_window: bool = False
+
+
+def packs_left(
+    windows: Iterable[Window], tokens_per_pack: int, at_once: int, done: Sequence[range]
+) -> Iterator[Pack]:
+    """Yield the packs that no checkpoint covers, in the order of the plan.
+
+    tokens_per_pack, at_once: as in `plan_packs`; done: the positions that checkpoints cover,
+    ascending and disjoint. `windows` is read one window at a time, when its first pack is asked
+    for. Raises what reading `windows` raises.
+    """
+    for window in windows:
+        first, stop = window.first_position, window.first_position + len(window.sequences)
+        covered = [one for one in done if one.stop > first and one.start < stop]
+        if not any(remaining(range(first, stop), covered)):
+            continue
+        lengths = [len(sequence.residues) for sequence in window.sequences]
+        for pack in plan_packs(lengths, tokens_per_pack, at_once):
+            for part in remaining(range(first + pack.start, first + pack.stop), covered):
+                sequences = window.sequences[part.start - first : part.stop - first]
+                yield Pack(part, sequences, ends_window=part.stop == stop)
 
 
 def plan_packs(lengths: Sequence[int], tokens_per_pack: int, at_once: int = 1) -> list[range]:
-    """Cut a run of sequences into packs of at most `tokens_per_pack` tokens.
+    """Cut sequences into packs of at most `tokens_per_pack` tokens.
 
     lengths: (N,) residues per sequence, in the order of the plan. A sequence longer than the
     budget is a pack of its own. Tokens are residues + 2 (<cls>, <eos>). at_once: how many packs
@@ -50,7 +81,7 @@ def plan_packs(lengths: Sequence[int], tokens_per_pack: int, at_once: int = 1) -
 
 
 def _budget(left: int, tokens_per_pack: int, at_once: int) -> int:
-    """Return the most tokens of the next pack: half an equal share, once that is less."""
+    """Return the most tokens of the next pack: half of an equal share, once that is less."""
     if at_once == 1:
         return tokens_per_pack
     return min(tokens_per_pack, max(_LEAST_TOKENS, left // (2 * at_once)))
@@ -59,8 +90,8 @@ def _budget(left: int, tokens_per_pack: int, at_once: int) -> int:
 def remaining(pack: range, done: Sequence[range]) -> Iterator[range]:
     """Yield the parts of `pack` that no range of `done` (ascending, disjoint) covers.
 
-    When pack sizes have not changed since `done` was written, that is the whole pack or
-    nothing, so that a resumed run ends with the same bits as one that was never stopped.
+    If pack sizes have not changed since `done` was written, a pack remains whole or not at all, so
+    a resumed run ends with the same bits as one that was never stopped.
     """
     start = pack.start
     for stretch in done:
@@ -73,17 +104,3 @@ def remaining(pack: range, done: Sequence[range]) -> Iterator[range]:
         start = stretch.stop
     if start < pack.stop:
         yield range(start, pack.stop)
-
-
-def group_equal_lengths(lengths: Sequence[int]) -> list[Group]:
-    """Return the runs of neighbours with equal length; lengths: (N,) residues per sequence."""
-    groups: list[Group] = []
-    start = 0
-    for residues in lengths:
-        tokens = residues + 2
-        if groups and groups[-1].tokens == tokens:
-            groups[-1] = Group(groups[-1].start, groups[-1].count + 1, tokens)
-        else:
-            groups.append(Group(start, 1, tokens))
-        start += tokens
-    return groups

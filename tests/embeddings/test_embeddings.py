@@ -24,7 +24,7 @@ def embedded(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Runs:
     """A run of five windows and many files; later windows repeat sequences of earlier ones."""
-    monkeypatch.setattr("lib.sequences.records.WINDOW_RECORDS", 5)
+    monkeypatch.setattr("lib.sequences.inventory.WINDOW_RECORDS", 5)
     entries = fasta(SOME_PROTEINS)
     entries += [(f"again{i} of {i}", entries[i][1]) for i in (7, 0, 3)]
     source = write_fasta(place.folder / "repeated.fasta", entries)

@@ -31,8 +31,9 @@ from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.models.detection import detect
 from lib.models.untrained import make_model
+from lib.sequences.inventory import preflight
 from lib.sequences.plan import plan_packs, remaining
-from lib.sequences.records import preflight, read_windows
+from lib.sequences.windows import read_windows
 from lib.settings import load_settings
 from tests.conftest import ROOT, UNIPROT_PART, Place, Script
 
@@ -188,7 +189,7 @@ def test_before_the_first_pack_nothing_is_said() -> None:
 def test_the_inventory_knows_the_lengths_of_the_plan(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.sequences.records.WINDOW_RECORDS", 7)
+    monkeypatch.setattr("lib.sequences.inventory.WINDOW_RECORDS", 7)
     rules = load_settings(place.config, {"input.fasta": str(UNIPROT_PART)}).input
     inventory = preflight(rules)
     windows = list(read_windows(rules, inventory))

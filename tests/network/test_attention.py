@@ -7,7 +7,7 @@ import torch
 
 from lib.network import attention
 from lib.network.attention import attend, sequence_bounds
-from lib.sequences.plan import Group, group_equal_lengths
+from lib.network.groups import Group, group_equal_lengths
 
 LENGTHS = [130, 41, 41, 41, 9, 1, 1]
 HEADS, WIDTH = 3, 8

@@ -28,7 +28,7 @@ from lib.network.contacts import ContactMaps
 from lib.network.esm2 import load_network
 from lib.network.vectors import launch
 from lib.sequences.records import Owner
-from lib.sequences.records import Sequence as FastaSequence
+from lib.sequences.windows import Sequence as FastaSequence
 from lib.settings import load_settings
 from schema.parquet import VectorColumn
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script

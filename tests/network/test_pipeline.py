@@ -28,13 +28,14 @@ from lib.jobs import loading
 from lib.models.detection import detect
 from lib.network import pipeline, pooling, vectors
 from lib.network.esm2 import Network, load_network
+from lib.network.groups import Group
 from lib.network.memory import pack_bytes
-from lib.network.pipeline import Pack, StoppedError, computed
+from lib.network.pipeline import StoppedError, computed
 from lib.network.vectors import Launched
-from lib.sequences import records as fasta_reader
-from lib.sequences.plan import Group
+from lib.sequences import inventory as inventories
+from lib.sequences.plan import Pack
 from lib.sequences.records import Owner
-from lib.sequences.records import Sequence as FastaSequence
+from lib.sequences.windows import Sequence as FastaSequence
 from lib.settings import load_settings
 from schema.parquet import VectorColumn
 from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
@@ -169,7 +170,7 @@ def test_a_pack_that_is_not_finite_does_not_take_the_one_before_it(
 def test_a_file_that_changes_mid_run_takes_nothing_that_is_finished(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(fasta_reader, "WINDOW_RECORDS", 5)
+    monkeypatch.setattr(inventories, "WINDOW_RECORDS", 5)
     content = SOME_PROTEINS.read_bytes()
     path = place.folder / "changing.fasta"
     path.write_bytes(content)
@@ -185,7 +186,7 @@ def test_a_file_that_changes_mid_run_takes_nothing_that_is_finished(
     assert (answer.status, answer.error) == (2, f"{path}: changed while it was being read")
     assert records_done(script) == 10
     monkeypatch.undo()
-    monkeypatch.setattr(fasta_reader, "WINDOW_RECORDS", 5)
+    monkeypatch.setattr(inventories, "WINDOW_RECORDS", 5)
     path.write_bytes(content)
     assert script("resume", "--run", "1", "--config", place.config).status == 0
     assert len(read_run(place.output / "run-000001")) == 15

@@ -324,7 +324,7 @@ def test_a_large_run_is_sampled_and_says_so(
 def test_a_survey_stands_in_the_order_of_the_fasta(
     place: Place, embed: Embed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.sequences.records.WINDOW_RECORDS", 5)
+    monkeypatch.setattr("lib.sequences.inventory.WINDOW_RECORDS", 5)
     monkeypatch.setattr("lib.pages.survey.SAMPLE_RECORDS", 8)
     folder = embed(
         "--set", "input.max_residues=300", "--set", "output.checkpoint_records=2",

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from backports import zstd
 
-from lib.sequences import records as fasta
+from lib.sequences import inventory as inventories
+from lib.sequences import records
+from lib.sequences.inventory import Inventory
 from schema.settings import InputSettings
 from tests.conftest import ROOT, Script
 from tests.reference import read_run
@@ -35,21 +37,21 @@ def flipped(content: bytes, place: int) -> bytes:
 def being_written(patch: pytest.MonkeyPatch, path: Path) -> None:
     """A record comes in while preflight reads."""
     path.write_bytes(GOOD)
-    read = fasta.read_records
+    read = records.read_records
 
-    def read_while_it_grows(rules: InputSettings) -> Iterator[fasta.Record]:
+    def read_while_it_grows(rules: InputSettings) -> Iterator[records.Record]:
         yield from read(rules)
         with path.open("ab") as file:
             file.write(b">c\nMK\n")
 
-    patch.setattr(fasta, "read_records", read_while_it_grows)
+    patch.setattr(inventories, "read_records", read_while_it_grows)
 
 
 def changing_after_preflight(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
-    preflight = fasta.preflight
+    preflight = inventories.preflight
 
-    def preflight_then_change(rules: InputSettings) -> fasta.Inventory:
+    def preflight_then_change(rules: InputSettings) -> Inventory:
         inventory = preflight(rules)
         path.write_bytes(GOOD.replace(b"GG", b"GA"))
         return inventory

@@ -40,7 +40,8 @@ from lib.models.detection import detect
 from lib.models.regression import read_regression_file
 from lib.models.untrained import make_model
 from lib.models.weights import open_weights
-from lib.sequences.records import preflight, read_records
+from lib.sequences.inventory import preflight
+from lib.sequences.records import read_records
 from lib.settings import DEFAULT_CONFIG, load_settings
 from schema.parquet import FOOTER_KEY
 from tests.conftest import UNIPROT_PART

@@ -1,0 +1,52 @@
+"""Digests of texts, to find equal ones among a hundred million in 16 bytes each."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Digests"]
+
+_BYTES = 16
+# Digests that `first_equal` compares at once: its temporary arrays stay small.
+_CHUNK = 1 << 20
+
+
+class Digests:
+    """The digests of texts, numbered from 0 in the order they were added."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+
+    def add(self, text: bytes) -> None:
+        """Append the digest of a text."""
+        self._digests += hashlib.blake2b(text, digest_size=_BYTES).digest()
+
+    def all_differ(self) -> bool:
+        """Return whether no two texts are equal; False can be wrong, True cannot.
+
+        This compares half of each digest, with a third of the memory that `first_equal` needs.
+        """
+        halves = np.sort(np.frombuffer(self._digests, dtype=np.uint64)[::2])
+        return not (halves[1:] == halves[:-1]).any()
+
+    def first_equal(self) -> npt.NDArray[np.int64]:
+        """Return (N,), for each text, the number of the first text that equals it."""
+        halves = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)
+        # lexsort is stable: the first of several equal texts stays first.
+        order = np.lexsort((halves[:, 0], halves[:, 1]))
+        first = np.empty(len(order), dtype=np.int64)
+        for start in range(0, len(order), _CHUNK):
+            part = order[start : start + _CHUNK]
+            ordered = halves[order[max(0, start - 1) : start + _CHUNK]]
+            begins = (ordered[1:] != ordered[:-1]).any(axis=1)
+            if not start:
+                begins = np.concatenate([[True], begins])
+            # The place of the latest group that begins in this chunk; -1 for the group that
+            # continues from the chunk before.
+            places = np.maximum.accumulate(np.where(begins, np.arange(len(part)), -1))
+            before = first[order[start - 1]] if start else 0
+            first[part] = np.where(places < 0, before, part[places])
+        return first

@@ -1,0 +1,75 @@
+"""Windows: the input read for the work, a bounded number of consecutive records at a time.
+
+Of identical sequences only the first is computed, for all records that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from lib.errors import InputError
+from lib.sequences.inventory import Inventory, WindowDigest, WindowSummary
+from lib.sequences.records import Owner, Record, read_records
+from schema.settings import InputSettings
+
+__all__ = ["Sequence", "Window", "read_windows"]
+
+
+@dataclass
+class Sequence:
+    """A sequence to compute once, and the records that get its vectors, in file order."""
+
+    residues: bytes
+    owners: list[Owner]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sequences that are planned together.
+
+    first_position: the position of the first in the plan; sequences: longest first, then by
+    record.
+    """
+
+    first_position: int
+    sequences: list[Sequence]
+
+
+def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]:
+    """Yield the windows of the plan, each checked to be what preflight read.
+
+    Raises InputError if the file has changed since.
+    """
+    records = read_records(rules)
+    position = 0
+    for summary in inventory.windows:
+        sequences = _sequences(records, summary, inventory)
+        yield Window(position, sequences)
+        position += len(sequences)
+    if next(records, None) is not None:
+        raise InputError(f"{inventory.path}: changed while it was being read")
+
+
+def _sequences(
+    records: Iterator[Record], summary: WindowSummary, inventory: Inventory
+) -> list[Sequence]:
+    """Read the records of a window; return its sequences in the order of the plan."""
+    digest = WindowDigest()
+    sequences: dict[int, Sequence] = {}
+    for record in islice(records, summary.stop_record - summary.first_record):
+        digest.add(record)
+        first = int(inventory.same_as[record.number])
+        owner = Owner(record.number, record.id, record.description, record.length)
+        strays = inventory.strays.get(first, [])
+        if first == record.number:
+            sequences[first] = Sequence(record.residues, [owner, *strays])
+        elif first in sequences:
+            # Strays come from later windows: in file order this record is before them.
+            owners = sequences[first].owners
+            owners.insert(len(owners) - len(strays), owner)
+    if digest.digest() != summary.digest:
+        raise InputError(f"{inventory.path}: changed while it was being read")
+    # sorted() is stable: sequences of equal length stay in file order.
+    return sorted(sequences.values(), key=lambda sequence: -len(sequence.residues))

@@ -1,0 +1,69 @@
+"""FASTA files made for a test: written, read by the rules of [input], or refused."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from backports import zstd
+from hypothesis import strategies as st
+
+from lib.errors import InputError
+from lib.sequences.alphabet import LETTERS
+from lib.sequences.inventory import preflight
+from lib.sequences.records import Record, read_records
+from lib.settings import load_settings
+from schema.settings import InputSettings
+
+CHECKSUM = zstd.CompressionParameter.checksum_flag
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: zstd.compress(content, options={CHECKSUM: 1}),
+}
+UNKNOWN = "'{}' at residue {} is not in the ESM-2 alphabet"
+SEQUENCES = st.text(LETTERS.decode(), min_size=1, max_size=12)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "proteins.fasta"
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "a.fasta"
+
+
+def rules(path: Path, **options: object) -> InputSettings:
+    said = {f"input.{option}": str(value) for option, value in options.items()}
+    return load_settings(overrides={"input.fasta": str(path), **said}).input
+
+
+def read(path: Path, content: str | bytes, **options: object) -> list[Record]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_records(rules(path, **options)))
+
+
+def refusal(path: Path, content: str | bytes, **options: object) -> str:
+    """The one line with which preflight refuses a file, without the file's path."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        preflight(rules(path, **options))
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def told(path: Path, error: str) -> str:
+    """An error about a file, without the file's path."""
+    assert error.startswith(f"{path}: ")
+    return error.removeprefix(f"{path}: ")
+
+
+def residues(records: list[Record]) -> list[bytes]:
+    return [record.residues for record in records]

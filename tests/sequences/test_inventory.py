@@ -1,0 +1,108 @@
+"""Preflight: if this fails, a faulty input is found after hours of work, or counts are wrong."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lib.sequences import digests
+from lib.sequences.inventory import preflight
+from tests.conftest import Place, Script
+from tests.sequences.conftest import UNKNOWN, refusal, rules
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\r\n \n"])
+def test_a_file_without_records_is_refused(path: Path, content: str) -> None:
+    assert refusal(path, content) == "no records"
+
+
+@pytest.mark.parametrize(
+    ("make", "fact"),
+    [
+        (lambda _: None, "no such file"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/null"), "not a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "no such file"),
+    ],
+    ids=["missing", "folder", "fifo", "device", "dangling link"],
+)
+def test_what_is_no_file_is_refused(
+    script: Script, path: Path, small_model: Path, make: Callable[[Path], None], fact: str
+) -> None:
+    make(path)
+    answer = script("embed", "--esm-model", small_model, "--input", path)
+    assert (answer.status, answer.error) == (2, f"{path}: {fact}")
+
+
+def test_no_input_at_all_is_refused(script: Script, small_model: Path) -> None:
+    answer = script("embed", "--esm-model", small_model)
+    assert answer.status == 2
+    assert answer.error == "no input: [input] fasta is empty and no --input was given"
+
+
+def test_input_is_refused_before_the_model_is_loaded(
+    script: Script, place: Place, path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("scripts.embed.load_model")
+    path.write_text(">a\nMJ\n")
+    answer = script("embed", "--esm-model", small_model, "--input", path)
+    assert (answer.status, answer.error) == (2, f"record 0 (a): {UNKNOWN.format('J', 2)}")
+    assert not place.output.exists()
+
+
+def test_what_changes_sequences_is_told_at_startup(
+    script: Script, path: Path, small_model: Path
+) -> None:
+    path.write_text(f">a\nMJ\n>b\n{'M' * 30}\n>c\nACGT\n>d\nMJ\n")
+    options = ["--set", "input.max_residues=20", "--set", "input.unknown_residues=x"]
+    answer = script("embed", "--esm-model", small_model, "--input", path, *options)
+    assert answer.status == 0, answer.err
+    lines = answer.err.splitlines()
+    counted = "4 records, 3 different sequences, 26 residues to embed, longest 30"
+    assert f"input {path}: {counted}" in lines
+    assert "truncated to 20 residues: 1 records" in lines
+    assert "unknown letters read as X: 2" in lines
+    assert "only letters of ACGTUN (nucleotides?): 1 records" in lines
+
+
+# ---- Repeated ids
+
+
+def test_repeated_ids_are_refused(path: Path) -> None:
+    content = ">a\nMK\n>b\nMK\n>c\nMK\n>b other\nMKT\n>a\nMK\n"
+    assert refusal(path, content) == "record 3 (b): id repeats record 1's"
+
+
+def test_repeated_ids_are_kept_if_asked(path: Path) -> None:
+    path.write_text(">a\nMK\n>a\nMKT\n")
+    inventory = preflight(rules(path, duplicate_ids="keep"))
+    assert (inventory.records, inventory.sequences) == (2, 2)
+
+
+def test_ids_that_differ_in_case_are_not_repeated(path: Path) -> None:
+    path.write_text(">a\nMK\n>A\nMKT\n>é\nGG\n>\u0065\u0301\nGGG\n")
+    assert preflight(rules(path)).records == 4
+
+
+# ---- Memory
+
+
+def test_preflight_takes_few_bytes_a_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_CHUNK", 1 << 10)
+    records = 100_000
+    # Every sequence another one: the digits of a number as residues.
+    digits = str.maketrans("0123456789", "ACDEFGHIKL")
+    path.write_text("".join(f">r{i}\n{str(i).translate(digits)}\n" for i in range(records)))
+    inputs = rules(path)
+    tracemalloc.start()
+    inventory = preflight(inputs)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert inventory.records == records
+    assert most < 60 * records
+    assert kept < 15 * records
