@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lib.disk import disk_errors, new_path
 from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
+from lib.files import disk_errors, new_path
 from lib.ledger.history import RunDetail, Table, query, run_detail
 from lib.ledger.overview import attempts_table, run_fields
 from lib.ledger.sqlite_file import database_path

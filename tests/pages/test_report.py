@@ -27,8 +27,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from lib.digest import file_sha256
 from lib.embeddings import open_run
+from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
 from lib.pages.charts import Axis, Bars, histogram
 from lib.pages.figures import Work, norms_figure, throughput_figure

@@ -1,18 +1,46 @@
-"""The disk: what is new is whole under its name or not there, and what is refused is one line."""
+"""Files: their digests and stamps, and new ones that are complete under their name or absent."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from lib.errors import MachineError, SettingsError
 
-__all__ = ["disk_errors", "new_path", "sync_folder"]
+__all__ = [
+    "disk_errors",
+    "file_sha256",
+    "files_stamp",
+    "listing_sha256",
+    "new_path",
+    "sync_folder",
+]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256sum` prints it; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
+    """Return the SHA-256 of what `sha256sum` prints for (digest, name) entries."""
+    listing = hashlib.sha256()
+    for digest, name in entries:
+        listing.update(f"{digest}  {name}\n".encode())
+    return listing.hexdigest()
+
+
+def files_stamp(files: Iterable[Path]) -> tuple[object, ...]:
+    """Return what changes when one of `files` is written or replaced; raises OSError."""
+    found = [(file.name, file.stat()) for file in files]
+    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
 
 
 def sync_folder(folder: Path) -> None:
