@@ -1,4 +1,4 @@
-"""Files: their digests and stamps, and new ones that are complete under their name or absent."""
+"""Files: digests, change stamps, and new files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def files_stamp(files: Iterable[Path]) -> tuple[object, ...]:
-    """Return what changes when one of `files` is written or replaced; raises OSError."""
+    """Return a value that changes when one of `files` is written or replaced; raises OSError."""
     found = [(file.name, file.stat()) for file in files]
     return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
 
@@ -54,7 +54,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a MachineError that names the file."""
+    """Turn errors of the operating system and of Arrow into a MachineError that names `path`."""
     try:
         yield
     except pa.ArrowException as error:
@@ -67,12 +67,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 def new_path(
     path: Path, *, folder: bool, replaceable: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was made there is synced and takes that name.
+    """Yield a temporary path beside `path`, then sync what was written there and rename it.
 
-    With `folder` it is an empty folder, whose files are flat. Nothing that exists is replaced
-    but a file that is `replaceable`, and nothing is left of work that failed.
+    With `folder` the temporary path is an empty folder; it may hold files but no folders. An
+    existing `path` is replaced only if `replaceable(path)` is true. If the block fails, the
+    temporary path is removed.
 
-    Raises SettingsError if `path` exists or its folder does not, MachineError for the disk.
+    Raises SettingsError if `path` exists or its folder does not, MachineError if the disk fails.
     """
     _refuse_existing(path, replaceable)
     if not path.parent.is_dir():
