@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,6 +31,7 @@ from lib.pages.figures import (
 from lib.pages.survey import Survey, survey
 from lib.units import count, moment, printable, records
 from schema.esm2_config import ESM2Config, load_snapshot
+from schema.version import VERSION
 
 __all__ = ["Report", "default_place", "make_report", "write_report"]
 
@@ -133,7 +133,7 @@ def _page(report: Report) -> str:
     return environment.get_template("report.html").render(
         report=report,
         figures=list(zip(report.figures, drawings, legends, strict=True)),
-        version=version("esm-ledger"),
+        version=VERSION,
     )
 
 
