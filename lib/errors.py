@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each one line, each with its exit status."""
+"""Errors that a user can cause: each prints one line and has an exit status."""
 
 __all__ = [
     "IdentityRefusedError",
@@ -12,13 +12,13 @@ __all__ = [
 
 
 class LedgerError(Exception):
-    """Base of the errors that end a script with one line on stderr."""
+    """Base class of the errors that end a script with one line on stderr."""
 
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        # Values, paths and foreign messages may hold line breaks, and control characters that a
-        # terminal obeys; an error has neither.
+        # Values, paths and messages of other libraries may contain line breaks and control
+        # characters that a terminal would obey.
         super().__init__("".join(map(_printable, " ".join(message.splitlines()))))
 
 
@@ -31,27 +31,27 @@ class SettingsError(LedgerError):
 
 
 class InputError(LedgerError):
-    """The FASTA file is refused."""
+    """The FASTA file breaks a rule of [input]."""
 
 
 class WeightsError(LedgerError):
-    """The weights are refused: not ESM-2, incomplete, hostile or contradicted."""
+    """The weights are not ESM-2, incomplete, hostile or contradicted by the settings."""
 
 
 class IdentityRefusedError(LedgerError):
-    """A checkpoint, a run and the weights or input in hand do not belong together."""
+    """A run, its checkpoints, the given weights or the given input do not belong together."""
 
     exit_status = 3
 
 
 class MachineError(LedgerError):
-    """Disk, database, memory or device failed."""
+    """The disk, the database, the memory or the device failed."""
 
     exit_status = 4
 
 
 class InterruptedRunError(LedgerError):
-    """A signal ended the work; what was finished is committed."""
+    """A signal ended the work; all finished work is committed."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Settings: config.ini, overridden by flags, checked against schema.settings."""
+"""Settings: config.ini with the flags laid over it, checked against schema.settings."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PATHS = (
 def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = {}) -> Settings:
     """Read config.ini, lay `overrides` ("section.option" to text) over it and check every option.
 
-    Relative paths in config.ini start at its folder, relative paths in overrides at the current
-    folder; all come out absolute. An empty value means that nothing is said.
+    Relative paths in config.ini start at its folder, relative paths in `overrides` at the current
+    folder; all are returned absolute. An option with an empty value counts as not set.
 
-    Raises SettingsError that names section, option and value.
+    Raises SettingsError, which names the section, the option and the value.
     """
     values = _resolve(_read_config(config), config.resolve().parent, str(config))
     return _check(_laid_over(values, overrides))
@@ -47,18 +47,18 @@ def override(settings: Settings, overrides: Mapping[str, str]) -> Settings:
 
 
 def snapshot(settings: Settings) -> dict[str, Any]:
-    """Return the JSON-ready dictionary that a run keeps of its settings."""
+    """Return the settings as the JSON-ready dictionary that is stored with a run."""
     dumped: dict[str, Any] = SettingsSchema().dump(settings)
     return dumped
 
 
 def from_snapshot(stored: object) -> Settings:
-    """Read what `snapshot` made; raises SettingsError on anything else."""
+    """Return the settings of a snapshot; raises SettingsError if it is not one."""
     if not isinstance(stored, dict):
         raise SettingsError(f"stored settings are {type(stored).__name__}, not an object")
     for section, options in stored.items():
         if not isinstance(options, dict):
-            raise SettingsError(f"stored settings: [{section}] is no object")
+            raise SettingsError(f"stored settings: [{section}] is not an object")
     return _check(stored)
 
 
@@ -80,7 +80,7 @@ def _read_config(config: Path) -> dict[str, dict[str, str]]:
     parser = configparser.ConfigParser(
         interpolation=None,
         delimiters=("=",),
-        default_section="\0",  # a [DEFAULT] section is as unknown as any other
+        default_section="\0",  # so that [DEFAULT] is refused like any unknown section
     )
     try:
         with config.open(encoding="utf-8") as lines:
@@ -111,7 +111,7 @@ def _refuse_unknown(values: Mapping[str, Mapping[str, str]], source: str) -> Non
 def _resolve(
     values: Mapping[str, Mapping[str, str]], folder: Path, source: str
 ) -> dict[str, dict[str, Any]]:
-    """Drop options with nothing said and make paths absolute, relative to `folder`."""
+    """Drop options with empty values and make paths absolute, starting at `folder`."""
     resolved: dict[str, dict[str, Any]] = {
         section: {option: value for option, value in options.items() if value.strip()}
         for section, options in values.items()
@@ -126,13 +126,13 @@ def _resolve(
         if is_path:
             try:
                 resolved[section][option] = str((folder / Path(value).expanduser()).absolute())
-            except RuntimeError as error:  # ~user without such a user
+            except RuntimeError as error:  # ~NAME, but there is no user NAME
                 raise SettingsError(f"{source}: [{section}] {option} = {value}: {error}") from None
     return resolved
 
 
 def _check(values: Mapping[str, Any]) -> Settings:
-    # Defaults that are paths start at the project's folder, like those of its config.ini.
+    # Relative default paths start at the project's folder, as those in its config.ini do.
     filled = {section: dict(values.get(section) or {}) for section in (*SECTIONS, *values)}
     filled["output"].setdefault("folder", str(DEFAULT_CONFIG.parent / "embeddings"))
     filled["database"].setdefault("url", str(DEFAULT_CONFIG.parent / "runs.sqlite"))

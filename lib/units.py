@@ -1,4 +1,4 @@
-"""Units: durations, sizes and counts as people say them, and what of a text can be shown."""
+"""Units: durations, sizes, counts and times written for people, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["count", "duration", "moment", "printable", "records", "seconds_betwe
 
 
 def count(number: float) -> str:
-    """Return a number with its thousands apart, without decimals from 10 on."""
+    """Return a number with commas between thousands, and one decimal only below 10."""
     return f"{number:,.1f}" if 0 < abs(number) < 10 and number % 1 else f"{number:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as its two largest units: `9.4 s`, `3 min 5 s`, `2 h 0 min`, `4 d 7 h`."""
+    """Return seconds in their two largest units: `9.4 s`, `3 min 5 s`, `2 h 0 min`, `4 d 7 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -29,20 +29,21 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without what ends a line, moves a cursor or turns the direction of reading.
+    """Return a text with U+FFFD for each character that cannot be printed.
 
-    Headers and ids come from files of strangers; each such character is shown as U+FFFD.
+    Headers and ids come from files that strangers wrote: a control character in them could end
+    a line, move the cursor or reverse the reading direction.
     """
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def records(number: float) -> str:
-    """Return so many records: `1 record`, `2,000 records`."""
+    """Return a number of records in words: `1 record`, `2,000 records`."""
     return "1 record" if number == 1 else f"{count(number)} records"
 
 
 def size(number: float) -> str:
-    """Return bytes in decimal units, as disks are sold: `512 B`, `160.0 kB`, `2.6 GB`."""
+    """Return bytes in decimal units, as disk makers count them: `512 B`, `160.0 kB`, `2.6 GB`."""
     if number < 1000:
         return f"{number:.0f} B"
     for unit in ("kB", "MB", "GB", "TB"):
@@ -53,13 +54,13 @@ def size(number: float) -> str:
 
 
 def moment(text: str) -> str:
-    """Return a UTC ISO 8601 time to the second, as `2026-05-31 14:05:09`; others as they are."""
+    """Return a UTC ISO 8601 time as `2026-05-31 14:05:09`, and any other text unchanged."""
     parsed = _parsed(text)
     return text if parsed is None else f"{parsed:%Y-%m-%d %H:%M:%S}"
 
 
 def seconds_between(start: str | None, stop: str | None) -> float | None:
-    """Return the seconds from one ISO 8601 time to another, None if either is none."""
+    """Return the seconds between two ISO 8601 times, or None if either is missing or malformed."""
     first, last = _parsed(start), _parsed(stop)
     return None if first is None or last is None else (last - first).total_seconds()
 
@@ -67,5 +68,5 @@ def seconds_between(start: str | None, stop: str | None) -> float | None:
 def _parsed(text: str | None) -> datetime | None:
     try:
         return None if text is None else datetime.fromisoformat(text)
-    except ValueError:  # rows may come from elsewhere
+    except ValueError:  # another program may have written the row
         return None

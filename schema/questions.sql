@@ -1,5 +1,5 @@
--- Questions that people ask of the run database, each with its one statement; the README shows
--- them in this order, and `make browse` has a page for each.
+-- Questions that people ask of the run database, each with its one statement. docs/history.md
+-- shows them in this order, and `make browse` has a page for each.
 
 -- Which runs used the 650M model on this input?
 SELECT run, status, layers, started FROM run_history

@@ -34,7 +34,9 @@ from benchmarks.plot import draw
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import sequences, useful_flops
 from lib.catalog import RELEASED
-from lib.console.output import arguments, note, print_json, print_line, print_table, run_script
+from lib.console.arguments import arguments
+from lib.console.output import note, print_json, print_line, print_table
+from lib.console.program import run_script
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network.device import choose_device, choose_pack, device_name

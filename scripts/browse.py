@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lib.console.output import arguments, database_url, print_result, run_script
+from lib.console.arguments import arguments, database_url
+from lib.console.output import print_result
+from lib.console.program import run_script
 from lib.pages.browser import START_PAGE, browser_app
 from lib.pages.loopback import ADDRESS, listen, serve
 

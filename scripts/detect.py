@@ -11,15 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.display import describe_detection, detection_json
-from lib.console.output import (
-    arguments,
-    overrides,
-    print_json,
-    print_table,
-    run_script,
-    settings_arguments,
-)
+from lib.console.output import print_json, print_table
+from lib.console.program import run_script
 from lib.models.detection import detect
 from lib.settings import load_settings
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from lib.console.arguments import arguments, overrides, settings_arguments
+from lib.console.bars import ResidueBar, download_bar
 from lib.console.display import (
     describe_detection,
     describe_input,
@@ -27,17 +29,8 @@ from lib.console.display import (
     run_json,
     validation_json,
 )
-from lib.console.output import (
-    ResidueBar,
-    arguments,
-    download_bar,
-    note,
-    overrides,
-    print_result,
-    print_table,
-    run_script,
-    settings_arguments,
-)
+from lib.console.output import note, print_result, print_table
+from lib.console.program import run_script
 from lib.jobs.embedding import Job, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model, offer_of, with_weights

@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.console.output import arguments, database_url, print_result, run_script
+from lib.console.arguments import arguments, database_url
+from lib.console.output import print_result
+from lib.console.program import run_script
 from lib.embeddings import open_run
 from lib.embeddings.export import FORMATS, export
 from lib.embeddings.selection import Selection, facts_of

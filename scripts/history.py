@@ -16,15 +16,9 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from lib.console.output import (
-    LiveLines,
-    arguments,
-    database_url,
-    print_fields,
-    print_json,
-    print_table,
-    run_script,
-)
+from lib.console.arguments import arguments, database_url
+from lib.console.output import LiveLines, print_fields, print_json, print_table
+from lib.console.program import run_script
 from lib.ledger.history import altered_rows, run_detail, run_history, watch
 from lib.ledger.overview import (
     LEAST_NEEDED,

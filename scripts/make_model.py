@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from lib.catalog import RELEASED
-from lib.console.output import arguments, note, print_json, run_script
+from lib.console.arguments import arguments
+from lib.console.output import note, print_json
+from lib.console.program import run_script
 from lib.models.untrained import make_folder, make_model
 
 

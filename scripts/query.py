@@ -13,7 +13,9 @@ import csv
 import sys
 from collections.abc import Sequence
 
-from lib.console.output import arguments, database_url, print_json, print_table, run_script
+from lib.console.arguments import arguments, database_url
+from lib.console.output import print_json, print_table
+from lib.console.program import run_script
 from lib.ledger.history import query
 
 

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lib.console.output import arguments, database_url, print_result, run_script
+from lib.console.arguments import arguments, database_url
+from lib.console.output import print_result
+from lib.console.program import run_script
 from lib.pages.report import default_place, make_report, write_report
 
 

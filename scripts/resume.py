@@ -18,6 +18,8 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from lib.console.arguments import arguments, database_url, overrides, settings_arguments
+from lib.console.bars import ResidueBar
 from lib.console.display import (
     describe_detection,
     describe_input,
@@ -25,17 +27,8 @@ from lib.console.display import (
     describe_start,
     run_json,
 )
-from lib.console.output import (
-    ResidueBar,
-    arguments,
-    database_url,
-    note,
-    overrides,
-    print_result,
-    print_table,
-    run_script,
-    settings_arguments,
-)
+from lib.console.output import note, print_result, print_table
+from lib.console.program import run_script
 from lib.jobs.admission import admit, clear_leftovers
 from lib.jobs.embedding import Job, work
 from lib.jobs.interruption import Interruption

@@ -17,16 +17,10 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from lib.console.arguments import arguments, database_url, overrides, settings_arguments
 from lib.console.display import describe_audit, describe_validation, validation_json
-from lib.console.output import (
-    arguments,
-    database_url,
-    note,
-    overrides,
-    print_result,
-    run_script,
-    settings_arguments,
-)
+from lib.console.output import note, print_result
+from lib.console.program import run_script
 from lib.jobs.interruption import Interruption
 from lib.jobs.validation import audit_run, try_run, validate
 from lib.settings import load_settings

@@ -20,17 +20,9 @@ from collections.abc import Sequence
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from lib.console.output import (
-    arguments,
-    database_url,
-    note,
-    overrides,
-    print_json,
-    print_line,
-    print_table,
-    run_script,
-    settings_arguments,
-)
+from lib.console.arguments import arguments, database_url, overrides, settings_arguments
+from lib.console.output import note, print_json, print_line, print_table
+from lib.console.program import run_script
 from lib.jobs.interruption import Interruption
 from lib.jobs.verification import COLUMNS, verify_run
 

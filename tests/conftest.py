@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from lib.console.output import guarded
+from lib.console.program import guarded
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.catalog import RELEASED
-from lib.console.output import arguments, overrides, settings_arguments
+from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.errors import SettingsError
 from lib.settings import (
     DEFAULT_CONFIG,

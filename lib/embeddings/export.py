@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.disk import new_path
 from lib.embeddings.hdf5 import write_anndata, write_hdf5
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, facts_of, facts_text
 from lib.errors import SettingsError
+from lib.files import new_path
 
 __all__ = ["FORMATS", "export"]
 

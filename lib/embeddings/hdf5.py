@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lib.disk import new_path
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import (
     Selection,
@@ -27,6 +26,7 @@ from lib.embeddings.selection import (
     refuse_repeats,
 )
 from lib.errors import LedgerError
+from lib.files import new_path
 
 __all__ = ["write_anndata", "write_hdf5"]
 

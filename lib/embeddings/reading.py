@@ -30,9 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.digest import file_sha256
-from lib.disk import disk_errors, new_path
 from lib.errors import IdentityRefusedError, SettingsError
+from lib.files import disk_errors, file_sha256, new_path
 from lib.ledger.footer import read_footer
 from lib.ledger.history import query
 from lib.ledger.sqlite_file import database_path

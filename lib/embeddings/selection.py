@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lib.disk import disk_errors
 from lib.embeddings.reading import RunEmbeddings
 from lib.errors import LedgerError, SettingsError
+from lib.files import disk_errors
 from schema.parquet import VectorColumn
 
 __all__ = ["Selection", "facts_of", "facts_text", "library", "ordered_vectors", "refuse_repeats"]

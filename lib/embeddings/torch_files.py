@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.disk import new_path
 from lib.embeddings.reading import RunEmbeddings, lists, values
 from lib.embeddings.selection import (
     Selection,
@@ -26,6 +25,7 @@ from lib.embeddings.selection import (
     refuse_repeats,
 )
 from lib.errors import LedgerError, MachineError
+from lib.files import new_path
 from schema.parquet import CONTACTS, VectorColumn, vector_columns
 
 __all__ = ["write_esm_extract", "write_virnucpro"]

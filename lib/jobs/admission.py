@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.disk import disk_errors
 from lib.errors import (
     IdentityRefusedError,
     InputError,
@@ -14,6 +13,7 @@ from lib.errors import (
     SettingsError,
     WeightsError,
 )
+from lib.files import disk_errors
 from lib.ledger.checkpoints import leftovers
 from lib.ledger.identity import (
     Finding,

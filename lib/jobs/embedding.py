@@ -14,7 +14,6 @@ from lib.columns import Vectors
 from lib.errors import InputError, MachineError
 from lib.jobs.interruption import Interruption
 from lib.ledger.checkpoints import CheckpointWriter, rename_into_place
-from lib.ledger.database import WRITER
 from lib.ledger.identity import run_config, run_identity
 from lib.ledger.runs import (
     Ownership,
@@ -34,6 +33,7 @@ from lib.sequences.windows import Window, read_windows
 from lib.settings import Settings
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
+from schema.version import WRITER
 
 __all__ = ["Job", "work"]
 

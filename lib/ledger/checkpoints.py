@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.columns import Vectors
-from lib.digest import file_sha256
-from lib.disk import disk_errors, sync_folder
 from lib.errors import MachineError
+from lib.files import disk_errors, file_sha256, sync_folder
 from lib.sequences.records import Owner
 from schema.parquet import FOOTER_KEY
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 
+from lib.ledger.statements import read_statements
 from schema.tables import Base
 
 __all__ = ["Comment", "table_comments", "view_comments"]
 
-_VIEW = re.compile(r"^-- ([^\n]+)\nCREATE VIEW (\w+) AS\n(.*?);$", re.MULTILINE | re.DOTALL)
-_COLUMN = re.compile(r"^    -- ([^\n]+)\n.*?\bAS (\w+),?$", re.MULTILINE | re.DOTALL)
+_VIEW = re.compile(r"CREATE VIEW (\w+)")
 
 
 @dataclass(frozen=True)
 class Comment:
-    """What the rows of a table or view are, and what each column holds."""
+    """A line about the rows of a table or view, and one about each of its columns."""
 
     rows: str
     columns: dict[str, str]
 
 
 def table_comments() -> dict[str, Comment]:
-    """Return the comment of every table by name, columns in their order."""
+    """Return the comment of every table by name, with its columns in their order."""
     classes = [mapper.class_ for mapper in Base.registry.mappers]
     return {
         one.__tablename__: Comment(
@@ -36,9 +35,10 @@ def table_comments() -> dict[str, Comment]:
 
 
 def view_comments() -> dict[str, Comment]:
-    """Return the comment of every view by name, columns in their order."""
-    text = files("schema").joinpath("views.sql").read_text(encoding="utf-8")
-    return {
-        name: Comment(rows, {column: comment for comment, column in _COLUMN.findall(body)})
-        for rows, name, body in _VIEW.findall(text)
-    }
+    """Return the comment of every view by name, with its columns in their order."""
+    comments = {}
+    for statement in read_statements("views.sql"):
+        view = _VIEW.match(statement.sql)
+        if view is not None:
+            comments[view[1]] = Comment(" ".join(statement.comments), statement.columns)
+    return comments

@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert
@@ -24,12 +23,11 @@ from lib.ledger.sqlite_file import (
     refuse_strangers,
     sqlite_errors,
 )
+from lib.ledger.statements import read_statements
 from schema.tables import Base, SchemaVersion
-from schema.version import APPLICATION_ID, SCHEMA_VERSION
+from schema.version import APPLICATION_ID, SCHEMA_VERSION, WRITER
 
-__all__ = ["WRITER", "open_for_reading", "open_for_writing", "transaction", "utc_now"]
-
-WRITER = "esm-ledger 0.1.0"
+__all__ = ["open_for_reading", "open_for_writing", "transaction", "utc_now"]
 
 
 def utc_now() -> str:
@@ -130,9 +128,7 @@ def _use_wal(path: Path) -> None:
 def _create(connection: Connection) -> None:
     connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
     Base.metadata.create_all(connection)
-    views = files("schema").joinpath("views.sql").read_text(encoding="utf-8")
-    for statement in views.split(";\n"):
-        if "CREATE VIEW" in statement:
-            connection.exec_driver_sql(statement)
+    for view in read_statements("views.sql"):
+        connection.exec_driver_sql(view.sql)
     version = {"version": SCHEMA_VERSION, "created_at": utc_now(), "writer": WRITER}
     connection.execute(insert(SchemaVersion), version)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.digest import file_sha256
 from lib.errors import IdentityRefusedError
+from lib.files import file_sha256
 from lib.ledger.checkpoints import CHECKPOINT_NAME, leftovers
 from lib.ledger.footer import read_footer
 from lib.models.detection import Detection

@@ -1,14 +1,13 @@
-"""Questions that people ask of the run database, each with its query."""
+"""Questions that people ask of the run database, each with the query that answers it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.resources import files
+
+from lib.ledger.statements import read_statements
 
 __all__ = ["Question", "questions"]
-
-_QUESTION = re.compile(r"^-- ([^\n]+\?)\n(.*?);$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -26,5 +25,4 @@ class Question:
 
 def questions() -> list[Question]:
     """Return the questions of schema/questions.sql in their order."""
-    text = files("schema").joinpath("questions.sql").read_text(encoding="utf-8")
-    return [Question(question, sql) for question, sql in _QUESTION.findall(text)]
+    return [Question(" ".join(one.comments), one.sql) for one in read_statements("questions.sql")]

@@ -16,8 +16,8 @@ from typing import IO
 from sqlalchemy import JSON, Engine, delete, select, update
 from sqlalchemy.orm import Session, selectinload
 
-from lib.disk import disk_errors, sync_folder
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
+from lib.files import disk_errors, sync_folder
 from lib.ledger.checkpoints import FinishedFile
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from lib.catalog import RELEASED
-from lib.digest import file_sha256, files_stamp, listing_sha256
 from lib.errors import WeightsError
+from lib.files import file_sha256, files_stamp, listing_sha256
 from lib.models.huggingface import fair_esm_name, read_json, stored_tensors, tensors_of
 from lib.models.torch_archive import TensorInfo
 from lib.models.weights import Weights

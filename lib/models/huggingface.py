@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lib.digest import file_sha256, listing_sha256
 from lib.errors import WeightsError
+from lib.files import file_sha256, listing_sha256
 from lib.models.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lib.digest import file_sha256
 from lib.errors import WeightsError
+from lib.files import file_sha256
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
 from lib.models.weights import Weights
 

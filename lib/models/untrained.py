@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lib.catalog import VOCABULARY, trunk_shapes
-from lib.disk import disk_errors, new_path
 from lib.errors import MachineError, SettingsError
+from lib.files import disk_errors, new_path
 from lib.models.huggingface import hugging_face_name
 
 __all__ = ["make_folder", "make_model"]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lib.catalog import RELEASED
-from lib.digest import file_sha256, files_stamp
 from lib.errors import WeightsError
+from lib.files import file_sha256, files_stamp
 from lib.models import huggingface
 from lib.models.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
 from schema.settings import ModelSettings

@@ -7,16 +7,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lib.disk import disk_errors, new_path
 from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
+from lib.files import disk_errors, new_path
 from lib.ledger.history import RunDetail, Table, query, run_detail
 from lib.ledger.overview import attempts_table, run_fields
 from lib.ledger.sqlite_file import database_path
@@ -32,6 +31,7 @@ from lib.pages.figures import (
 from lib.pages.survey import Survey, survey
 from lib.units import count, moment, printable, records
 from schema.esm2_config import ESM2Config, load_snapshot
+from schema.version import VERSION
 
 __all__ = ["Report", "default_place", "make_report", "write_report"]
 
@@ -133,7 +133,7 @@ def _page(report: Report) -> str:
     return environment.get_template("report.html").render(
         report=report,
         figures=list(zip(report.figures, drawings, legends, strict=True)),
-        version=version("esm-ledger"),
+        version=VERSION,
     )
 
 

@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_nothing(
     to = place.folder / "out"
     code = (
         "import resource; from scripts.export import main; "
-        "from lib.console.output import run_script; "
+        "from lib.console.program import run_script; "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); run_script(main)"
     )
     flags = ["--run", "1", "--format", form, "--to", to, "--config", place.config]

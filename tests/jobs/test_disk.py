@@ -18,7 +18,7 @@ from tests.reference import assert_same_bits
 LIMITED = """
 import resource, signal, sys
 from importlib import import_module
-from lib.console.output import guarded
+from lib.console.program import guarded
 script, limit, *argv = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
@@ -29,7 +29,7 @@ sys.exit(guarded(import_module(f"scripts.{script}").main, argv))
 AFTER_TWO = """
 import shutil, sys
 import lib.jobs.embedding
-from lib.console.output import guarded
+from lib.console.program import guarded
 from scripts.embed import main
 moved, *argv = sys.argv[1:]
 true, count = lib.jobs.embedding.add_checkpoint, 0

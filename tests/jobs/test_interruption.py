@@ -17,7 +17,7 @@ from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
 SLOW = """
 import sys, time
 from importlib import import_module
-from lib.console.output import guarded
+from lib.console.program import guarded
 from scripts.embed import main
 target, nth, seconds, *argv = sys.argv[1:]
 module, _, name = target.rpartition(".")
@@ -82,7 +82,7 @@ def test_a_second_sigint_ends_at_once_and_loses_only_what_is_not_committed(
 SLOW_PACKS = """
 import sys, time
 import lib.network.pipeline
-from lib.console.output import guarded
+from lib.console.program import guarded
 from scripts.embed import main
 seconds, *argv = sys.argv[1:]
 true = lib.network.pipeline.launch

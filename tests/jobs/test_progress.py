@@ -21,8 +21,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-import lib.console.output
-from lib.console.output import ResidueBar
+import lib.console.bars
+from lib.console.bars import ResidueBar
 from lib.jobs.embedding import Job, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model, try_model
@@ -263,7 +263,7 @@ def test_a_resumed_run_says_what_was_there_before(
 ) -> None:
     """Interrupted after its first checkpoint, the run goes on from there."""
     told: list[str] = []
-    monkeypatch.setattr(lib.console.output, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(lib.console.bars, "_SECONDS_BETWEEN_LINES", 0.0)
     flags = ["--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=2000"]
     true = ResidueBar.advance
 

@@ -135,7 +135,7 @@ def test_a_signal_commits_what_is_finished(
     slow = "import lib.network.pipeline as e, time, sys; f = e.launch\n"
     slow += "def c(*a, **k):\n    time.sleep(0.2)\n    return f(*a, **k)\n"
     slow += "e.launch = c\nfrom scripts.embed import main\n"
-    slow += "from lib.console.output import guarded\nsys.exit(guarded(main, sys.argv[1:]))"
+    slow += "from lib.console.program import guarded\nsys.exit(guarded(main, sys.argv[1:]))"
     argv = [
         *map(str, flags),
         "--config",

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.digest import file_sha256
+from lib.files import file_sha256
 from lib.jobs import fair_esm, verification
 from lib.models.regression import regression_path
 from lib.models.untrained import make_folder

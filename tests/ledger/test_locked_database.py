@@ -190,7 +190,7 @@ def test_a_file_system_that_maps_no_shared_memory_is_refused_with_the_fact(
 AFTER_ONE = """
 import sys, lib.jobs.embedding
 from pathlib import Path
-from lib.console.output import guarded
+from lib.console.program import guarded
 from scripts.embed import main
 true, calls = lib.jobs.embedding.add_checkpoint, []
 def add(*arguments):

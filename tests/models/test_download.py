@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.console.output import download_bar
+from lib.console.bars import download_bar
 from lib.errors import MachineError
 from lib.models.download import download_target, download_weights
 from lib.models.untrained import make_model
@@ -243,7 +243,7 @@ def test_a_log_file_gets_a_line_a_minute(
     lines = embed(script, place).err.splitlines()
     assert [one for one in lines if one.startswith(NAME)] == [f"{NAME}: {whole} of {whole}"]
     download_target(load_settings(place.config, {"model.esm_model": NAME}).model).unlink()
-    monkeypatch.setattr("lib.console.output._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lib.console.bars._SECONDS_BETWEEN_LINES", 0.0)
     lines = embed(script, place).err.splitlines()
     said = [one for one in lines if one.startswith(NAME)]
     assert len(said) > 5

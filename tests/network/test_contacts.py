@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lib.digest import file_sha256
 from lib.embeddings import open_run
 from lib.errors import SettingsError, WeightsError
+from lib.files import file_sha256
 from lib.ledger import checkpoints
 from lib.ledger.footer import read_footer
 from lib.models.detection import detect

@@ -356,7 +356,7 @@ def test_a_second_sigint_abandons_packs_at_their_next_layer(
     slow = """
 import sys, time
 from lib.network.esm2 import Network
-from lib.console.output import guarded
+from lib.console.program import guarded
 from scripts.embed import main
 true = Network._attention
 def attention(*arguments):

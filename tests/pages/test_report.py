@@ -27,8 +27,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from lib.digest import file_sha256
 from lib.embeddings import open_run
+from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
 from lib.pages.charts import Axis, Bars, histogram
 from lib.pages.figures import Work, norms_figure, throughput_figure
@@ -734,7 +734,7 @@ def test_a_full_disk_leaves_the_earlier_report(script: Script, place: Place, emb
     before, files = to.read_bytes(), set(place.folder.iterdir())
     code = (
         "import resource; from scripts.report import main; "
-        "from lib.console.output import run_script; "
+        "from lib.console.program import run_script; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); run_script(main)"
     )
     done = subprocess.run(

@@ -24,7 +24,7 @@ import scripts.embed
 import scripts.history
 import scripts.resume
 import scripts.validate
-from lib.console.output import guarded
+from lib.console.program import guarded
 
 # Once here instead of in every fork: the scripts, what pyarrow imports at its first array, tables.
 _MAINS = {

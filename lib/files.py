@@ -1,18 +1,46 @@
-"""The disk: what is new is whole under its name or not there, and what is refused is one line."""
+"""Files: digests, change stamps, and new files that appear complete or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from lib.errors import MachineError, SettingsError
 
-__all__ = ["disk_errors", "new_path", "sync_folder"]
+__all__ = [
+    "disk_errors",
+    "file_sha256",
+    "files_stamp",
+    "listing_sha256",
+    "new_path",
+    "sync_folder",
+]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256sum` prints it; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
+    """Return the SHA-256 of what `sha256sum` prints for (digest, name) entries."""
+    listing = hashlib.sha256()
+    for digest, name in entries:
+        listing.update(f"{digest}  {name}\n".encode())
+    return listing.hexdigest()
+
+
+def files_stamp(files: Iterable[Path]) -> tuple[object, ...]:
+    """Return a value that changes when one of `files` is written or replaced; raises OSError."""
+    found = [(file.name, file.stat()) for file in files]
+    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
 
 
 def sync_folder(folder: Path) -> None:
@@ -26,7 +54,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a MachineError that names the file."""
+    """Turn errors of the operating system and of Arrow into a MachineError that names `path`."""
     try:
         yield
     except pa.ArrowException as error:
@@ -39,12 +67,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 def new_path(
     path: Path, *, folder: bool, replaceable: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was made there is synced and takes that name.
+    """Yield a temporary path beside `path`, then sync what was written there and rename it.
 
-    With `folder` it is an empty folder, whose files are flat. Nothing that exists is replaced
-    but a file that is `replaceable`, and nothing is left of work that failed.
+    With `folder` the temporary path is an empty folder; it may hold files but no folders. An
+    existing `path` is replaced only if `replaceable(path)` is true. If the block fails, the
+    temporary path is removed.
 
-    Raises SettingsError if `path` exists or its folder does not, MachineError for the disk.
+    Raises SettingsError if `path` exists or its folder does not, MachineError if the disk fails.
     """
     _refuse_existing(path, replaceable)
     if not path.parent.is_dir():

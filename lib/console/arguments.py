@@ -1,0 +1,92 @@
+"""Arguments: the flags of every script, and what they override of config.ini."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lib.errors import LedgerError
+from lib.settings import DEFAULT_CONFIG, load_settings
+
+__all__ = ["arguments", "database_url", "overrides", "settings_arguments"]
+
+# Flag of a script, and the option of config.ini that it overrides.
+_FLAGS = {
+    "esm_model": "model.esm_model",
+    "repr_layers": "model.repr_layers",
+    "input": "input.fasta",
+    "output": "output.folder",
+    "include": "output.include",
+    "database": "database.url",
+}
+
+
+def arguments(documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser with what every script takes: --config, --database and --json."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--database", metavar="URL", help="run database: a SQLite path or URL")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="settings file (default: the project's config.ini)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """Add the named ones of the flags that override config.ini, and --set."""
+    group = parser.add_argument_group("overriding config.ini")
+    helps = {
+        "esm_model": ("MODEL", "a released name in full, or the path of weights"),
+        "input": ("FASTA", "the FASTA file"),
+        "output": ("FOLDER", "the folder that gets a folder for every run"),
+    }
+    for flag, (metavar, explanation) in helps.items():
+        if flag in flags:
+            option = f"--{flag.replace('_', '-')}"
+            group.add_argument(option, metavar=metavar, help=explanation)
+    if "include" in flags:
+        group.add_argument(
+            "--include", nargs="+", metavar="KIND", help="mean, bos, per_tok, contacts"
+        )
+    if "repr_layers" in flags:
+        group.add_argument(
+            "--repr-layers",
+            nargs="+",
+            type=int,
+            metavar="LAYER",
+            help="layers to keep: 0 the embedding, -1 the last",
+        )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.OPTION=VALUE",
+        help="any option of config.ini",
+    )
+
+
+def overrides(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return what the flags say, as "section.option" to text; a flag outranks --set."""
+    said: dict[str, str] = {}
+    for setting in getattr(parsed, "set", []):
+        key, equals, value = setting.partition("=")
+        if not equals or "." not in key:
+            raise LedgerError(f"--set {setting}: not section.option=value")
+        said[key.strip()] = value
+    for flag, key in _FLAGS.items():
+        value = getattr(parsed, flag, None)
+        if value is not None:
+            said[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return said
+
+
+def database_url(parsed: argparse.Namespace) -> str:
+    """Return where the run database lies, by --database or --set, else by config.ini."""
+    said = {key: value for key, value in overrides(parsed).items() if key == "database.url"}
+    return load_settings(parsed.config, said).database.url

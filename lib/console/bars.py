@@ -1,0 +1,106 @@
+"""Bars: the progress of a run and of a download, on a terminal or as a line a minute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lib.console.output import note
+from lib.units import count, duration, size
+
+if TYPE_CHECKING:
+    from lib.jobs.progress import Progress
+
+__all__ = ["ResidueBar", "download_bar"]
+
+_SECONDS_BETWEEN_LINES = 60.0
+
+
+class ResidueBar:
+    """Shows the progress of a run: as a bar on a terminal, elsewhere as a line a minute and one
+    at the end.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        from tqdm import tqdm  # here, as history has no bar and starts in a moment
+
+        self._on_terminal = sys.stderr.isatty()
+        # Some terminals, as those of containers, do not know how wide they are.
+        sized = self._on_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        self._progress = progress
+        self._line_is_due = progress.seconds + _SECONDS_BETWEEN_LINES
+        self._bar = tqdm(
+            total=progress.residues_total,
+            initial=progress.residues_before,
+            bar_format="embedding {percentage:3.0f}%|{bar}| {desc}",
+            desc=_describe_progress(progress),
+            miniters=0,
+            mininterval=0.2,
+            ncols=None if sized else 80,
+            dynamic_ncols=sized,
+            disable=not self._on_terminal,
+            file=sys.stderr,
+        )
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Count a pack as done; lengths: (N,) residues of its sequences."""
+        self._progress.advance(lengths)
+        self._bar.set_description_str(_describe_progress(self._progress), refresh=False)
+        self._bar.update(sum(lengths))
+        if not self._on_terminal and self._progress.seconds >= self._line_is_due:
+            self._say()
+
+    def __enter__(self) -> ResidueBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if not self._on_terminal:
+            self._say()
+
+    def _say(self) -> None:
+        note(f"embedding: {_describe_progress(self._progress)}")
+        self._line_is_due = self._progress.seconds + _SECONDS_BETWEEN_LINES
+
+
+def _describe_progress(progress: Progress) -> str:
+    """Return `3,100 of 5,000 residues (2,000 before), 12 res/s, 2 min 38 s left`."""
+    text = f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
+    if progress.residues_before:
+        text += f" ({count(progress.residues_before)} before)"
+    if progress.rate is not None:
+        text += f", {count(progress.rate)} res/s"
+    if progress.seconds_left is not None and progress.residues_done < progress.residues_total:
+        text += f", {duration(progress.seconds_left)} left"
+    return text
+
+
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Give a function that shows bytes received, of all if that is known.
+
+    As a bar on a terminal, elsewhere as a line a minute and one at the end.
+    """
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr.isatty()
+    line, line_is_due = f"{name}: nothing", time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def show(received: int, total: int | None) -> None:
+        nonlocal line, line_is_due
+        bar.total = total
+        bar.update(received - bar.n)
+        line = f"{name}: {size(received)}" + (f" of {size(total)}" if total else "")
+        if not on_terminal and time.monotonic() >= line_is_due:
+            note(line)
+            line_is_due = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    bar = tqdm(desc=name, unit="B", unit_scale=True, disable=not on_terminal, file=sys.stderr)
+    with bar:
+        yield show
+    if not on_terminal:
+        note(line)
