@@ -18,28 +18,22 @@ if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a tr
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from lib.console.arguments import arguments, overrides, settings_arguments
-from lib.console.bars import ResidueBar, download_bar
+from lib.console.bars import download_bar
 from lib.console.display import (
-    describe_detection,
-    describe_input,
-    describe_run,
     describe_start,
     describe_validation,
     describe_weights,
-    run_json,
     validation_json,
 )
-from lib.console.output import note, print_result, print_table
+from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
+from lib.console.output import note, print_result
 from lib.console.program import run_script
-from lib.jobs.embedding import Job, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model, offer_of, with_weights
-from lib.jobs.progress import Progress
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.models.detection import detect
-from lib.network.device import packs_at_once
 from lib.sequences.inventory import preflight
 from lib.settings import load_settings
 
@@ -64,31 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # ---- What will be done: detected, checked, displayed
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
-        columns = ["property", "value", "source"]
-        print_table(columns, describe_detection(detection), to_stderr=True)
+        show_model(detection)
         inventory = preflight(settings.input)
-        for line in describe_input(inventory, settings.input.max_residues):
-            note(line)
+        show_input(inventory, settings)
         engine = open_for_writing(settings.database.url)
         detection = with_weights(settings, detection, download_bar)
         model = load_model(settings, detection)
         note(describe_start(model))
-        settings = model.settings
 
         # ---- On the record
         with (
             interruption.deferred(),
-            create_run(engine, settings, model.config, inventory, model.facts) as ownership,
+            create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
         ):
-            note(f"run {ownership.run_id}")
-            network = model.network
-            at_once = packs_at_once(network.device)
-            counted = Progress(inventory.lengths, network.shape.hidden_dim, at_once=at_once)
-            with ResidueBar(counted) as bar:
-                run = work(
-                    Job(engine, ownership, settings, inventory, network, interruption, bar.advance)
-                )
-    print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
+            note(f"run {ownership.run.id}")
+            run = embed_under_bar(engine, ownership, model, inventory, interruption)
+    show_result(run, as_json=parsed.json)
     return 0
 
 

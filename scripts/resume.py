@@ -19,24 +19,15 @@ if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a tr
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from lib.console.arguments import arguments, database_url, overrides, settings_arguments
-from lib.console.bars import ResidueBar
-from lib.console.display import (
-    describe_detection,
-    describe_input,
-    describe_run,
-    describe_start,
-    run_json,
-)
-from lib.console.output import note, print_result, print_table
+from lib.console.display import describe_start
+from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
+from lib.console.output import note
 from lib.console.program import run_script
 from lib.jobs.admission import admit, clear_leftovers
-from lib.jobs.embedding import Job, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model
-from lib.jobs.progress import Progress
 from lib.ledger.database import open_for_writing
-from lib.ledger.runs import find_run, load_run, own, start_attempt
-from lib.network.device import packs_at_once
+from lib.ledger.runs import own, start_attempt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,43 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     interruption = Interruption()
     with interruption.handled():
         engine = open_for_writing(database_url(parsed), create=False)
-        run_id = find_run(engine, parsed.run).id
-        with own(load_run(engine, run_id)):
+        with own(engine, parsed.run) as run:
             # ---- Identity: all of it, before a tensor is read
-            run = load_run(engine, run_id)
             admission = admit(run, said, recompute_damaged=parsed.recompute_damaged)
-            detection, settings = admission.detection, admission.settings
-            columns = ["property", "value", "source"]
-            print_table(columns, describe_detection(detection, admission.sha256), to_stderr=True)
-            inventory = admission.inventory
-            for line in describe_input(inventory, settings.input.max_residues):
-                note(line)
-            if run.status == "finished" and not admission.damaged:
-                print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
+            inventory, damaged = admission.inventory, admission.damaged
+            show_model(admission.detection, admission.sha256)
+            show_input(inventory, admission.settings)
+            if run.status == "finished" and not damaged:
+                show_result(run, as_json=parsed.json)
                 return 0
-            model = load_model(settings, detection, admission.sha256)
+            model = load_model(admission.settings, admission.detection, admission.sha256)
             note(describe_start(model))
 
             # ---- Back on the record
             with (
                 interruption.deferred(),
-                start_attempt(engine, run_id, model.facts, admission.damaged) as ownership,
+                start_attempt(engine, run, model.facts, damaged) as ownership,
             ):
-                for checkpoint in admission.damaged:
-                    note(f"run {run_id}: {checkpoint.path}: dropped, to be computed again")
-                run = load_run(engine, run_id)
+                for checkpoint in damaged:
+                    note(f"run {run.id}: {checkpoint.path}: dropped, to be computed again")
                 for path in clear_leftovers(run):
-                    note(f"run {run_id}: {path.name}: not in the database, removed")
-                network = model.network
-                done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
-                at_once = packs_at_once(network.device)
-                counted = Progress(inventory.lengths, network.shape.hidden_dim, done, at_once)
-                with ResidueBar(counted) as bar:
-                    progress = bar.advance
-                    run = work(
-                        Job(engine, ownership, settings, inventory, network, interruption, progress)
-                    )
-    print_result(run_json(run), [describe_run(run)], as_json=parsed.json)
+                    note(f"run {run.id}: {path.name}: not in the database, removed")
+                embed_under_bar(engine, ownership, model, inventory, interruption)
+    show_result(run, as_json=parsed.json)
     return 0
 
 

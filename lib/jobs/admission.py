@@ -14,13 +14,12 @@ from lib.errors import (
     WeightsError,
 )
 from lib.files import disk_errors
+from lib.ledger.audit import Finding, audit, audit_files
 from lib.ledger.checkpoints import leftovers
 from lib.ledger.identity import (
-    Finding,
-    audit,
-    audit_files,
     check_input,
     check_properties,
+    check_regression,
     check_settings,
     check_sha256,
     run_config,
@@ -100,11 +99,11 @@ def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:
         found = detect(replace(settings.model, repr_layers=None), contacts=contacts)
     except SettingsError as error:
         raise IdentityRefusedError(f"run {run.id}: {error}") from None
-    check_properties(run, found)
+    _check_properties(run, found)
     if found.weights is None:
         raise WeightsError(f"run {run.id}: weights of {found.name} are not on disk")
     sha256 = found.weights.sha256()
-    check_sha256(run, found, sha256)
+    _check_digests(run, found, sha256)
     config = run_config(run)
     layers = Property(config.repr_layers, f"run {run.id}")
     properties = {**found.properties, "repr_layers": layers}
@@ -158,8 +157,35 @@ def why_not_resumable(run: Run, detection: Detection, sha256: str) -> str | None
     try:
         _refuse(audit(run, files=False))
         check_settings(run, settings_of(run, {}))
-        check_properties(run, detection)
-        check_sha256(run, detection, sha256)
+        _check_properties(run, detection)
+        _check_digests(run, detection, sha256)
     except LedgerError as error:
         return str(error)
     return None
+
+
+def _check_properties(run: Run, detection: Detection) -> None:
+    """Compare detected properties with the run's.
+
+    The name and the layers are left out: a file may be renamed, and the layers are the run's.
+    """
+    keys = run_config(run).snapshot().keys() - {"repr_layers"}
+    found = {key: prop.value for key, prop in detection.properties.items() if key in keys}
+    if detection.weights is not None:
+        found["untrained"] = detection.untrained
+    check_properties(run, found, _place(detection))
+
+
+def _check_digests(run: Run, detection: Detection, sha256: str) -> None:
+    """Compare the digests of the weights and, with contacts, of the contact regression.
+
+    Raises WeightsError if the contact regression is not there.
+    """
+    check_sha256(run, sha256, _place(detection))
+    if "contacts" in run.include:
+        regression = detection.regression or detection.find_regression()
+        check_regression(run, regression.sha256 or sha256, regression.path)
+
+
+def _place(detection: Detection) -> str:
+    return str(detection.weights.path) if detection.weights else f"the catalog ({detection.name})"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
 from lib.jobs.loading import LoadedModel, load_model, try_model
+from lib.ledger.audit import audit
 from lib.ledger.database import open_for_reading
-from lib.ledger.identity import audit, check_settings
+from lib.ledger.identity import check_settings
 from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect

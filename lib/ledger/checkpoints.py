@@ -17,23 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.columns import Vectors
-from lib.errors import MachineError
-from lib.files import disk_errors, file_sha256, sync_folder
+from lib.files import disk_errors, file_sha256
 from lib.sequences.records import Owner
 from schema.parquet import FOOTER_KEY
 
 __all__ = [
-    "CHECKPOINT_NAME",
     "CheckpointWriter",
     "FinishedFile",
+    "checkpoint_name",
+    "checkpoint_number",
     "leftovers",
-    "rename_into_place",
+    "temporary_name",
 ]
 
 # Rows are held back until they are worth a row group of this many bytes.
 _ROW_GROUP_BYTES = 32 << 20
-CHECKPOINT_NAME = re.compile(r"checkpoint-\d{6}\.parquet\Z")
-_TEMPORARY = re.compile(r"\.checkpoint-\d{6}\.parquet\.tmp\Z")
+_NAME = re.compile(r"checkpoint-(\d{6,})\.parquet")
+# The second form is that of versions before the attempt was part of the name.
+_TEMPORARY = re.compile(r"\.(attempt-\d+-\d+|checkpoint-\d{6})\.parquet\.tmp")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class FinishedFile:
     """A checkpoint that is on disk under a temporary name, complete and synced."""
 
     temporary: Path
-    path: Path
     records: int
     bytes: int
     sha256: str
@@ -50,15 +50,8 @@ class FinishedFile:
 class CheckpointWriter:
     """Writes one checkpoint under a temporary name; nothing is seen of it before it is whole."""
 
-    def __init__(
-        self,
-        folder: Path,
-        number: int,
-        columns: pa.Schema,
-        footer: Mapping[str, Any],
-    ) -> None:
-        self.path = folder / f"checkpoint-{number:06d}.parquet"
-        self._temporary = folder / f".{self.path.name}.tmp"
+    def __init__(self, temporary: Path, columns: pa.Schema, footer: Mapping[str, Any]) -> None:
+        self._temporary = temporary
         self._columns = columns
         self._footer = footer
         self._rows: list[pa.RecordBatch] = []
@@ -70,6 +63,7 @@ class CheckpointWriter:
                 self._temporary,
                 columns,
                 use_dictionary=False,
+                # Floats do not shrink, and take time.
                 compression={name: "none" if name in vectors else "zstd" for name in columns.names},
                 write_statistics=["record", "length", "embedded_length"],
                 write_page_checksum=True,
@@ -94,7 +88,7 @@ class CheckpointWriter:
                 self._flush()
 
     def finish(self, first_position: int, stop_position: int) -> FinishedFile:
-        """Close and sync the file; it keeps its temporary name until `rename_into_place`."""
+        """Close and sync the file; it keeps its temporary name until it is committed."""
         self._flush()
         footer = {**self._footer, "first_position": first_position, "stop_position": stop_position}
         with disk_errors(self._temporary):
@@ -104,7 +98,7 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
             digest = file_sha256(self._temporary)
             size = self._temporary.stat().st_size
-        return FinishedFile(self._temporary, self.path, self.records, size, digest)
+        return FinishedFile(self._temporary, self.records, size, digest)
 
     def discard(self) -> None:
         """Remove what was written of an unfinished checkpoint."""
@@ -120,13 +114,20 @@ class CheckpointWriter:
         self._rows, self._held = [], 0
 
 
-def rename_into_place(finished: FinishedFile) -> None:
-    """Give a finished checkpoint its name, on disk as well as in memory."""
-    with disk_errors(finished.path):
-        if finished.path.exists():
-            raise MachineError(f"{finished.path}: exists already")
-        finished.temporary.rename(finished.path)
-        sync_folder(finished.path.parent)
+def temporary_name(attempt_id: int, first_position: int) -> str:
+    """Return the name under which an attempt writes the stretch that begins at a position."""
+    return f".attempt-{attempt_id}-{first_position}.parquet.tmp"
+
+
+def checkpoint_name(number: int) -> str:
+    """Return the file name of a run's checkpoint."""
+    return f"checkpoint-{number:06d}.parquet"
+
+
+def checkpoint_number(name: str) -> int | None:
+    """Return the number in a checkpoint's file name; None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def leftovers(folder: Path, listed: set[str]) -> list[Path]:
@@ -136,8 +137,8 @@ def leftovers(folder: Path, listed: set[str]) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if _TEMPORARY.match(path.name)
-        or (CHECKPOINT_NAME.match(path.name) and path.name not in listed)
+        if _TEMPORARY.fullmatch(path.name)
+        or (checkpoint_number(path.name) is not None and path.name not in listed)
     )
 
 

@@ -13,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import JSON, Engine, delete, select, update
+from sqlalchemy import JSON, Engine, Update, delete, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors, sync_folder
-from lib.ledger.checkpoints import FinishedFile
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
@@ -31,13 +30,11 @@ from schema.tables import Attempt, Base, Checkpoint, Model, Run
 __all__ = [
     "AttemptFacts",
     "Ownership",
-    "add_checkpoint",
+    "alive",
     "beat",
     "create_run",
     "end_attempt",
-    "find_run",
     "load_run",
-    "next_checkpoint_number",
     "own",
     "start_attempt",
     "unfinished_runs",
@@ -59,9 +56,12 @@ class AttemptFacts:
 
 @dataclass(frozen=True)
 class Ownership:
-    """A run and the attempt at it that this process is; the run's lock is held meanwhile."""
+    """A run that this process holds the lock of, and its attempt at it.
 
-    run_id: int
+    `run` is kept as the database has it: its status, and its checkpoints as they are committed.
+    """
+
+    run: Run
     attempt_id: int
 
 
@@ -83,7 +83,8 @@ def create_run(
     with transaction(engine) as session:
         run = Run(
             uuid=str(uuid.uuid4()),
-            model_id=_model(session, config).id,
+            model=_model(session, config),
+            checkpoints=[],
             esm2_config=config.snapshot(),
             repr_layers=list(config.repr_layers),
             **settings_identity(settings),
@@ -108,24 +109,28 @@ def create_run(
         lock = _make_folder(folder)
         attempt = _attempt(run.id, facts)
         session.add(attempt)
-    with lock, _ended_on_the_record(engine, Ownership(run.id, attempt.id)) as ownership:
+    with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
 
 
 @contextmanager
-def own(run: Run) -> Iterator[None]:
-    """Hold the lock of a run; raises MachineError naming the owner if a live process has it."""
+def own(engine: Engine, run_id: int | None) -> Iterator[Run]:
+    """Hold the lock of a run, or of the newest unfinished one, and give the run as it then is.
+
+    Raises SettingsError if there is none, MachineError naming the owner if a live process has it.
+    """
+    found, folder = _find(engine, run_id)
     try:
-        lock = take_lock(Path(run.output_folder))
+        lock = take_lock(folder)
     except HeldError:
-        raise MachineError(f"run {run.id}: {_owner(run)}") from None
+        raise MachineError(f"run {found}: {_owner(load_run(engine, found))}") from None
     with lock:
-        yield
+        yield load_run(engine, found)
 
 
 @contextmanager
 def start_attempt(
-    engine: Engine, run_id: int, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
+    engine: Engine, run: Run, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
 ) -> Iterator[Ownership]:
     """Record a further attempt at a run whose lock is held, and its end if the block fails.
 
@@ -137,53 +142,30 @@ def start_attempt(
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
         session.execute(
             update(Attempt)
-            .where(Attempt.run_id == run_id, Attempt.ended_at.is_(None))
+            .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
             .values(ended_at=utc_now(), outcome="lost")
         )
         session.execute(
-            update(Run).where(Run.id == run_id).values(status="running", finished_at=None)
+            update(Run).where(Run.id == run.id).values(status="running", finished_at=None)
         )
-        attempt = _attempt(run_id, facts)
+        attempt = _attempt(run.id, facts)
         session.add(attempt)
-    with _ended_on_the_record(engine, Ownership(run_id, attempt.id)) as ownership:
+    run.status = "running"
+    for checkpoint in dropped:
+        run.checkpoints.remove(checkpoint)
+    with _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
-
-
-def add_checkpoint(
-    engine: Engine,
-    ownership: Ownership,
-    config: ESM2Config,
-    finished: FinishedFile,
-    positions: range,
-    residues: int,
-    seconds: float,
-) -> None:
-    """List a checkpoint whose file is in place: from here on it exists."""
-    with transaction(engine) as session:
-        now = utc_now()
-        session.add(
-            Checkpoint(
-                run_id=ownership.run_id,
-                attempt_id=ownership.attempt_id,
-                path=finished.path.name,
-                first_position=positions.start,
-                stop_position=positions.stop,
-                records=finished.records,
-                residues=residues,
-                seconds=seconds,
-                bytes=finished.bytes,
-                sha256=finished.sha256,
-                esm2_config=config.snapshot(),
-                committed_at=now,
-            )
-        )
-        _beat(session, ownership.attempt_id, now)
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:
     """Say that this attempt is alive."""
     with transaction(engine) as session:
-        _beat(session, ownership.attempt_id, utc_now())
+        session.execute(alive(ownership.attempt_id, utc_now()))
+
+
+def alive(attempt_id: int, now: str) -> Update:
+    """Return the statement that says that an attempt is alive."""
+    return update(Attempt).where(Attempt.id == attempt_id).values(heartbeat_at=now)
 
 
 def end_attempt(engine: Engine, ownership: Ownership, outcome: str, error: str | None) -> None:
@@ -203,8 +185,9 @@ def end_attempt(engine: Engine, ownership: Ownership, outcome: str, error: str |
             return
         finished = {"finished_at": now} if outcome == "finished" else {}
         session.execute(
-            update(Run).where(Run.id == ownership.run_id).values(status=outcome, **finished)
+            update(Run).where(Run.id == ownership.run.id).values(status=outcome, **finished)
         )
+    ownership.run.status = outcome
 
 
 @contextmanager
@@ -246,16 +229,6 @@ def load_run(engine: Engine, run_id: int) -> Run:
     return run
 
 
-def find_run(engine: Engine, run_id: int | None) -> Run:
-    """Return run `run_id`, or the newest unfinished one; raises SettingsError if there is none."""
-    if run_id is None:
-        numbers = unfinished_runs(engine)
-        if not numbers:
-            raise SettingsError(f"no unfinished run in database {engine.url.database}")
-        run_id = numbers[0]
-    return load_run(engine, run_id)
-
-
 def unfinished_runs(engine: Engine) -> list[int]:
     """Return the numbers of unfinished runs, newest first."""
     with transaction(engine) as session:
@@ -263,10 +236,18 @@ def unfinished_runs(engine: Engine) -> list[int]:
         return list(session.scalars(query))
 
 
-def next_checkpoint_number(run: Run) -> int:
-    """Return the number for the next checkpoint file of a run."""
-    used = [int(checkpoint.path[11:17]) for checkpoint in run.checkpoints]
-    return max(used, default=0) + 1
+def _find(engine: Engine, run_id: int | None) -> tuple[int, Path]:
+    """Return the number and the folder of a run, or of the newest unfinished one."""
+    if run_id is None:
+        numbers = unfinished_runs(engine)
+        if not numbers:
+            raise SettingsError(f"no unfinished run in database {engine.url.database}")
+        run_id = numbers[0]
+    with transaction(engine) as session:
+        folder = session.scalar(select(Run.output_folder).where(Run.id == run_id))
+    if not isinstance(folder, str):  # a row of the wrong types, or none: told by load_run
+        folder = load_run(engine, run_id).output_folder
+    return run_id, Path(folder)
 
 
 def _check_types(run_id: int, row: Base) -> None:
@@ -312,10 +293,6 @@ def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
         started_at=now,
         heartbeat_at=now,
     )
-
-
-def _beat(session: Session, attempt_id: int, now: str) -> None:
-    session.execute(update(Attempt).where(Attempt.id == attempt_id).values(heartbeat_at=now))
 
 
 def _owner(run: Run) -> str:

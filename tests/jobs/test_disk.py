@@ -28,18 +28,19 @@ sys.exit(guarded(import_module(f"scripts.{script}").main, argv))
 # Runs embed.py and does something to its folders after its second checkpoint.
 AFTER_TWO = """
 import shutil, sys
-import lib.jobs.embedding
+import lib.ledger.commit
 from lib.console.program import guarded
 from scripts.embed import main
 moved, *argv = sys.argv[1:]
-true, count = lib.jobs.embedding.add_checkpoint, 0
+true, count = lib.ledger.commit.add_checkpoint, 0
 def add(*arguments):
     global count
-    true(*arguments)
+    row = true(*arguments)
     count += 1
     if count == 2:
         shutil.move(moved, moved + ".moved")
-lib.jobs.embedding.add_checkpoint = add
+    return row
+lib.ledger.commit.add_checkpoint = add
 sys.exit(guarded(main, argv))
 """
 

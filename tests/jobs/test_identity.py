@@ -12,16 +12,18 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from lib.errors import InterruptedRunError
-from lib.jobs import embedding, loading
-from lib.ledger import runs
+from lib.jobs import loading
+from lib.ledger import commit
 from lib.models.untrained import make_model
 from lib.network import esm2 as network
+from schema.tables import Checkpoint
 from tests.conftest import UNIPROT_PART, Answer, Place, Script
 
 
@@ -29,15 +31,18 @@ def half_a_run(script: Script, model: Path, source: Path) -> None:
     """Start a run that is interrupted after two checkpoints."""
     committed = 0
 
-    def add(*arguments: object) -> None:
+    true_add = commit.add_checkpoint
+
+    def add(*arguments: Any) -> Checkpoint:  # noqa: ANN401
         nonlocal committed
-        runs.add_checkpoint(*arguments)  # type: ignore[arg-type]
+        row = true_add(*arguments)
         committed += 1
         if committed == 2:
             raise InterruptedRunError("SIGINT: as if", 2)
+        return row
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "add_checkpoint", add)
+        patch.setattr(commit, "add_checkpoint", add)
         patch.setattr(loading, "load_network", network.load_network)
         answer = script(
             "embed", "--esm-model", model, "--input", source, "--repr-layers", "1", "2",

@@ -42,9 +42,9 @@ sys.exit(import_module(f"scripts.{script}").main(argv))
 """
 POINTS = [
     ("lib.network.pipeline.launch", "before", 4),
-    ("lib.jobs.embedding.rename_into_place", "before", 2),
-    ("lib.jobs.embedding.rename_into_place", "after", 2),
-    ("lib.jobs.embedding.add_checkpoint", "after", 3),
+    ("lib.ledger.commit.rename_into_place", "before", 2),
+    ("lib.ledger.commit.rename_into_place", "after", 2),
+    ("lib.ledger.commit.add_checkpoint", "after", 3),
     ("lib.jobs.embedding.end_attempt", "before", 1),
 ]
 
@@ -98,7 +98,7 @@ def test_in_half_precision_too_a_resumed_run_has_the_same_bits(
     flags = embed_arguments(small_model, ["mean", "per_tok"])
     flags += ["--set", f"compute.precision={precision}"]
     assert script("embed", *flags).status == 0
-    killed_at(place, ("lib.jobs.embedding.rename_into_place", "after", 2), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.rename_into_place", "after", 2), "embed", *flags)
     other = script("resume", "--set", "compute.precision=float32")
     assert other.status == 3
     assert other.error == f"run 2: precision is {precision} in the run, float32 in its settings"
@@ -112,10 +112,10 @@ def test_killed_again_and_again_at_any_moment(
     flags = embed_arguments(small_model, ["mean", "bos", "per_tok"])
     assert script("embed", *flags).status == 0
     chance = random.Random(7)
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "after", 1), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "embed", *flags)
     for point in (
         ("lib.network.pipeline.launch", "after", chance.randint(1, 3)),
-        ("lib.jobs.embedding.rename_into_place", "after", chance.randint(1, 2)),
+        ("lib.ledger.commit.rename_into_place", "after", chance.randint(1, 2)),
         ("lib.network.pipeline.launch", "before", chance.randint(1, 5)),
     ):
         killed_at(place, point, "resume")
@@ -167,7 +167,7 @@ def test_a_signal_commits_what_is_finished(
 def interrupted_run(place: Place, model: Path) -> None:
     """Leave run 1 with two checkpoints, its process killed."""
     flags = embed_arguments(model, ["mean"])
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "after", 2), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 2), "embed", *flags)
 
 
 def test_settings_come_from_the_database_not_from_config_ini(
@@ -236,7 +236,7 @@ def test_resume_takes_the_newest_unfinished_run(
 ) -> None:
     interrupted_run(place, small_model)
     flags = embed_arguments(small_model, ["bos"])
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "after", 1), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "embed", *flags)
     assert script("embed", *flags).status == 0
     for expected in (2, 1):
         assert script("resume", "--json").json["run"] == expected
@@ -369,7 +369,7 @@ def test_recompute_killed_and_resumed_gives_the_same_bits(
     folder = place.output / "run-000001"
     points = [
         ("scripts.resume.clear_leftovers", "before", 1),
-        ("lib.jobs.embedding.rename_into_place", "after", 1),
+        ("lib.ledger.commit.rename_into_place", "after", 1),
     ]
     for point in points:
         damage(sorted(folder.glob("checkpoint-*.parquet"))[2], "altered")
@@ -384,7 +384,7 @@ def test_leftovers_of_killed_work_are_removed_and_said(
     script: Script, place: Place, small_model: Path
 ) -> None:
     flags = embed_arguments(small_model, ["mean"])
-    killed_at(place, ("lib.jobs.embedding.rename_into_place", "after", 2), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.rename_into_place", "after", 2), "embed", *flags)
     stray = place.output / "run-000001" / "checkpoint-000002.parquet"
     mine = place.output / "run-000001" / "notes.txt"
     mine.write_text("a user's own")

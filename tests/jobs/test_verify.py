@@ -223,12 +223,12 @@ def test_an_unfinished_run_is_verified_as_far_as_it_is(
     script: Script, place: Place, small_model: Path
 ) -> None:
     flags: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS, *QUICK]
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "after", 1), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "embed", *flags)
     answer = script("verify", *ALL)
     assert answer.status == 0, answer.out + answer.err
     assert "of 15 records" in answer.out
     assert "15 of 15" not in answer.out
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "before", 1), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "before", 1), "embed", *flags)
     answer = script("verify", "--run", "2")
     assert answer.status == 2
     assert answer.error == "run 2: no record is done"

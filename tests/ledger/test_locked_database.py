@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from lib.ledger import database, sqlite_file
+from lib.ledger import commit, database, sqlite_file
+from schema.tables import Checkpoint
 from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
 from tests.reference import assert_same_bits
 from tests.torture import strace
@@ -43,15 +44,16 @@ def test_a_lock_for_ever_is_one_line_in_bounded_time_and_no_work_is_lost(
     assert embed(script, small_model).status == 0
     monkeypatch.setattr(database, "BUSY_SECONDS", 1)
     monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 1)
-    true_add = __import__("lib.jobs.embedding", fromlist=["add_checkpoint"]).add_checkpoint
+    true_add = commit.add_checkpoint
     holders: list[subprocess.Popen[str]] = []
 
-    def add(*arguments: object) -> None:
-        true_add(*arguments)
+    def add(*arguments: Any) -> Checkpoint:  # noqa: ANN401
+        row = true_add(*arguments)
         if not holders:
             holders.append(held(place.database, 600))
+        return row
 
-    monkeypatch.setattr("lib.jobs.embedding.add_checkpoint", add)
+    monkeypatch.setattr("lib.ledger.commit.add_checkpoint", add)
     since = time.monotonic()
     answer = embed(script, small_model)
     assert time.monotonic() - since < 60
@@ -188,17 +190,18 @@ def test_a_file_system_that_maps_no_shared_memory_is_refused_with_the_fact(
 
 
 AFTER_ONE = """
-import sys, lib.jobs.embedding
+import sys, lib.ledger.commit
 from pathlib import Path
 from lib.console.program import guarded
 from scripts.embed import main
-true, calls = lib.jobs.embedding.add_checkpoint, []
+true, calls = lib.ledger.commit.add_checkpoint, []
 def add(*arguments):
-    true(*arguments)
+    row = true(*arguments)
     calls.append(1)
     if len(calls) == 1:
         exec(sys.argv[1])
-lib.jobs.embedding.add_checkpoint = add
+    return row
+lib.ledger.commit.add_checkpoint = add
 sys.exit(guarded(main, sys.argv[2:]))
 """
 

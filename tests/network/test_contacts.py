@@ -155,7 +155,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     flags: list[str | Path] = ["--esm-model", small_model, "--input", UNIPROT_PART, *QUICK]
     flags += ["--set", "input.max_residues=200", "--include", "contacts", "bos"]
     assert script("embed", *flags).status == 0
-    killed_at(place, ("lib.jobs.embedding.rename_into_place", "after", 2), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.rename_into_place", "after", 2), "embed", *flags)
     killed_at(place, ("lib.network.pipeline.launch", "before", 3), "resume")
     answer = script("resume")
     assert answer.status == 0, answer.err
@@ -165,7 +165,7 @@ def test_killed_and_resumed_gives_the_same_bits(
 def half_a_run(place: Place, model: Path) -> None:
     flags: list[str | Path] = ["--esm-model", model, "--input", SOME_PROTEINS, *QUICK]
     flags += ["--include", "contacts"]
-    killed_at(place, ("lib.jobs.embedding.add_checkpoint", "after", 1), "embed", *flags)
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "embed", *flags)
 
 
 def test_the_regression_is_part_of_what_identifies_the_run(

@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
+from lib.ledger.checkpoints import checkpoint_name, temporary_name
 from tests.torture import strace
 from tests.torture.bench import Bench, make_bench
 from tests.torture.outcome import Outcome
@@ -93,7 +95,7 @@ def _where(bench: Bench, call: Call) -> str:
     log = bench.trial / "runs.sqlite-wal"
     if log.exists() and _ends_within_a_transaction(log.read_bytes()):
         return "within a transaction"
-    unfinished = [path.stat().st_size for path in bench.run.glob(".checkpoint-*")]
+    unfinished = [path.stat().st_size for path in bench.run.glob(".attempt-*")]
     if any(unfinished):
         return "within a checkpoint file"
     return "between"
@@ -145,6 +147,8 @@ def _traced(bench: Bench, name: str, argv: list[str], at: Call | None) -> int:
     files = [database, *(Path(f"{database}-{part}") for part in ("wal", "shm", "journal"))]
     files += [bench.trial, bench.run.parent, bench.run, bench.run / ".lock"]
     for number in range(1, 10):
-        file = f"checkpoint-{number:06d}.parquet"
-        files += [bench.run / file, bench.run / f".{file}.tmp"]
+        files.append(bench.run / checkpoint_name(number))
+    # Attempts at a run of 15 records.
+    for attempt, position in product(range(1, 4), range(15)):
+        files.append(bench.run / temporary_name(attempt, position))
     return strace.traced(name, argv, files, bench.folder / "calls", bench.log, at)

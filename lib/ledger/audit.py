@@ -1,0 +1,151 @@
+"""Audit: a run's rows and checkpoint files are searched for whatever does not belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import IdentityRefusedError
+from lib.files import file_sha256
+from lib.ledger.checkpoints import checkpoint_number, leftovers
+from lib.ledger.footer import read_footer
+from lib.ledger.identity import first_difference, run_config, run_identity
+from schema.esm2_config import ESM2Config, load_snapshot
+from schema.tables import Checkpoint, Run
+
+__all__ = ["Finding", "audit", "audit_files"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an audit found wrong with a run.
+
+    `damaged` tells a checkpoint file that is lost or altered (it can be computed again) from a
+    difference in identity (it cannot).
+    """
+
+    fact: str
+    damaged: bool
+    checkpoint: Checkpoint | None = None
+
+
+def audit(run: Run, *, files: bool) -> Iterator[Finding]:
+    """Yield what is wrong with a run's metadata, its checkpoints' and, if asked, their files."""
+    try:
+        config = run_config(run)
+    except IdentityRefusedError as error:
+        yield Finding(str(error), damaged=False)
+        return
+    yield from _audit_run_row(run, config)
+    position = 0
+    for checkpoint in run.checkpoints:
+        facts = list(_audit_row(run, config, checkpoint))
+        if checkpoint.first_position < position or checkpoint.stop_position <= position:
+            facts.append("its positions overlap those of another checkpoint")
+        position = max(position, checkpoint.stop_position)
+        for fact in facts:
+            yield Finding(_of(checkpoint, fact), damaged=False, checkpoint=checkpoint)
+        if files and not facts:
+            yield from _audit_file(run, checkpoint)
+    if files:
+        yield from _audit_leftovers(run)
+    if position > run.sequences_total:
+        yield Finding(
+            f"run {run.id}: checkpoints reach position {position} of {run.sequences_total}",
+            damaged=False,
+        )
+
+
+def audit_files(run: Run) -> Iterator[Finding]:
+    """Yield what is wrong with the files of a run whose rows have been found good."""
+    for checkpoint in run.checkpoints:
+        yield from _audit_file(run, checkpoint)
+    yield from _audit_leftovers(run)
+
+
+def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:
+    if run.repr_layers != list(config.repr_layers):
+        yield Finding(
+            f"run {run.id}: repr_layers is {run.repr_layers} in the row, "
+            f"{list(config.repr_layers)} in its model metadata",
+            damaged=False,
+        )
+    if ("contacts" in run.include) != (config.contact_regression_sha256 is not None):
+        yield Finding(
+            f"run {run.id}: include is {run.include} in the row, contact_regression_sha256 "
+            f"{config.contact_regression_sha256} in its model metadata",
+            damaged=False,
+        )
+    if run.model is None:
+        yield Finding(f"run {run.id}: model_id is {run.model_id}: no such model", damaged=False)
+        return
+    snapshot = config.weights_snapshot()
+    columns = {key: getattr(run.model, key) for key in snapshot}
+    difference = first_difference({key: snapshot[key] for key in columns}, columns)
+    if difference:
+        key, was, now = difference
+        yield Finding(
+            f"run {run.id}: {key} is {was} in its model metadata, {now} in models", damaged=False
+        )
+
+
+def _audit_row(run: Run, config: ESM2Config, checkpoint: Checkpoint) -> Iterator[str]:
+    try:
+        found = load_snapshot(checkpoint.esm2_config)
+    except ValueError as error:
+        yield str(error)
+        return
+    difference = first_difference(config.snapshot(), found.snapshot())
+    if difference:
+        key, was, now = difference
+        yield f"{key} is {was} in the run, {now} in the checkpoint's row"
+    if checkpoint_number(checkpoint.path) is None:
+        yield f"path {checkpoint.path!r} is not a checkpoint's name"
+
+
+def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
+    path = Path(run.output_folder) / checkpoint.path
+    try:
+        footer = read_footer(path)
+    except ValueError as error:
+        yield Finding(_of(checkpoint, str(error)), damaged=True, checkpoint=checkpoint)
+        return
+    expected = run_identity(run) | {
+        "first_position": checkpoint.first_position,
+        "stop_position": checkpoint.stop_position,
+    }
+    identity = footer.get("identity")
+    found = dict(identity) if isinstance(identity, dict) else {}
+    found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
+    difference = first_difference(expected, found)
+    if difference:
+        key, was, now = difference
+        fact = f"{key} is {was} in the database, {now} in the file's footer"
+        yield Finding(_of(checkpoint, fact), damaged=False, checkpoint=checkpoint)
+        return
+    try:
+        size, digest = path.stat().st_size, file_sha256(path)
+    except OSError as error:
+        yield Finding(_of(checkpoint, str(error.strerror)), damaged=True, checkpoint=checkpoint)
+        return
+    if (size, digest) != (checkpoint.bytes, checkpoint.sha256):
+        fact = f"its bytes do not match their digest ({size} bytes, sha256 {digest})"
+        yield Finding(_of(checkpoint, fact), damaged=True, checkpoint=checkpoint)
+
+
+def _audit_leftovers(run: Run) -> Iterator[Finding]:
+    """Find files under a checkpoint's name that another run made: resume removes only its own."""
+    listed = {checkpoint.path for checkpoint in run.checkpoints}
+    for path in leftovers(Path(run.output_folder), listed):
+        try:
+            identity = read_footer(path).get("identity")
+        except ValueError:  # unfinished
+            continue
+        if isinstance(identity, dict) and identity.get("uuid") != run.uuid:
+            fact = f"run {run.id}: {path.name}: made by run uuid {identity.get('uuid')}"
+            yield Finding(fact, damaged=False)
+
+
+def _of(checkpoint: Checkpoint, fact: str) -> str:
+    return f"run {checkpoint.run_id}: {checkpoint.path}: {fact}"
