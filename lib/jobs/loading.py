@@ -106,7 +106,7 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
-        needed = detection.value("parameters")
+        needed = detection.shape.parameters
         raise MachineError(
             f"{weights.path}: out of memory for {needed} parameters on {device}"
         ) from None

@@ -18,8 +18,8 @@ from typing import IO
 
 from lib.errors import LedgerError, MachineError, WeightsError
 from lib.models.detection import Detection, detect
+from lib.models.formats import hub_checkpoints
 from lib.models.regression import read_regression_file, regression_path
-from lib.models.weights import hub_checkpoints
 from schema.settings import ModelSettings
 
 __all__ = [
@@ -94,7 +94,7 @@ def download_regression(
     target = regression_path(detection.weights.unadapted.path)
     models = model.download_url.rstrip("/")
     url = f"{models.rpartition('/')[0]}/regression/{target.name}"
-    layers, heads = detection.value("num_layers"), detection.value("attention_heads")
+    layers, heads = detection.shape.num_layers, detection.shape.attention_heads
 
     def verify(part: Path) -> None:
         read_regression_file(part, layers, heads)
