@@ -39,8 +39,9 @@ from lib.console.output import (
     settings_arguments,
 )
 from lib.jobs.embedding import Job, work
+from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model, offer_of, with_weights
+from lib.jobs.loading import load_model
 from lib.jobs.progress import Progress
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
