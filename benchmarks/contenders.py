@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from lib.models.detection import Detection
-from lib.models.huggingface import fair_esm_name
+from lib.models.tensor_names import fair_esm_name
 from lib.network.device import packs_at_once
 from lib.network.esm2 import load_network
 from lib.network.pipeline import computed
@@ -37,11 +36,11 @@ def fair_esm(detection: Detection, device: torch.device) -> Embed:
     """fair-esm's extract loop as it ships: float32, batches of 4,096 tokens by its own planner."""
     import esm
 
-    path = _path(detection)
+    path = detection.require_weights().path
     with torch.serialization.safe_globals([argparse.Namespace]):
         model, alphabet = esm.pretrained.load_model_and_alphabet_local(str(path))
     model = model.eval().to(device)
-    layer = detection.value("num_layers")
+    layer = detection.shape.num_layers
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         texts = [sequence.decode() for sequence in sequences]
@@ -65,21 +64,21 @@ def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.d
     """transformers' EsmModel with SDPA: length-sorted batches of 4,096 tokens, padded."""
     from transformers import EsmConfig, EsmModel
 
-    shape = {key: detection.value(key) for key in ("num_layers", "hidden_dim", "attention_heads")}
+    shape = detection.shape
     config = EsmConfig(
-        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=shape["hidden_dim"],
-        num_hidden_layers=shape["num_layers"], num_attention_heads=shape["attention_heads"],
-        intermediate_size=4 * shape["hidden_dim"], position_embedding_type="rotary",
-        token_dropout=bool(detection.properties["token_dropout"].value),
+        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=shape.hidden_dim,
+        num_hidden_layers=shape.num_layers, num_attention_heads=shape.attention_heads,
+        intermediate_size=4 * shape.hidden_dim, position_embedding_type="rotary",
+        token_dropout=shape.token_dropout,
         emb_layer_norm_before=False, layer_norm_eps=1e-5,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=1026,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model: Any = EsmModel(config, add_pooling_layer=False)
     names = {fair_esm_name(name): name for name in model.state_dict()}
-    assert detection.weights is not None
-    wanted = [name for name in detection.weights.tensors if name in names]
-    state = {names[name]: tensor for name, tensor in detection.weights.read(wanted)}
+    weights = detection.require_weights()
+    wanted = [name for name in weights.tensors if name in names]
+    state = {names[name]: tensor for name, tensor in weights.read(wanted)}
     _missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     model = model.eval().to(device, dtype)
@@ -135,8 +134,3 @@ def _padded_batches(tokens: list[int]) -> list[range]:
             batches.append(range(start, i))
             start = i
     return [*batches, range(start, len(tokens))]
-
-
-def _path(detection: Detection) -> Path:
-    assert detection.weights is not None
-    return detection.weights.path

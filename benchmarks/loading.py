@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from lib.catalog import RELEASED, trunk_parameters
+from lib.catalog import RELEASED
 from lib.console.output import print_json, print_line, print_table
 from lib.models.untrained import make_model
 from lib.network.device import device_name
@@ -74,7 +74,7 @@ def measure(loader: str, path: Path) -> dict[str, float]:
 
 def benchmark(like: str, repeats: int) -> dict[str, Any]:
     """Measure every loader `repeats` times, in turn; returns facts and figures."""
-    shape = RELEASED[like]
+    shape = RELEASED[like].shape
     figures: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "esm2_untrained.pt"
@@ -84,7 +84,7 @@ def benchmark(like: str, repeats: int) -> dict[str, Any]:
         for _ in range(repeats):
             for loader, rows in figures.items():
                 rows.append(measure(loader, path))
-    model_bytes = 4 * trunk_parameters(shape.num_layers, shape.hidden_dim)
+    model_bytes = 4 * shape.parameters
     fair_esm = [row["ready_s"] for row in figures["fair-esm"]]
     summary = {
         loader: {

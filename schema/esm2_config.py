@@ -1,4 +1,4 @@
-"""The ESM2Config snapshot: everything that identifies a model, as stored beside every result."""
+"""A model's shape, and the ESM2Config snapshot that identifies it beside every result."""
 
 from __future__ import annotations
 
@@ -7,21 +7,70 @@ from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, post_load, validate
 
-__all__ = ["ESM2Config", "load_snapshot"]
+__all__ = ["VOCABULARY", "WEIGHTS_FORMATS", "ESM2Config", "ModelShape", "load_snapshot"]
+
+VOCABULARY = 33  # tokens in the ESM-2 alphabet
+# What a snapshot may have as its format; `+lora` where an adapter was merged into the weights.
+WEIGHTS_FORMATS = ("fair-esm", "huggingface", "fair-esm+lora", "huggingface+lora")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The properties that an ESM-2 network is built from.
+
+    `num_layers` counts transformer layers, `hidden_dim` is the width of the residual stream,
+    `token_dropout` tells whether embeddings are scaled as in training with token dropout.
+    """
+
+    num_layers: int
+    hidden_dim: int
+    attention_heads: int
+    token_dropout: bool
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head."""
+        return self.hidden_dim // self.attention_heads
+
+    @property
+    def has_even_heads(self) -> bool:
+        """Whether `hidden_dim` divides into heads of even width, as rotary positions need."""
+        return self.attention_heads > 0 and self.hidden_dim % (2 * self.attention_heads) == 0
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the tensors of `trunk_shapes` hold."""
+        d = self.hidden_dim
+        return VOCABULARY * d + self.num_layers * (12 * d * d + 13 * d) + 2 * d
+
+    def trunk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that an embedding needs, by fair-esm's name."""
+        d, ffn = self.hidden_dim, 4 * self.hidden_dim
+        layer: dict[str, tuple[int, ...]] = {}
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer[f"self_attn.{projection}.weight"] = (d, d)
+            layer[f"self_attn.{projection}.bias"] = (d,)
+        layer |= {"fc1.weight": (ffn, d), "fc1.bias": (ffn,)}
+        layer |= {"fc2.weight": (d, ffn), "fc2.bias": (d,)}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            layer |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCABULARY, d)}
+        for i in range(self.num_layers):
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        return shapes | {"emb_layer_norm_after.weight": (d,), "emb_layer_norm_after.bias": (d,)}
 
 
 @dataclass(frozen=True)
 class ESM2Config:
     """What identifies a model and the layers taken from it.
 
-    `num_layers` counts transformer layers, `hidden_dim` is the width of the residual stream,
-    `repr_layers` are the layers whose vectors are kept (0 is the embedding, `num_layers` the
-    last, after the final layer norm). `parameters` counts the numbers in the embedding trunk:
-    token embedding, layers and final layer norm, without the language-model head, the contact
-    regression and buffers. `sha256` is the digest of the weights as they lie on disk,
-    a LoRA adapter's with its base's. `contact_regression_sha256` is there if contacts are
-    predicted: the digest of the file or folder that holds the contact regression, or of the
-    weights that hold it.
+    The first four properties of the model are its ModelShape. `repr_layers` are the layers whose
+    vectors are kept (0 is the embedding, `num_layers` the last, after the final layer norm).
+    `parameters` counts the numbers in the embedding trunk: token embedding, layers and final
+    layer norm, without the language-model head, the contact regression and buffers. `sha256` is
+    the digest of the weights as they lie on disk; a LoRA adapter's covers its base.
+    `contact_regression_sha256` is set if contacts are predicted: the digest of the file that
+    holds the contact regression, or of the weights that hold it.
     """
 
     name: str
@@ -37,6 +86,13 @@ class ESM2Config:
     untrained: bool
     contact_regression_sha256: str | None = None
 
+    @property
+    def shape(self) -> ModelShape:
+        """The properties that the network is built from."""
+        return ModelShape(
+            self.num_layers, self.hidden_dim, self.attention_heads, self.token_dropout
+        )
+
     def snapshot(self) -> dict[str, Any]:
         """Return the JSON-ready dictionary that is stored with runs, checkpoints and footers."""
         dumped: dict[str, Any] = ESM2ConfigSchema().dump(self)
@@ -45,14 +101,16 @@ class ESM2Config:
         return dumped
 
     def weights_snapshot(self) -> dict[str, Any]:
-        """Return the part of `snapshot` that the table of models holds: no run's choices."""
+        """Return the part of `snapshot` that the table `models` holds: not what a run chooses."""
         chosen = ("repr_layers", "contact_regression_sha256")
         return {key: value for key, value in self.snapshot().items() if key not in chosen}
 
 
 class ESM2ConfigSchema(Schema):
-    """A snapshot is complete or it is refused: no key may be unknown, and every one is required
-    but that of the contact regression, which runs without contacts do not have.
+    """The keys and types of a snapshot.
+
+    An unknown key is refused, and so is a missing one, except that runs without contacts have
+    no digest of a contact regression.
     """
 
     _positive = validate.Range(min=1)
@@ -69,10 +127,7 @@ class ESM2ConfigSchema(Schema):
         validate=validate.Length(min=1),
     )
     parameters = fields.Integer(required=True, strict=True, validate=_positive)
-    weights_format = fields.String(
-        required=True,
-        validate=validate.OneOf(["fair-esm", "huggingface", "fair-esm+lora", "huggingface+lora"]),
-    )
+    weights_format = fields.String(required=True, validate=validate.OneOf(WEIGHTS_FORMATS))
     dtype = fields.String(
         required=True, validate=validate.OneOf(["float16", "bfloat16", "float32"])
     )
@@ -88,7 +143,7 @@ class ESM2ConfigSchema(Schema):
 def load_snapshot(snapshot: object) -> ESM2Config:
     """Read a stored snapshot back.
 
-    Raises ValueError with one line that names every key that is missing, unknown or wrong.
+    Raises ValueError, in one line, that names every missing key, or the first unknown or wrong one.
     """
     if snapshot is None:
         raise ValueError("no model metadata (NULL)")

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the figures of one case."""
     size, mix, count = case.split(":")
-    shape = RELEASED[SIZES[size]]
+    shape = RELEASED[SIZES[size]].shape
     workload = sequences(mix, int(count))
     lengths = [len(one) for one in workload]
     tokens = sum(lengths) + 2 * len(lengths)

@@ -28,8 +28,9 @@ from lib.console.display import (
 from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
 from lib.console.output import note, print_result
 from lib.console.program import run_script
+from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model, offer_of, with_weights
+from lib.jobs.loading import load_model
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run

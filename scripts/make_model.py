@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     shape = [parsed.num_layers, parsed.hidden_dim, parsed.attention_heads]
     if parsed.like:
-        like = RELEASED[parsed.like]
+        like = RELEASED[parsed.like].shape
         given = zip(shape, (like.num_layers, like.hidden_dim, like.attention_heads), strict=True)
         shape = [asked if asked is not None else released for asked, released in given]
     if None in shape:

@@ -24,7 +24,7 @@ from lib.ledger.identity import (
     check_sha256,
     run_config,
 )
-from lib.models.detection import Detection, Property, detect
+from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.sequences.records import input_sha256
 from lib.settings import Settings, from_snapshot, override
@@ -105,9 +105,8 @@ def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:
     sha256 = found.weights.sha256()
     _check_digests(run, found, sha256)
     config = run_config(run)
-    layers = Property(config.repr_layers, f"run {run.id}")
-    properties = {**found.properties, "repr_layers": layers}
-    return replace(found, name=config.name, properties=properties), sha256
+    named = replace(found, name=config.name)
+    return named.with_layers(config.repr_layers, f"run {run.id}"), sha256
 
 
 def input_in_hand(run: Run, settings: Settings) -> Inventory:

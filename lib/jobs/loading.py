@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from threading import Thread
 
@@ -12,9 +11,7 @@ import torch
 
 from lib.errors import MachineError, WeightsError
 from lib.ledger.runs import AttemptFacts
-from lib.models.detection import Detection, detect
-from lib.models.download import Offer, ask_size, download_regression, download_weights
-from lib.models.regression import regression_path
+from lib.models.detection import Detection
 from lib.network.device import (
     choose_device,
     choose_pack,
@@ -28,17 +25,17 @@ from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
-__all__ = ["LoadedModel", "load_model", "offer_of", "try_model", "with_weights"]
+__all__ = ["LoadedModel", "load_model", "try_model"]
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with its full identity and what an attempt records.
+    """A model in memory, with its full identity and the facts that an attempt records.
 
-    `settings` have the precision and the tokens per pack that were chosen where none were set;
-    `reasons` tell why device, precision and tokens were.
+    `settings` have the precision and the tokens per pack that were chosen if none were set;
+    `reasons` say why this device, this precision and these tokens were chosen.
     """
 
     config: ESM2Config
@@ -48,80 +45,31 @@ class LoadedModel:
     reasons: tuple[str, str, str]
 
 
-def offer_of(settings: Settings, detection: Detection) -> Offer | None:
-    """Return what `with_weights` would download; None if the weights are on disk."""
-    if detection.weights is not None:
-        return None
-    assert detection.released is not None
-    return ask_size(replace(settings.model, esm_model=detection.released))
-
-
-def with_weights(
-    settings: Settings,
-    detection: Detection,
-    show: Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]],
-) -> Detection:
-    """Return a detection with weights on disk, downloading a released name if it must.
-
-    If contacts are to be predicted, so is its contact regression. `show` is given the name and
-    gives, while it lasts, what is told of bytes received and in all.
-    """
-    contacts = "contacts" in settings.output.include
-    if detection.weights is None:
-        assert detection.released is not None
-        with show(detection.released) as progress:
-            download_weights(replace(settings.model, esm_model=detection.released), progress)
-        detection = detect(settings.model, contacts=contacts)
-    assert detection.weights is not None
-    regression = regression_path(detection.weights.unadapted.path)
-    if contacts and detection.released is not None and not regression.exists():
-        with show(regression.stem) as progress:
-            download_regression(settings.model, detection, progress)
-        detection = detect(settings.model, contacts=True)
-    return detection
-
-
 def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
     """Load the detected weights on the device of the settings.
 
-    sha256: their digest; where no identity had to be checked before, it is taken meanwhile.
-    Raises MachineError for a missing device or memory, WeightsError if contacts are to be kept and
-    the contact regression is not on disk.
+    sha256: the digest of the weights. If no identity had to be checked before and it is not known,
+    it is computed during loading. Raises MachineError if the device is missing or memory runs out,
+    WeightsError if contacts are to be kept and the contact regression is not on disk.
     """
-    weights = detection.weights
-    assert weights is not None
+    weights = detection.require_weights()
     device, device_reason = choose_device(settings.compute)
     precision, precision_reason = choose_precision(settings.compute, device)
     tokens, pack_reason = choose_pack(settings.compute, device)
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
-    settings = replace(settings, compute=chosen)
-    threads = use_threads(settings.compute)
+    threads = use_threads(chosen)
     if "contacts" in settings.output.include and detection.regression is None:
         raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
-    try:
-        digest = _beside(weights.sha256) if sha256 is None else None
-        network = load_network(detection, device, getattr(torch, precision))
-        config = detection.config(digest.result() if digest else str(sha256))
-        weights.refuse_if_changed()
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
-            raise
-        needed = detection.value("parameters")
-        raise MachineError(
-            f"{weights.path}: out of memory for {needed} parameters on {device}"
-        ) from None
-    except OSError as error:
-        raise MachineError(f"{weights.path}: {error.strerror or error}") from None
+    config, network = _read(detection, device, getattr(torch, precision), sha256)
     facts = AttemptFacts(
         weights_path=weights.path,
         device=str(device),
         device_name=device_name(device),
         threads=threads,
-        tokens_per_pack=settings.compute.tokens_per_pack,
+        tokens_per_pack=tokens,
     )
-    return LoadedModel(
-        config, network, facts, settings, (device_reason, precision_reason, pack_reason)
-    )
+    reasons = device_reason, precision_reason, pack_reason
+    return LoadedModel(config, network, facts, replace(settings, compute=chosen), reasons)
 
 
 def try_model(model: LoadedModel) -> None:
@@ -136,8 +84,30 @@ def try_model(model: LoadedModel) -> None:
                 )
 
 
+def _read(
+    detection: Detection, device: torch.device, dtype: torch.dtype, sha256: str | None
+) -> tuple[ESM2Config, Network]:
+    """Read detected weights into memory; raises WeightsError if they change meanwhile."""
+    weights = detection.require_weights()
+    try:
+        digest = _beside(weights.sha256) if sha256 is None else None
+        network = load_network(detection, device, dtype)
+        config = detection.config(digest.result() if digest else str(sha256))
+        weights.refuse_if_changed()
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        needed = detection.shape.parameters
+        raise MachineError(
+            f"{weights.path}: out of memory for {needed} parameters on {device}"
+        ) from None
+    except OSError as error:
+        raise MachineError(f"{weights.path}: {error.strerror or error}") from None
+    return config, network
+
+
 def _beside(work: Callable[[], str]) -> Future[str]:
-    """Begin `work` in a thread that a signal need not wait for: digests of large files are slow."""
+    """Begin `work` in a daemon thread: a signal need not wait for the digest of a large file."""
     future: Future[str] = Future()
 
     def run() -> None:

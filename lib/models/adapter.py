@@ -1,41 +1,32 @@
-"""LoRA adapters as PEFT saves them, merged into their base tensor by tensor as they are read.
+"""LoRA adapters as PEFT saves them: a folder with adapter_config.json and a file of tensors.
 
-Hu et al. 2021 (doi:10.48550/arXiv.2106.09685): a matrix W (out, in) becomes W + s B A, with
-A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) with rsLoRA; in float32.
+Hu et al. 2021 (doi:10.48550/arXiv.2106.09685): an adapter holds, for each matrix that it changes, a
+product B A of rank r and a scale alpha / r, or alpha / sqrt(r) with rsLoRA.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
-from lib.files import file_sha256, files_stamp, listing_sha256
-from lib.models.huggingface import fair_esm_name, read_json, stored_tensors, tensors_of
-from lib.models.torch_archive import TensorInfo
-from lib.models.weights import Weights
+from lib.files import file_sha256, files_stamp
+from lib.models.tensor_file import stored_tensors
+from lib.models.tensor_names import fair_esm_name
+from lib.models.weights import Stamp, TensorInfo, read_json, refuse_if_restamped
 from schema.settings import ModelSettings
 
-__all__ = [
-    "Adapter",
-    "is_adapter",
-    "merge_at_read",
-    "read_adapter",
-    "refuse_contact_head",
-    "with_base",
-]
+__all__ = ["Adapter", "base_settings", "is_adapter", "read_adapter", "refuse_contact_head"]
 
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What says nothing about the merged tensors, or is read below; anything else that is set makes
-# another adapter than a plain LoRA.
+# Keys that do not affect the merged tensors, or that are read below. Any other key, if it is set,
+# makes the adapter something else than a plain LoRA.
 _UNDERSTOOD = (
     "alpha_pattern",
     "auto_mapping",
@@ -60,10 +51,10 @@ _UNDERSTOOD = (
     "task_type",
     "use_rslora",
 )
-# Other ways to initialise change the base as well.
+# Any other way to initialise an adapter changes the base as well.
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight\Z")
-# Of a model with a head; the embedding trunk has none of them.
+# Modules of a model's head; the embedding trunk has none of these names.
 _HEADS = ("classifier", "contact_head", "lm_head", "pooler", "qa_outputs", "score")
 
 
@@ -71,9 +62,10 @@ _HEADS = ("classifier", "contact_head", "lm_head", "pooler", "qa_outputs", "scor
 class Adapter:
     """A LoRA adapter on disk, of which only metadata has been read.
 
-    `factors` holds, by the fair-esm name of the tensor they change, the stored names of A and B
-    and the scale; `replacements` the stored names of tensors (biases, modules_to_save) that stand
-    instead of the base's.
+    `factors` holds, by the fair-esm name of the tensor that they change, the stored names of A
+    and B and the scale. `replacements` holds the stored names of tensors (biases,
+    modules_to_save) that replace the base's. `tensors` has everything that is stored, by its
+    stored name.
     """
 
     folder: Path
@@ -82,52 +74,15 @@ class Adapter:
     factors: Mapping[str, tuple[str, str, float]]
     replacements: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
-    stamp: tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _AdaptedWeights(Weights):
-    """Weights of a base as an adapter changes them."""
-
-    base: Weights
-    adapter: Adapter
-
-    @property
-    def unadapted(self) -> Weights:
-        """The base."""
-        return self.base
+    stamp: Stamp
 
     def refuse_if_changed(self) -> None:
-        """Raise WeightsError if base or adapter are not those whose metadata was read."""
-        self.base.refuse_if_changed()
-        if _stamp(self.adapter.folder, self.adapter.file) != self.stamp:
-            raise WeightsError(f"{self.path}: changed while it was being read")
+        """Raise WeightsError if the files are not those whose metadata was read."""
+        refuse_if_restamped(self.folder, self.stamp, _stamp(self.folder, self.file))
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of a `sha256sum` listing of both files, and of the base as `base`."""
-        paths = (self.adapter.folder / _CONFIG, self.adapter.file)
-        own = [(file_sha256(path), path.name) for path in paths]
-        return listing_sha256([*own, (self.base.sha256(), "base")])
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor): float32 where the adapter changes it, as stored elsewhere."""
-        names = list(names)
-        factors = [self.adapter.factors[name] for name in names if name in self.adapter.factors]
-        stored = {part for a, b, _ in factors for part in (a, b)}
-        stored |= {self.adapter.replacements.get(name, "") for name in names}
-        parts = dict(tensors_of(self.adapter.file, lambda name: name in stored))
-        for name, tensor in self.base.read(names):
-            yield name, self._merged(name, tensor, parts)
-
-    def _merged(
-        self, name: str, tensor: torch.Tensor, parts: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        if name in self.adapter.replacements:
-            return parts[self.adapter.replacements[name]].float()
-        if name in self.adapter.factors:
-            a, b, scale = self.adapter.factors[name]
-            return tensor.float() + (parts[b].float() @ parts[a].float()) * scale
-        return tensor
+    def digests(self) -> list[tuple[str, str]]:
+        """Return (SHA-256, name) of the configuration and of the tensors; raises OSError."""
+        return [(file_sha256(path), path.name) for path in (self.folder / _CONFIG, self.file)]
 
 
 def is_adapter(path: Path) -> bool:
@@ -136,59 +91,44 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's configuration and what it stores; no tensor data is read.
+    """Read an adapter's configuration and the names and shapes of its tensors.
 
-    Raises WeightsError for anything but a plain LoRA.
+    Raises WeightsError for anything but a plain LoRA adapter.
     """
     stored = [folder / name for name in _FILES if (folder / name).is_file()]
     if not stored:
         raise WeightsError(f"{folder}: {_CONFIG} without {' or '.join(_FILES)}")
-    stamp = _stamp(folder, stored[0])
+    file = stored[0]
+    stamp = _stamp(folder, file)
     config = read_json(folder / _CONFIG)
     _refuse_other_kinds(config, folder)
-    tensors = stored_tensors(stored[0])
-    saved = config.get("modules_to_save") or []
-    factors: dict[str, dict[str, str]] = {}
-    replacements = {}
-    for name in tensors:
-        module = name.removeprefix("base_model.model.")
-        part = _LORA.match(module)
-        if _is_of_a_head(module, saved):
-            continue
-        if part:
-            factors.setdefault(part[1], {})[part[2]] = name
-        elif ".lora_" in module:
-            raise WeightsError(f"{stored[0]}: tensor {name}: no factor of a linear module")
-        else:
-            replacements[fair_esm_name(module.replace(".base_layer.", "."))] = name
-    scaled = {}
-    for module, pair in factors.items():
-        if len(pair) < 2:
-            (name,) = pair.values()
-            raise WeightsError(f"{stored[0]}: tensor {name} has no counterpart")
-        rank = _rank(pair, tensors, stored[0])
-        scale = _scale(config, module, rank, folder)
-        scaled[fair_esm_name(f"{module}.weight")] = (pair["A"], pair["B"], scale)
-    if not scaled and not replacements:
-        raise WeightsError(f"{stored[0]}: holds no tensor of an embedding trunk")
+    tensors = stored_tensors(file)
+    pairs, replacements = _sorted_out(tensors, config.get("modules_to_save") or [], file)
+    factors = {
+        fair_esm_name(f"{module}.weight"): _factor(config, module, pair, tensors, file)
+        for module, pair in pairs.items()
+    }
+    if not factors and not replacements:
+        raise WeightsError(f"{file}: holds no tensor of an embedding trunk")
     base = config.get("base_model_name_or_path")
-    return Adapter(
-        folder, stored[0], str(base) if base else None, scaled, replacements, tensors, stamp
-    )
+    base_name = str(base) if base else None
+    return Adapter(folder, file, base_name, factors, replacements, tensors, stamp)
 
 
 def refuse_contact_head(adapter: Adapter) -> None:
-    """Raise WeightsError if an adapter stores a contact head: contacts are those of its base's."""
+    """Raise WeightsError if an adapter stores a contact head: contacts use that of its base."""
     for name in adapter.tensors:
         if ".contact_head." in name:
-            raise WeightsError(f"{adapter.file}: tensor {name}: of a contact head of its own")
+            raise WeightsError(
+                f"{adapter.file}: tensor {name} belongs to a contact head of the adapter's own"
+            )
 
 
-def with_base(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
-    """Return the settings of an adapter's base, and who names it.
+def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
+    """Return the settings of an adapter's base, and which file names the base.
 
     A base is a released name, with or without `facebook/` before it, or a path (in
-    adapter_config.json, relative to its folder). Raises WeightsError if nothing names it, or if
+    adapter_config.json, relative to its folder). Raises WeightsError if no base is named, or if
     [model] base_model and adapter_config.json name two whose last parts differ.
     """
     said, named = model.base_model, adapter.base_name
@@ -215,41 +155,6 @@ def with_base(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, st
     return replace(model, esm_model=chosen), _CONFIG
 
 
-def merge_at_read(base: Weights, adapter: Adapter) -> Weights:
-    """Return the base's weights as the adapter changes them.
-
-    Raises WeightsError for a tensor of the adapter that fits none of the base's.
-    """
-    for name, (a, b, _) in adapter.factors.items():
-        shape = adapter.tensors[b].shape[0], adapter.tensors[a].shape[1]
-        _check_fit(base, adapter, name, a, shape)
-    for name, stored in adapter.replacements.items():
-        _check_fit(base, adapter, name, stored, adapter.tensors[stored].shape)
-    return _AdaptedWeights(
-        adapter.folder,
-        f"{base.format}+lora",
-        base.metadata,
-        base.tensors,
-        base.untrained,
-        adapter.stamp,
-        base,
-        adapter,
-    )
-
-
-def _check_fit(
-    base: Weights, adapter: Adapter, name: str, stored: str, shape: tuple[int, ...]
-) -> None:
-    there = base.tensors.get(name)
-    if there is None:
-        raise WeightsError(f"{adapter.file}: tensor {stored} fits no module of {base.path}")
-    if there.shape != shape:
-        raise WeightsError(
-            f"{adapter.file}: tensor {stored} is of a {shape} matrix or vector, {name} of "
-            f"{base.path} has {there.shape}"
-        )
-
-
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
     where = folder / _CONFIG
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
@@ -258,22 +163,60 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
         raise WeightsError(f"{where}: peft_type {config.get('peft_type')!r}, not 'LORA'")
     for key, value in config.items():
         if value and key not in _UNDERSTOOD:
-            raise WeightsError(f"{where}: {key} = {str(value)[:80]}: no plain LoRA")
+            raise WeightsError(f"{where}: {key} = {str(value)[:80]}: not a plain LoRA adapter")
     init = config.get("init_lora_weights")
     if init not in _INITS_THAT_KEEP_THE_BASE:
         raise WeightsError(f"{where}: init_lora_weights = {str(init)[:80]}: changes its base")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise WeightsError(f"{where}: {key} is no object")
+            raise WeightsError(f"{where}: {key} is not an object")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list):
-        raise WeightsError(f"{where}: modules_to_save is no list")
+        raise WeightsError(f"{where}: modules_to_save is not a list")
+
+
+def _sorted_out(
+    stored: Mapping[str, TensorInfo], saved: list[Any], file: Path
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Return the stored names of A and B by module, and those of replacements by fair-esm name.
+
+    saved: the configuration's modules_to_save. Tensors of a head are left out.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    replacements = {}
+    for name in stored:
+        module = name.removeprefix("base_model.model.")
+        part = _LORA.match(module)
+        if _is_of_a_head(module, saved):
+            continue
+        if part:
+            pairs.setdefault(part[1], {})[part[2]] = name
+        elif ".lora_" in module:
+            raise WeightsError(f"{file}: tensor {name} is not a factor of a linear module")
+        else:
+            replacements[fair_esm_name(module.replace(".base_layer.", "."))] = name
+    return pairs, replacements
 
 
 def _is_of_a_head(module: str, saved: list[Any]) -> bool:
-    """Return whether a tensor belongs to a head: none of the trunk's, and saved or known as one."""
+    """Return whether a tensor belongs to a head: a known one, or a saved module off the trunk."""
     first = module.removeprefix("esm.").partition(".")[0]
     return first in _HEADS or (first in saved and first not in ("esm", "encoder", "embeddings"))
+
+
+def _factor(
+    config: Mapping[str, Any],
+    module: str,
+    pair: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    file: Path,
+) -> tuple[str, str, float]:
+    """Return the stored names of a module's A and B, and the scale of their product."""
+    if len(pair) < 2:
+        (name,) = pair.values()
+        raise WeightsError(f"{file}: tensor {name} has no counterpart")
+    scale = _scale(config, module, _rank(pair, tensors, file), file.parent)
+    return pair["A"], pair["B"], scale
 
 
 def _rank(pair: Mapping[str, str], tensors: Mapping[str, TensorInfo], file: Path) -> int:
@@ -287,7 +230,10 @@ def _rank(pair: Mapping[str, str], tensors: Mapping[str, TensorInfo], file: Path
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
-    """Return the scale of a module's product; raises WeightsError if its rank is not as said."""
+    """Return the scale of a module's product.
+
+    Raises WeightsError if the configuration gives another rank than `rank`, or no usable alpha.
+    """
     said = _by_pattern(config, "rank_pattern", module, config.get("r"), folder)
     if said != rank:
         raise WeightsError(f"{folder}: {module} has rank {rank}, {_CONFIG} says {said}")
@@ -295,7 +241,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> f
     if (
         not isinstance(alpha, int | float)
         or isinstance(alpha, bool)
-        # JSON may hold numbers that no float can, and infinity.
+        # JSON may hold infinity, and numbers too large for a float.
         or not abs(alpha) <= sys.float_info.max
     ):
         raise WeightsError(f"{folder}: {_CONFIG} has lora_alpha {alpha!r:.80} for {module}")
@@ -305,12 +251,12 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> f
 def _by_pattern(
     config: Mapping[str, Any], key: str, module: str, default: object, folder: Path
 ) -> object:
-    """Return the value of the first pattern that a module's name ends with, as PEFT chooses it."""
-    for pattern, value in (config.get(key) or {}).items():
+    """Return the value of the first pattern that matches the end of a module's name, as in PEFT."""
+    patterns: Mapping[str, object] = config.get(key) or {}
+    for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
-                found: object = value
-                return found
+                return value
         except re.error:
             raise WeightsError(f"{folder}: {_CONFIG} has the {key} {pattern!r}") from None
     return default
@@ -327,5 +273,5 @@ def _last_part(name: str) -> str:
     return Path(name).name.removesuffix(".pt")
 
 
-def _stamp(folder: Path, file: Path) -> tuple[object, ...]:
+def _stamp(folder: Path, file: Path) -> Stamp:
     return files_stamp((folder / _CONFIG, file))

@@ -1,336 +1,181 @@
-"""Detection: the properties of a model, each with where it came from, from metadata alone."""
+"""Detection: which model was chosen, from metadata alone, and where each property comes from."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lib.catalog import RELEASED, ReleasedModel, trunk_parameters, trunk_shapes
-from lib.errors import SettingsError, WeightsError
+from lib.catalog import RELEASED
+from lib.errors import WeightsError
+from lib.models.adapted import lay_over
 from lib.models.adapter import (
     Adapter,
+    base_settings,
     is_adapter,
-    merge_at_read,
     read_adapter,
     refuse_contact_head,
-    with_base,
 )
+from lib.models.formats import find_weights, open_weights
+from lib.models.layers import choose_layers
+from lib.models.properties import CATALOG_ALONE, Property, catalog_shape, find_shape
 from lib.models.regression import Regression, read_regression, regression_path
-from lib.models.weights import Weights, find_weights, open_weights
-from schema.esm2_config import ESM2Config
+from lib.models.trunk import check_trunk, trunk_dtype
+from lib.models.weights import Weights
+from schema.esm2_config import ESM2Config, ModelShape
 from schema.settings import ModelSettings
 
-__all__ = ["Detection", "Property", "detect", "select_layers"]
-
-_KEYS = ("num_layers", "hidden_dim", "attention_heads", "token_dropout")
-_FAR_MORE_LAYERS_THAN_ANY_ESM2 = 1000
-
-
-@dataclass(frozen=True)
-class Property:
-    """A detected value and its source, in words."""
-
-    value: object
-    source: str
+__all__ = ["Detection", "detect"]
 
 
 @dataclass(frozen=True)
 class Detection:
     """What is known of a model before any of its tensors is read.
 
-    `weights` is None for a released name that is not on disk: then the values are the
-    catalog's. `released` is the released model that this is, or that it adapts. `regression` is
-    there if contacts are to be predicted and it is on disk.
+    `weights` is None for a released name that is not on disk; the shape is then the catalog's.
+    `repr_layers` are the layers to keep, in the order asked for, all in 0 … num_layers. `sources`
+    says of every property where its value comes from, in the order in which they are shown.
+    `released` is the released model that this is, or that it adapts. `regression` is set if
+    contacts are to be predicted and the contact regression is on disk.
     """
 
     name: str
     weights: Weights | None
-    properties: dict[str, Property]
+    shape: ModelShape
+    repr_layers: tuple[int, ...]
+    sources: Mapping[str, str]
     released: str | None = None
     regression: Regression | None = None
 
-    def value(self, key: str) -> int:
-        """Return the value of a whole-number property."""
-        found = self.properties[key].value
-        assert isinstance(found, int), key
-        return found
-
     @property
-    def repr_layers(self) -> tuple[int, ...]:
-        """Layers to keep, ascending as asked for, all in 0 … num_layers."""
-        layers = self.properties["repr_layers"].value
-        assert isinstance(layers, tuple)
-        return layers
+    def properties(self) -> dict[str, Property]:
+        """Every detected value with its source."""
+        values = {
+            **asdict(self.shape),
+            "repr_layers": self.repr_layers,
+            "parameters": self.shape.parameters,
+        }
+        if self.weights is not None:
+            values |= {
+                "weights_format": self.weights.format,
+                "dtype": trunk_dtype(self.weights, self.shape),
+                "base": str(self.weights.unadapted.path),
+                "contact_regression": self._regression_place(self.weights),
+            }
+        return {key: Property(values[key], source) for key, source in self.sources.items()}
 
     @property
     def untrained(self) -> bool:
         """Whether the weights say that they were made by scripts/make_model.py."""
         return self.weights is not None and self.weights.untrained
 
+    def require_weights(self) -> Weights:
+        """Return the weights; raises WeightsError if they are not on disk."""
+        if self.weights is None:
+            raise WeightsError(f"{self.name}: weights are not on disk")
+        return self.weights
+
+    def with_layers(self, layers: tuple[int, ...], source: str) -> Detection:
+        """Return this detection with other layers to keep."""
+        return replace(self, repr_layers=layers, sources={**self.sources, "repr_layers": source})
+
     def find_regression(self) -> Regression:
         """Read the contact regression of weights on disk; raises WeightsError if there is none."""
-        assert self.weights is not None
         return read_regression(
-            self.weights, self.value("num_layers"), self.value("attention_heads")
+            self.require_weights(), self.shape.num_layers, self.shape.attention_heads
         )
 
     def config(self, sha256: str) -> ESM2Config:
-        """Return the ESM2Config of weights on disk whose digest has been taken."""
+        """Return the ESM2Config of weights on disk whose digest is `sha256`."""
+        weights = self.require_weights()
         own = self.regression.sha256 or sha256 if self.regression else None
         return ESM2Config(
             name=self.name,
-            num_layers=self.value("num_layers"),
-            hidden_dim=self.value("hidden_dim"),
-            attention_heads=self.value("attention_heads"),
-            token_dropout=bool(self.properties["token_dropout"].value),
+            **asdict(self.shape),
             repr_layers=self.repr_layers,
-            parameters=self.value("parameters"),
-            weights_format=str(self.properties["weights_format"].value),
-            dtype=str(self.properties["dtype"].value),
+            parameters=self.shape.parameters,
+            weights_format=weights.format,
+            dtype=trunk_dtype(weights, self.shape),
             sha256=sha256,
             untrained=self.untrained,
             contact_regression_sha256=own,
         )
 
+    def _regression_place(self, weights: Weights) -> str:
+        if self.regression is not None:
+            return str(self.regression.path)
+        return f"{regression_path(weights.unadapted.path)} (not on disk)"
+
 
 def detect(model: ModelSettings, *, contacts: bool = False) -> Detection:
     """Detect the chosen model: metadata and tensor shapes, checked against catalog and config.
 
-    contacts: whether they are to be predicted; then weights without a contact regression are
-    refused, but for a released name, whose regression can be downloaded.
+    contacts: whether they are to be predicted. Weights without a contact regression are then
+    refused, except under a released name, whose regression can be downloaded.
 
-    Raises WeightsError if the weights are no complete ESM-2 model or a property is missing,
-    SettingsError if config.ini contradicts them or asks for a layer they do not have.
+    Raises WeightsError if the weights are not a complete ESM-2 model or a property is missing,
+    SettingsError if config.ini contradicts them or asks for a layer that they do not have.
     """
     path = find_weights(model)
     if path is not None and is_adapter(path):
         adapter = read_adapter(path)
         if contacts:
             refuse_contact_head(adapter)
-        found = _detect_adapted(model, adapter)
+        detection = _detect_adapted(model, adapter)
     else:
-        found = _detect_whole(model, path)
-    return _with_regression(found) if contacts and found.weights is not None else found
+        detection = _from_catalog(model) if path is None else _from_weights(model, path)
+    return _with_regression(detection) if contacts else detection
 
 
 def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
-    """Detect a LoRA adapter's base, and lay the adapter over it."""
-    base_settings, source = with_base(model, adapter)
-    path = find_weights(base_settings)
+    """Detect the base of a LoRA adapter, and lay the adapter over it."""
+    of_base, source = base_settings(model, adapter)
+    path = find_weights(of_base)
     if path is not None and is_adapter(path):
         raise WeightsError(f"{adapter.folder}: its base {path} is an adapter itself")
-    base = _detect_whole(base_settings, path)
+    base = _from_catalog(of_base) if path is None else _from_weights(of_base, path)
     name = adapter.folder.resolve().name
     if base.weights is None:
         return replace(base, name=name)
-    weights = merge_at_read(base.weights, adapter)
-    found = dict(base.properties)
-    found["weights_format"] = Property(weights.format, "file")
-    found["base"] = Property(str(base.weights.path), source)
-    return replace(base, name=name, weights=weights, properties=found)
+    weights = lay_over(base.weights, adapter)
+    return replace(base, name=name, weights=weights, sources={**base.sources, "base": source})
+
+
+def _from_catalog(model: ModelSettings) -> Detection:
+    """Return what the catalog says of a released name that is not on disk."""
+    released, shape = RELEASED[model.esm_model], catalog_shape(model)
+    sources = dict.fromkeys(asdict(shape), CATALOG_ALONE)
+    layers, sources["repr_layers"] = choose_layers(model.repr_layers, shape.num_layers, released)
+    sources["parameters"] = CATALOG_ALONE
+    return Detection(model.esm_model, None, shape, layers, sources, model.esm_model)
+
+
+def _from_weights(model: ModelSettings, path: Path) -> Detection:
+    """Detect the whole model at `path`: a released one, if the settings name it so."""
+    weights = open_weights(path)
+    released = RELEASED.get(model.esm_model)
+    shape, sources = find_shape(weights, model, released)
+    check_trunk(weights, shape)
+    layers, sources["repr_layers"] = choose_layers(model.repr_layers, shape.num_layers, released)
+    trunk_dtype(weights, shape)  # refuses a mixture of types, and types that ESM-2 does not have
+    sources |= {"parameters": "tensor shapes", "weights_format": "file", "dtype": "tensors"}
+    if released is None:
+        return Detection(path.name.removesuffix(".pt"), weights, shape, layers, sources)
+    return Detection(model.esm_model, weights, shape, layers, sources, model.esm_model)
 
 
 def _with_regression(detection: Detection) -> Detection:
-    """Show where the contact regression lies; refuse weights without one."""
-    assert detection.weights is not None
-    path = regression_path(detection.weights.unadapted.path)
-    if detection.released is not None and not path.exists():
-        regression, place = None, Property(f"{path} (not on disk)", "catalog")
-    else:
-        regression = detection.find_regression()
-        place = Property(str(regression.path), "file")
-    properties = detection.properties | {"contact_regression": place}
-    return replace(detection, properties=properties, regression=regression)
+    """Read the contact regression, or show where that of a released model will lie.
 
-
-def _detect_whole(model: ModelSettings, path: Path | None) -> Detection:
-    released = RELEASED.get(model.esm_model)
-    if path is None:
-        assert released is not None
-        return _from_catalog(model, released)
-    weights = open_weights(path)
-    overrides = {key: getattr(model, key) for key in _KEYS}
-    found = _properties(weights, overrides, released)
-    num_layers, hidden_dim = found["num_layers"].value, found["hidden_dim"].value
-    assert isinstance(num_layers, int)
-    assert isinstance(hidden_dim, int)
-    _check_heads(hidden_dim, found["attention_heads"].value)
-    _check_trunk(weights, num_layers, hidden_dim)
-    found["repr_layers"] = _repr_layers(model.repr_layers, num_layers, released)
-    found["parameters"] = Property(trunk_parameters(num_layers, hidden_dim), "tensor shapes")
-    found["weights_format"] = Property(weights.format, "file")
-    found["dtype"] = Property(_dtype(weights, num_layers, hidden_dim), "tensors")
-    name = model.esm_model if released else path.name.removesuffix(".pt")
-    return Detection(name, weights, found, model.esm_model if released else None)
-
-
-def select_layers(asked: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return `asked` with negative layers counted from the end, as fair-esm's extract does.
-
-    0 is the embedding, num_layers or -1 the last layer. Raises SettingsError for a layer that
-    does not exist or stands twice.
+    Nothing is added while the weights are not on disk.
     """
-    chosen: dict[int, int] = {}
-    for layer in asked:
-        index = layer + num_layers + 1 if layer < 0 else layer
-        if layer > num_layers:
-            raise SettingsError(f"repr_layer {layer} exceeds model depth {num_layers}")
-        if index < 0:
-            raise SettingsError(
-                f"repr_layer {layer} is before the first: model depth {num_layers} ends at "
-                f"{-num_layers - 1}"
-            )
-        if index in chosen:
-            raise SettingsError(f"repr_layers {chosen[index]} and {layer} are the same layer")
-        chosen[index] = layer
-    return tuple(chosen)
-
-
-def _from_catalog(model: ModelSettings, released: ReleasedModel) -> Detection:
-    catalog = "catalog (weights not on disk)"
-    found = {}
-    for key in _KEYS:
-        override, value = getattr(model, key), getattr(released, key)
-        if override is not None and override != value:
-            raise SettingsError(
-                f"[model] {key} = {_said(override)} contradicts {model.esm_model}: {_said(value)}"
-            )
-        found[key] = Property(value, catalog)
-    found["repr_layers"] = _repr_layers(model.repr_layers, released.num_layers, released)
-    found["parameters"] = Property(released.parameters, catalog)
-    return Detection(model.esm_model, None, found, model.esm_model)
-
-
-def _properties(
-    weights: Weights, overrides: dict[str, object], released: ReleasedModel | None
-) -> dict[str, Property]:
-    shapes = _from_shapes(weights)
-    found: dict[str, Property] = {}
-    missing = []
-    for key in _KEYS:
-        by_metadata = _sane(weights, key)
-        by_shape = shapes.get(key)
-        override = overrides[key]
-        if override is not None and by_shape is not None and override != by_shape:
-            raise SettingsError(
-                f"[model] {key} = {_said(override)} contradicts the tensors of {weights.path}: "
-                f"{_said(by_shape)}"
-            )
-        by_catalog = getattr(released, key) if released else None
-        sources = {
-            "override": override,
-            "checkpoint metadata": by_metadata,
-            "tensor shapes": by_shape,
-            "catalog": by_catalog,
-        }
-        known = {source: value for source, value in sources.items() if value is not None}
-        # An override may correct metadata, never tensors or the catalog of a released name.
-        if override is not None:
-            known.pop("checkpoint metadata", None)
-        if not known:
-            missing.append(key)
-            continue
-        first = next(iter(known))
-        for source, value in known.items():
-            if value != known[first]:
-                raise WeightsError(
-                    f"{weights.path}: {key} is {_said(known[first])} by {first}, "
-                    f"{_said(value)} by {source}"
-                )
-        if set(known) == {"override"} and by_metadata is None:
-            missing.append(key)
-        found[key] = Property(known[first], ", ".join(known))
-    unsaid = [key for key in _KEYS if overrides[key] is None]
-    if missing and unsaid:
-        raise WeightsError(
-            f"{weights.path}: {', '.join(missing)} not found in the weights, and config.ini does "
-            f"not give every property (it lacks {', '.join(unsaid)})"
-        )
-    return found
-
-
-def _sane(weights: Weights, key: str) -> object:
-    """Return what the file's metadata says of `key`; a value of the wrong kind is an error."""
-    value = weights.metadata.get(key)
-    if value is None:
-        return None
-    if key == "token_dropout":
-        if not isinstance(value, bool):
-            raise WeightsError(f"{weights.path}: metadata has token_dropout = {str(value)[:80]!r}")
-    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise WeightsError(f"{weights.path}: metadata has {key} = {str(value)[:80]!r}")
-    return value
-
-
-def _from_shapes(weights: Weights) -> dict[str, int]:
-    """Return the properties that tensor names and shapes show."""
-    embedding = weights.tensors.get("embed_tokens.weight")
-    if embedding is None:
-        raise WeightsError(f"{weights.path}: no tensor embed_tokens.weight: not an ESM-2 model")
-    if len(embedding.shape) != 2 or 0 in embedding.shape:
-        raise WeightsError(f"{weights.path}: embed_tokens.weight has shape {embedding.shape}")
-    hidden_dim = embedding.shape[1]
-    numbered = (re.match(r"layers\.(\d{1,9})\.", name) for name in weights.tensors)
-    layers = {int(match[1]) for match in numbered if match}
-    if not layers:
-        raise WeightsError(f"{weights.path}: no tensors layers.N.*: not an ESM-2 model")
-    if max(layers) >= _FAR_MORE_LAYERS_THAN_ANY_ESM2:
-        raise WeightsError(f"{weights.path}: a tensor names layer {max(layers)}")
-    found = {"num_layers": max(layers) + 1, "hidden_dim": hidden_dim}
-    rotary = weights.tensors.get("layers.0.self_attn.rot_emb.inv_freq")
-    if rotary is not None:
-        if len(rotary.shape) != 1 or 0 in rotary.shape or hidden_dim % (2 * rotary.shape[0]):
-            raise WeightsError(
-                f"{weights.path}: rot_emb.inv_freq has shape {rotary.shape}, which fits no heads "
-                f"of hidden_dim {hidden_dim}"
-            )
-        found["attention_heads"] = hidden_dim // (2 * rotary.shape[0])
-    return found
-
-
-def _check_heads(hidden_dim: int, attention_heads: object) -> None:
-    assert isinstance(attention_heads, int)
-    if attention_heads < 1 or hidden_dim % (2 * attention_heads):
-        raise WeightsError(
-            f"hidden_dim {hidden_dim} does not divide into {attention_heads} heads of even width"
-        )
-
-
-def _check_trunk(weights: Weights, num_layers: int, hidden_dim: int) -> None:
-    expected = trunk_shapes(num_layers, hidden_dim)
-    missing = [name for name in expected if name not in weights.tensors]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WeightsError(f"{weights.path}: tensor {missing[0]}{more} missing")
-    for name, shape in expected.items():
-        if weights.tensors[name].shape != shape:
-            raise WeightsError(
-                f"{weights.path}: tensor {name} has shape {weights.tensors[name].shape}, "
-                f"an ESM-2 of hidden_dim {hidden_dim} has {shape}"
-            )
-
-
-def _dtype(weights: Weights, num_layers: int, hidden_dim: int) -> str:
-    dtypes = {weights.tensors[name].dtype for name in trunk_shapes(num_layers, hidden_dim)}
-    if len(dtypes) > 1:
-        raise WeightsError(f"{weights.path}: tensors of several types: {', '.join(sorted(dtypes))}")
-    dtype = dtypes.pop()
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise WeightsError(f"{weights.path}: tensors of type {dtype}")
-    return dtype
-
-
-def _repr_layers(
-    asked: list[int] | None, num_layers: int, released: ReleasedModel | None
-) -> Property:
-    if asked is not None:
-        return Property(select_layers(asked, num_layers), "override")
-    if released is not None:
-        return Property(released.repr_layers, "catalog")
-    return Property((num_layers,), "last layer")
-
-
-def _said(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if detection.weights is None:
+        return detection
+    beside = detection.weights.regression_file
+    if detection.released is not None and beside is not None and not beside.exists():
+        return replace(detection, sources={**detection.sources, "contact_regression": "catalog"})
+    return replace(
+        detection,
+        regression=detection.find_regression(),
+        sources={**detection.sources, "contact_regression": "file"},
+    )

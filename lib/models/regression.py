@@ -1,7 +1,7 @@
-"""The contact regression of a model: what fair-esm weighs attention maps by to predict contacts.
+"""The contact regression of a model: the weights by which fair-esm turns attention into contacts.
 
 fair-esm publishes it apart from the model, as `NAME-contact-regression.pt`, and looks for it beside
-the model's file; Hugging Face folders hold it among their tensors.
+the model's file. Hugging Face folders hold it among their tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _BIAS = "contact_head.regression.bias"
 class Regression:
     """A logistic regression over the attention maps of every layer and head.
 
-    weight: (layers, heads) float32. `sha256` is the digest of the regression's own file, None
-    where it lies among the weights, whose digest covers it.
+    weight: (layers, heads) float32. path: the file or folder that holds it. sha256: the digest of
+    the regression's own file; None if it lies among the weights, whose digest covers it.
     """
 
     weight: torch.Tensor
@@ -37,29 +37,32 @@ class Regression:
 
 
 def regression_path(weights: Path) -> Path:
-    """Return where fair-esm looks for the contact regression of a .pt file."""
+    """Return where fair-esm looks for the contact regression that belongs to a .pt file."""
     return weights.with_name(f"{weights.stem}-contact-regression.pt")
 
 
 def read_regression(weights: Weights, layers: int, heads: int) -> Regression:
-    """Read the contact regression that belongs to weights: of an adapter, its base's.
+    """Read the contact regression that belongs to weights; adapted weights have their base's.
 
-    A file beside a .pt outranks tensors in it, as in fair-esm. Raises WeightsError if there is
-    none, or if it is not one number for each of `layers` x `heads` and a bias.
+    A file beside a .pt takes precedence over tensors in it, as in fair-esm. Raises WeightsError if
+    there is none, or if it is not one number for each of `layers` x `heads` and a bias.
     """
     whole = weights.unadapted
-    beside = regression_path(whole.path)
-    if whole.format == "fair-esm" and beside.is_file():
+    beside = whole.regression_file
+    if beside is not None and beside.is_file():
         return read_regression_file(beside, layers, heads)
     if _WEIGHT not in whole.tensors or _BIAS not in whole.tensors:
-        there = f"no {beside.name} beside it and " if whole.format == "fair-esm" else ""
-        raise WeightsError(f"{whole.path}: no contact regression: {there}no tensor {_WEIGHT}")
+        no_file = f"no {beside.name} beside it and " if beside is not None else ""
+        raise WeightsError(f"{whole.path}: no contact regression: {no_file}no tensor {_WEIGHT}")
     tensors = dict(whole.read((_WEIGHT, _BIAS)))
     return _checked(tensors, whole.path, layers, heads, None)
 
 
 def read_regression_file(path: Path, layers: int, heads: int) -> Regression:
-    """Read what fair-esm publishes as `NAME-contact-regression.pt`; raises as read_regression."""
+    """Read a `NAME-contact-regression.pt` as fair-esm publishes it.
+
+    Raises as `read_regression` does, and if the file changes meanwhile.
+    """
     sha256 = _digest(path)
     state = load_archive(path).get("model")
     tensors = state if isinstance(state, dict) else {}
@@ -97,6 +100,6 @@ def _checked(
                 f"have {shape}"
             )
         if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-            raise WeightsError(f"{path}: tensor {name} holds what is no finite number")
+            raise WeightsError(f"{path}: tensor {name} contains non-finite values")
     weight = tensors[_WEIGHT].float().reshape(layers, heads).clone()
     return Regression(weight, float(tensors[_BIAS][0]), path, sha256)

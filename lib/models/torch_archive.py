@@ -8,35 +8,28 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lib.errors import LedgerError, WeightsError
+from lib.models.weights import TensorInfo
 
-__all__ = ["TensorInfo", "load_archive", "refuse_inflated", "tensor_info"]
+__all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# GLOBAL opcodes; torch's unpickler has no other way to a name.
+# Arguments of GLOBAL opcodes: torch's unpickler reaches a name in no other way.
 _MADE_BY_LENGTH = {"__builtin__ bytearray", "builtins bytearray", "torch Tensor"}
-# The one pair that shares its memory, by fair-esm's name of the head and by transformers'.
+# The head that may share its memory with the embedding, by fair-esm's and transformers' names.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Type and shape of a stored tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def load_archive(path: Path) -> dict[str, Any]:
-    """Map the dictionary that torch.save wrote to `path`, allowing no name but argparse.Namespace.
+    """Map the dictionary that torch.save wrote to `path`.
 
-    Raises WeightsError for whatever else it is, and for a pickle that asks for any other name.
+    Raises WeightsError if the file holds anything else, and if its pickle asks for any name other
+    than argparse.Namespace and those of tensors.
     """
     try:
         if not path.is_file():
@@ -45,7 +38,7 @@ def load_archive(path: Path) -> dict[str, Any]:
             raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
         _refuse_bombs(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # what a hostile pickle makes torch say of itself
+            warnings.simplefilter("ignore")  # a hostile pickle can make torch warn about itself
             archive = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (LedgerError, MemoryError):
         raise
@@ -59,9 +52,10 @@ def load_archive(path: Path) -> dict[str, Any]:
 
 
 def _refuse_bombs(path: Path) -> None:
-    """Refuse an archive that would ask for memory of any size before its tensors are counted.
+    """Refuse an archive that could take any amount of memory before its tensors are counted.
 
-    torch's own allow-list has types that are made by length, and its reader inflates members.
+    torch's own allow-list includes types that are made from a length, and its reader inflates
+    compressed members.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -78,7 +72,7 @@ def _refuse_bombs(path: Path) -> None:
 
 
 def _unpickling_fact(message: str) -> str:
-    """Return what is wrong, out of the paragraphs of advice that torch puts around it."""
+    """Return the fact from a message of torch, without the paragraphs of advice around it."""
     asked = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", message)
     if asked and re.search("unsupported", message, re.IGNORECASE):
         return f"its pickle asks for {asked[1]}, which is not in the allow-list"
@@ -86,12 +80,12 @@ def _unpickling_fact(message: str) -> str:
     advice = re.compile("weights_only|torch.load|Please|documentation")
     facts = [line.strip() for line in inner.splitlines() if not advice.search(line)]
     fact = next(filter(None, facts), "").partition(" This is an internal")[0]
-    # A lone word is what a KeyError of the unpickler says of a broken stream.
+    # From a broken stream the unpickler raises a KeyError, whose message is a single word.
     return fact[:300] if " " in fact else "its pickle is broken"
 
 
 def tensor_info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    """Return what is stored as `name`; raises WeightsError if that is less than its shape."""
+    """Return type and shape of a tensor; raises WeightsError if it is not stored as a whole."""
     plain = tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)
     if not plain or not tensor.is_contiguous():
         raise WeightsError(f"{path}: tensor {name} is not stored whole (strided or sparse)")
@@ -100,7 +94,7 @@ def tensor_info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
 
 
 def refuse_inflated(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse tensors that claim more bytes than the file has, but for the one tied pair."""
+    """Refuse tensors that claim more bytes than the file has; a tied head is not counted."""
     counted = dict(tensors)
     embedding = counted.get("embed_tokens.weight")
     for name in _TIED_HEADS:

@@ -1,174 +1,105 @@
-"""Weights: where they lie, what their metadata says, and their tensors, read only when asked for.
+"""Weights: what an ESM-2 model on disk offers, whatever its format.
 
-A fair-esm `.pt` is a zip archive of torch.save with the keys `cfg` (an argparse.Namespace) and
-`model` (a state dict). It is mapped, never read whole, and unpickled with weights_only=True and
-argparse.Namespace as the only name allowed beside tensors.
+lib/models/formats.py lists the formats, and says how to add one.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from lib.catalog import RELEASED
 from lib.errors import WeightsError
-from lib.files import file_sha256, files_stamp
-from lib.models import huggingface
-from lib.models.torch_archive import TensorInfo, load_archive, refuse_inflated, tensor_info
-from schema.settings import ModelSettings
+from lib.files import files_stamp
 
-__all__ = ["Weights", "find_weights", "hub_checkpoints", "open_weights"]
+__all__ = ["Stamp", "TensorInfo", "Weights", "read_json", "refuse_if_restamped", "stamp_of"]
 
-_PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
-# fair-esm's own words for the properties, in cfg["model"].
-_CFG_WORDS = {
-    "num_layers": "encoder_layers",
-    "hidden_dim": "encoder_embed_dim",
-    "attention_heads": "encoder_attention_heads",
-    "token_dropout": "token_dropout",
-}
+Stamp = tuple[object, ...]  # of files, as lib.files.files_stamp returns it
 
 
 @dataclass(frozen=True)
-class Weights:
+class TensorInfo:
+    """Type and shape of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights(Protocol):
     """An ESM-2 model on disk, of which only metadata has been read.
 
-    `metadata` holds the properties that the file's own configuration states, `tensors` what
-    is stored, by fair-esm's names without prefix.
+    Every format translates its own names: properties have the names of ModelShape's fields, and
+    tensors have fair-esm's names without prefix (`layers.0.fc1.weight`).
     """
 
-    path: Path
-    format: str
-    metadata: Mapping[str, object]
-    tensors: Mapping[str, TensorInfo]
-    untrained: bool
-    stamp: tuple[object, ...]
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+
+    @property
+    def format(self) -> str:
+        """One of `schema.esm2_config.WEIGHTS_FORMATS`; part of a model's identity."""
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """The properties that the weights' own configuration states, unchecked."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights say that scripts/make_model.py made them."""
+
+    @property
+    def regression_file(self) -> Path | None:
+        """Where the format keeps a contact regression apart; None: only among the tensors."""
 
     @property
     def unadapted(self) -> Weights:
-        """These weights, or those that an adapter changes."""
-        return self
+        """These weights, or the base of adapted ones."""
 
     def refuse_if_changed(self) -> None:
-        """Raise WeightsError if the files on disk are not those whose metadata was read."""
-        if _stamp(self.path) != self.stamp:
-            raise WeightsError(f"{self.path}: changed while it was being read")
+        """Raise WeightsError if the files are no longer those whose metadata was read."""
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the file, or of a folder's `sha256sum` listing of its files."""
-        if self.format == "huggingface":
-            return huggingface.folder_sha256(self.path)
-        return file_sha256(self.path)
+        """Return the digest of everything on disk that can change a vector; raises OSError."""
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as stored; the tensors are views of a mapping of the file.
+        """Yield (name, tensor) for each of `names`, in any order and in the stored type.
 
-        The mapping goes when the last of its tensors does: ask for a few at a time and let go
-        of them, and the file's pages never add up to a second copy in memory.
+        The tensors may be views of a mapped file, whose pages stay in memory as long as one of
+        them lives: ask for a few at a time and let go of them, so that the file never becomes a
+        second copy of the model.
         """
-        if self.format == "huggingface":
-            yield from huggingface.read_tensors(self.path, names)
-            return
-        state = _state_dict(load_archive(self.path), self.path)
-        for name in names:
-            yield name, state[name]
 
 
-def hub_checkpoints() -> Path:
-    """Return the folder where torch hub, and so fair-esm, keeps downloaded weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def find_weights(model: ModelSettings) -> Path | None:
-    """Return where the chosen model lies, or None for a released name that is not on disk.
-
-    Raises WeightsError for a path that does not exist, and for a name that is neither.
-    """
-    if model.esm_model not in RELEASED:
-        path = Path(model.esm_model)
-        if not path.exists():
-            raise WeightsError(
-                f"esm_model {path}: no such file or folder, and {path.name!r} is not one of the "
-                f"released names {', '.join(RELEASED)}"
-            )
-        return path
-    folders = [Path(model.weights_directory)] if model.weights_directory else []
-    for folder in [*folders, hub_checkpoints()]:
-        path = folder / f"{model.esm_model}.pt"
-        if path.is_file():
-            return path
-    return None
-
-
-def open_weights(path: Path) -> Weights:
-    """Read the metadata of the weights at `path`; no tensor data is read.
-
-    Raises WeightsError, in one line, for whatever is not an ESM-2 model.
-    """
-    stamp = _stamp(path)
-    if path.is_dir():
-        metadata, infos, untrained = huggingface.read_metadata(path)
-        return Weights(path, "huggingface", metadata, infos, untrained, stamp)
-    archive = load_archive(path)
-    _refuse_relatives(archive, path)
-    state = _state_dict(archive, path)
-    cfg = _cfg(archive)
-    metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
-    infos = {name: tensor_info(name, tensor, path) for name, tensor in state.items()}
-    refuse_inflated(state, path)
-    return Weights(path, "fair-esm", metadata, infos, cfg.get("untrained") is True, stamp)
-
-
-def _stamp(path: Path) -> tuple[object, ...]:
-    """Return what changes when a file, or a file of a folder, is written or replaced."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+def stamp_of(files: Iterable[Path]) -> Stamp:
+    """Return what changes when one of `files` is written, replaced or removed."""
     return files_stamp(file for file in files if file.is_file())
 
 
-def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
-    cfg = archive.get("cfg")
-    model = cfg.get("model") if isinstance(cfg, dict) else getattr(cfg, "model", None)
-    if isinstance(model, argparse.Namespace):
-        return dict(vars(model))
-    return model if isinstance(model, dict) else {}
+def refuse_if_restamped(path: Path, before: Stamp, now: Stamp) -> None:
+    """Raise WeightsError if the files that make up the weights at `path` have another stamp."""
+    if now != before:
+        raise WeightsError(f"{path}: changed while it was being read")
 
 
-def _state_dict(archive: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    state = archive.get("model", archive)
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: its 'model' is a {type(state).__name__}, not a state dict")
-    tensors = {
-        _PREFIX.sub("", name): value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
-    if not tensors:
-        raise WeightsError(f"{path}: holds no tensors")
-    return tensors
-
-
-def _refuse_relatives(archive: Mapping[str, Any], path: Path) -> None:
-    """Refuse the other models of the family by what only they have."""
-    args = archive.get("args")
-    arch = str(getattr(args, "arch", "")) if isinstance(args, argparse.Namespace) else ""
-    names = " ".join(_state_dict(archive, path))
-    relatives = {
-        "ESM-IF": ("invariant_gvp" in arch, r"\S*gvp\S*|\S*W_v\.\S*|\S*embed_confidence\S*"),
-        "MSA Transformer": (
-            arch == "msa_transformer",
-            r"msa_position_embedding|\S*row_self_attention\S*",
-        ),
-        "ESM-1b or ESM-1v": (arch == "roberta_large", r"embed_positions\.weight"),
-        "ESM-1": (arch == "protein_bert_base", r"embed_out\b\S*"),
-    }
-    for relative, (by_arch, marker) in relatives.items():
-        found = re.search(marker, names)
-        if by_arch or found:
-            what = f"arch {arch}" if by_arch else f"tensor {found[0] if found else ''}"
-            raise WeightsError(f"{path}: an {relative} model ({what}), not ESM-2")
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises WeightsError if the file holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise WeightsError(f"{path}: not JSON") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a JSON object")
+    return content

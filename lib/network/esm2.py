@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-from lib.catalog import trunk_shapes
 from lib.errors import WeightsError
 from lib.models.detection import Detection
 from lib.models.regression import Regression
@@ -25,6 +24,7 @@ from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
 from lib.network.groups import Group, group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from schema.esm2_config import ModelShape
 
 __all__ = ["Network", "load_network"]
 
@@ -32,16 +32,6 @@ __all__ = ["Network", "load_network"]
 _UNMASKED = 1 - 0.15 * 0.8
 _NORM_EPS = 1e-5
 _TENSORS_PER_MAPPING = 32
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The properties of a model that its network is built by."""
-
-    num_layers: int
-    hidden_dim: int
-    attention_heads: int
-    token_dropout: bool
 
 
 @dataclass
@@ -74,7 +64,7 @@ class Network:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: ModelShape,
         dtype: torch.dtype,
         embedding: torch.Tensor,
         layers: list[_Layer],
@@ -169,15 +159,9 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
     Raises WeightsError for rotary frequencies that differ by layer.
     """
-    weights = detection.weights
-    assert weights is not None
-    shape = Shape(
-        detection.value("num_layers"),
-        detection.value("hidden_dim"),
-        detection.value("attention_heads"),
-        bool(detection.properties["token_dropout"].value),
-    )
-    shapes = trunk_shapes(shape.num_layers, shape.hidden_dim)
+    weights = detection.require_weights()
+    shape = detection.shape
+    shapes = shape.trunk_shapes()
     tensors: dict[str, torch.Tensor] = {}
     for start in range(0, len(shapes), _TENSORS_PER_MAPPING):
         for name, stored in weights.read(list(shapes)[start : start + _TENSORS_PER_MAPPING]):
@@ -223,13 +207,13 @@ def _pair_neighbours(stored: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(stored.shape)
 
 
-def _inverse_frequencies(weights: Weights, shape: Shape) -> torch.Tensor:
+def _inverse_frequencies(weights: Weights, shape: ModelShape) -> torch.Tensor:
     """Return the (head_dim / 2,) rotary frequencies in float32.
 
     Where the file holds them fair-esm loads them from there, rounded as they were stored; its
     formula serves where it does not.
     """
-    head_dim = shape.hidden_dim // shape.attention_heads
+    head_dim = shape.head_dim
     names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(shape.num_layers)]
     held = [name for name in names if name in weights.tensors]
     stored = [tensor.float().clone() for _, tensor in weights.read(held)]

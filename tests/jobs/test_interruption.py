@@ -173,7 +173,7 @@ def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(
     script: Script, place: Place, small_model: Path
 ) -> None:
     answer, seconds = signalled(
-        place, small_model, "lib.models.weights.file_sha256", 1, 60, signal.SIGINT
+        place, small_model, "lib.models.fair_esm_file.file_sha256", 1, 60, signal.SIGINT
     )
     assert answer.status == 130
     assert answer.error == "SIGINT: interrupted"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from benchmarks.loading import measure
-from lib.catalog import trunk_parameters
 from lib.jobs import loading
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network.esm2 import load_network
 from lib.settings import load_settings
+from schema.esm2_config import ModelShape
 from tests.conftest import SOME_PROTEINS, Place, Script
 
 
@@ -24,7 +24,7 @@ from tests.conftest import SOME_PROTEINS, Place, Script
 def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "esm2_large.pt"
     make_model(path, 20, 1024, 16, dtype=dtype)
-    in_memory = 4 * trunk_parameters(20, 1024)
+    in_memory = 4 * ModelShape(20, 1024, 16, True).parameters
     assert in_memory > 0.95e9  # large enough that a second copy breaks the bound
     assert measure("esm-ledger, digest taken", path)["peak_bytes"] <= 1.15 * in_memory + 0.7e9
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from lib.errors import WeightsError
 from lib.models.detection import detect
 from lib.models.download import download_target
+from lib.models.formats import open_weights
 from lib.models.untrained import make_folder, make_model
-from lib.models.weights import open_weights
 from lib.settings import load_settings
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.models.test_weights import Call, found, hidden
@@ -241,20 +241,20 @@ def test_a_released_base_is_found_where_releases_lie(place: Place, name: str) ->
     assert detect(model).properties["base"].value == str(target)
 
 
-# ---- What is no plain LoRA of this base
+# ---- Adapters that are not a plain LoRA of this base
 
 
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3', not 'LORA'"),
-        ({"use_dora": True}, "use_dora = True: no plain LoRA"),
-        ({"lora_bias": True}, "lora_bias = True: no plain LoRA"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True: no plain LoRA"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication = [[0, 1]]: no plain LoRA"),
+        ({"use_dora": True}, "use_dora = True: not a plain LoRA adapter"),
+        ({"lora_bias": True}, "lora_bias = True: not a plain LoRA adapter"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out = True: not a plain LoRA adapter"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication = [[0, 1]]: not a plain LoRA adapter"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa: changes its base"),
-        ({"rank_pattern": [1]}, "rank_pattern is no object"),
-        ({"modules_to_save": "x"}, "modules_to_save is no list"),
+        ({"rank_pattern": [1]}, "rank_pattern is not an object"),
+        ({"modules_to_save": "x"}, "modules_to_save is not a list"),
     ],
 )
 def test_other_adapters_are_refused(
@@ -282,14 +282,14 @@ def test_ranks_and_scales_that_are_none_are_refused(
 @pytest.mark.parametrize(
     ("tensors", "fact"),
     [
-        (factors("esm.encoder.layer.7.output.dense", 64, 256), "fits no module of "),
-        (factors("vit.blocks.0.attn", 64, 64), "fits no module of "),
-        (factors(QUERY, 64, 32), "is of a (64, 32) matrix or vector, "),
-        ({"base_model.model.esm.encoder.x": torch.ones(2)}, "fits no module of "),
+        (factors("esm.encoder.layer.7.output.dense", 64, 256), "does not fit any module of "),
+        (factors("vit.blocks.0.attn", 64, 64), "does not fit any module of "),
+        (factors(QUERY, 64, 32), "belongs to a matrix or vector of shape (64, 32), "),
+        ({"base_model.model.esm.encoder.x": torch.ones(2)}, "does not fit any module of "),
         (dict(list(factors(QUERY, 64, 64).items())[:1]), "has no counterpart"),
         (
             {f"base_model.model.{QUERY}.lora_magnitude_vector": torch.ones(2)},
-            "no factor of a linear module",
+            "is not a factor of a linear module",
         ),
     ],
 )

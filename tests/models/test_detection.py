@@ -19,16 +19,20 @@ from esm.model.esm1 import ProteinBertModel
 from esm.model.esm2 import ESM2
 from esm.model.msa_transformer import MSATransformer
 
-from lib.catalog import RELEASED, trunk_parameters, trunk_shapes
+from lib.catalog import RELEASED
 from lib.errors import LedgerError, SettingsError, WeightsError
-from lib.models.detection import Detection, detect, select_layers
+from lib.models.detection import Detection, detect
+from lib.models.layers import select_layers
 from lib.models.untrained import make_model
 from lib.settings import load_settings
+from schema.esm2_config import ModelShape
 from tests.conftest import Place, Script
 
 TRUNK = "encoder.sentence_encoder."
 INV_FREQ = "self_attn.rot_emb.inv_freq"
 ALL_FOUR = {"num_layers": "2", "hidden_dim": "64", "attention_heads": "4", "token_dropout": "no"}
+
+SMALL = ModelShape(2, 64, 4, True)
 
 State = dict[str, torch.Tensor]
 Save = Callable[..., Path]
@@ -108,7 +112,7 @@ def test_properties_come_from_metadata_and_tensors(place: Place, small_model: Pa
         "attention_heads": 4,
         "token_dropout": True,
         "repr_layers": (2,),
-        "parameters": trunk_parameters(2, 64),
+        "parameters": SMALL.parameters,
         "weights_format": "fair-esm",
         "dtype": "float32",
     }
@@ -127,31 +131,31 @@ def test_properties_come_from_metadata_and_tensors(place: Place, small_model: Pa
 
 
 def test_the_parameter_count_is_that_of_the_tensors(state: State) -> None:
-    trunk = [state[TRUNK + name] for name in trunk_shapes(2, 64)]
-    assert trunk_parameters(2, 64) == sum(tensor.numel() for tensor in trunk)
+    trunk = [state[TRUNK + name] for name in SMALL.trunk_shapes()]
+    assert SMALL.parameters == sum(tensor.numel() for tensor in trunk)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_catalog_shapes_are_those_of_the_name(name: str) -> None:
     # esm2_t6_8M_UR50D: 6 layers and 8 million parameters, generously rounded (7.5 million).
     layers, size = name.split("_")[1:3]
-    assert RELEASED[name].num_layers == int(layers[1:])
+    assert RELEASED[name].shape.num_layers == int(layers[1:])
     scale = {"M": 1e6, "B": 1e9}[size[-1]]
-    assert RELEASED[name].parameters == pytest.approx(float(size[:-1]) * scale, rel=0.08)
+    assert RELEASED[name].shape.parameters == pytest.approx(float(size[:-1]) * scale, rel=0.08)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_catalog_shapes_are_the_tensors_of_fair_esms_network(name: str) -> None:
-    released = RELEASED[name]
+    shape = RELEASED[name].shape
     with torch.device("meta"):
-        network = ESM2(released.num_layers, released.hidden_dim, released.attention_heads)
+        network = ESM2(shape.num_layers, shape.hidden_dim, shape.attention_heads)
     tensors = {part: tuple(tensor.shape) for part, tensor in network.named_parameters()}
     trunk = {
-        part: shape
-        for part, shape in tensors.items()
+        part: dimensions
+        for part, dimensions in tensors.items()
         if not part.startswith(("lm_head.", "contact_head."))
     }
-    assert trunk == trunk_shapes(released.num_layers, released.hidden_dim)
+    assert trunk == shape.trunk_shapes()
 
 
 def test_the_script_prints_values_with_sources(script: Script, small_model: Path) -> None:
@@ -228,7 +232,7 @@ def test_a_released_name_that_is_nowhere_shows_the_catalog_and_downloads_nothing
     answer = script("detect", "--json", "--esm-model", name)
     assert answer.status == 0
     assert answer.json["path"] is None
-    layers = RELEASED[name].num_layers
+    layers = RELEASED[name].shape.num_layers
     marked = "catalog (weights not on disk)"
     assert answer.json["properties"]["num_layers"] == {"value": layers, "source": marked}
     assert answer.json["properties"]["repr_layers"]["value"] == [layers]
@@ -380,7 +384,8 @@ def test_inv_freq_that_fits_no_heads_is_refused(
 ) -> None:
     state[f"{TRUNK}layers.0.{INV_FREQ}"] = torch.ones(shape)
     told = refusal(WeightsError, place, save(state))
-    assert told == f"rot_emb.inv_freq has shape {shape}, which fits no heads of hidden_dim 64"
+    fact = f"rot_emb.inv_freq has shape {shape}, which does not fit the heads of any model of"
+    assert told == f"{fact} hidden_dim 64"
 
 
 @pytest.mark.parametrize(

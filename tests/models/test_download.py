@@ -60,7 +60,7 @@ class Server:
 @pytest.fixture
 def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that config.ini names; weights are downloaded into an empty folder, in haste."""
-    monkeypatch.setattr("lib.models.download._PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("lib.models.transfer._PAUSES", (0.0, 0.0, 0.0))
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -526,7 +526,7 @@ def test_the_pauses_before_another_try_become_longer(
     place: Place, server: Server, published: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("lib.models.download._PAUSES", (1.0, 4.0))
+    monkeypatch.setattr("lib.models.transfer._PAUSES", (1.0, 4.0))
     monkeypatch.setattr("time.sleep", slept.append)
     third = len(published) // 3
     server.body, server.etag, server.breaks_after = published, '"one"', third

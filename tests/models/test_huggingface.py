@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.models.huggingface import fair_esm_name, hugging_face_name
+from lib.models.formats import open_weights
+from lib.models.tensor_names import fair_esm_name, hugging_face_name
 from lib.models.untrained import make_folder, make_model
-from lib.models.weights import open_weights
 from lib.sequences.alphabet import tokenise
 from tests.conftest import Place, Script
 from tests.models.test_weights import SEQUENCE, found, hidden, load, refusal
@@ -169,7 +169,7 @@ def test_an_index_of_bins_names_no_other_kind(folder: Path) -> None:
     index = folder / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "config.json"}}))
     told = refusal_of_file(folder, index.name)
-    assert told == "names 'config.json', which is no .bin file"
+    assert told == "names 'config.json', which is not a .bin file"
 
 
 def test_two_tensors_of_one_name_are_refused(folder: Path) -> None:

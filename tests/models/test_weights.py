@@ -25,14 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lib.catalog import trunk_shapes
 from lib.errors import WeightsError
 from lib.jobs.loading import load_model
 from lib.models.detection import Detection, detect
+from lib.models.formats import open_weights
 from lib.models.untrained import make_model
-from lib.models.weights import open_weights
 from lib.sequences.alphabet import tokenise
 from lib.settings import load_settings
+from schema.esm2_config import ModelShape
 from tests.conftest import ROOT, Place, Script
 from tests.torture import strace
 
@@ -58,7 +58,7 @@ def hidden(path: Path) -> list[torch.Tensor]:
     detection = detect(said.model)
     network = load_model(said, detection, "0" * 64).network
     tokens = torch.from_numpy(tokenise([SEQUENCE]))
-    layers = range(detection.value("num_layers") + 1)
+    layers = range(detection.shape.num_layers + 1)
     return [x.clone() for _, x in network.forward(tokens, [len(SEQUENCE)], layers)]
 
 
@@ -183,6 +183,7 @@ from benchmarks.processes import peak_bytes
 from lib.models.detection import detect
 from lib.errors import WeightsError
 from lib.settings import load_settings
+from schema.esm2_config import ModelShape
 for path in sys.argv[1:]:
     model = load_settings(overrides={"model.esm_model": path}).model
     before = peak_bytes()
@@ -256,7 +257,7 @@ def test_members_of_an_archive_are_never_extracted(
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, small_model.read_bytes())
     if is_read:
-        assert found(path).value("num_layers") == 2
+        assert found(path).shape.num_layers == 2
     else:
         assert "file in archive is not in a subdirectory" in refusal(path)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a", "b", "m.pt"]
@@ -483,7 +484,7 @@ def test_counts_and_shapes_beyond_reason_are_refused_before_memory_is_asked_for(
 
 
 def shapes(num_layers: int, hidden_dim: int) -> list[tuple[str, tuple[int, ...]]]:
-    return list(trunk_shapes(num_layers, hidden_dim).items())
+    return list(ModelShape(num_layers, hidden_dim, 4, True).trunk_shapes().items())
 
 
 def test_tensors_that_share_storage_and_claim_more_than_the_file_are_refused(
@@ -512,7 +513,7 @@ def test_the_one_tied_pair_of_every_release_is_no_bomb(tmp_path: Path) -> None:
     state = load(tmp_path / "m.pt")["model"]
     embedding = state[f"{TRUNK}embed_tokens.weight"]
     assert state["encoder.lm_head.weight"].data_ptr() == embedding.data_ptr()
-    assert found(tmp_path / "m.pt").value("hidden_dim") == 1024
+    assert found(tmp_path / "m.pt").shape.hidden_dim == 1024
 
 
 @pytest.mark.parametrize(
@@ -572,7 +573,7 @@ def test_types_of_releases_and_fine_tunes_are_read(
 def test_tensors_are_read_as_stored(small_model: Path) -> None:
     state = load(small_model)["model"]
     weights = open_weights(small_model)
-    names = list(trunk_shapes(2, 64))
+    names = [name for name, _ in shapes(2, 64)]
     read = dict(weights.read(names))
     assert list(read) == names
     assert all(torch.equal(tensor, state[TRUNK + name]) for name, tensor in read.items())
@@ -594,7 +595,7 @@ def test_fair_esms_own_loader_reads_an_untrained_model(tmp_path: Path, dtype: to
         model, _ = esm.pretrained.load_model_and_alphabet_local(str(path))
     assert (model.num_layers, model.embed_dim, model.attention_heads) == (2, 64, 4)
     state, loaded = load(path)["model"], model.state_dict()
-    for name in trunk_shapes(2, 64):
+    for name, _ in shapes(2, 64):
         assert torch.equal(loaded[name], state[TRUNK + name].float()), name
     contact = load(regression)["model"]
     assert torch.equal(loaded["contact_head.regression.weight"], contact[REGRESSION])
@@ -616,7 +617,7 @@ def test_a_seed_decides_every_tensor(tmp_path: Path) -> None:
     assert made(tmp_path / "b.pt", seed=7) == first
     other = made(tmp_path / "c.pt", seed=8)
     assert other[1] != first[1]
-    for name in trunk_shapes(2, 32):
+    for name, _ in shapes(2, 32):
         assert other[0][TRUNK + name] != first[0][TRUNK + name], name
 
 
@@ -736,7 +737,7 @@ def test_a_hugging_face_folder_is_the_same_model(
     theirs = {key: prop.value for key, prop in detection.properties.items()}
     ours = {key: prop.value for key, prop in found(small_model).properties.items()}
     assert theirs == {**ours, "weights_format": "huggingface"}
-    names = list(trunk_shapes(2, 64))
+    names = [name for name, _ in shapes(2, 64)]
     read = dict(detection.weights.read(names))
     assert sorted(read) == sorted(names)
     for name, tensor in open_weights(small_model).read(names):

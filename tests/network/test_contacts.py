@@ -271,7 +271,7 @@ NAMES = "contact_head.regression.weight", "contact_head.regression.bias"
         ),
         (
             {"model": {NAMES[0]: torch.full((1, 8), torch.nan), NAMES[1]: torch.ones(1)}},
-            "holds what is no finite number",
+            "contains non-finite values",
         ),
         (
             {"model": {NAMES[0]: torch.ones(1, 1).expand(1, 8), NAMES[1]: torch.ones(1)}},

@@ -37,9 +37,9 @@ from safetensors.torch import save, save_file
 from lib.errors import LedgerError
 from lib.ledger.footer import read_footer
 from lib.models.detection import detect
+from lib.models.formats import open_weights
 from lib.models.regression import read_regression_file
 from lib.models.untrained import make_model
-from lib.models.weights import open_weights
 from lib.sequences.inventory import preflight
 from lib.sequences.records import read_records
 from lib.settings import DEFAULT_CONFIG, load_settings

@@ -1,0 +1,81 @@
+"""The formats of weights: where a model lies on disk, and which class reads it.
+
+To add a format:
+
+1. Write a class that offers what `lib.models.weights.Weights` asks for, with the class methods
+   `recognises` and `open`, in a module of its own beside `fair_esm_file` and `huggingface`.
+2. Add the class to `FORMATS`.
+3. Add its `format`, and the same with `+lora`, to `WEIGHTS_FORMATS` in schema/esm2_config.py.
+4. Test it in tests/models: vectors against the format's own library, and refusals.
+
+A LoRA adapter is not a format of its own: lib/models/adapted.py lays it over weights of any.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lib.catalog import RELEASED
+from lib.errors import WeightsError
+from lib.models.fair_esm_file import FairEsmFile
+from lib.models.huggingface import HuggingFaceFolder
+from lib.models.weights import Weights
+from schema.settings import ModelSettings
+
+__all__ = ["FORMATS", "WeightsFormat", "find_weights", "hub_checkpoints", "open_weights"]
+
+
+class WeightsFormat(Protocol):
+    """A class of weights, as `open_weights` uses it."""
+
+    @property
+    def format(self) -> str:
+        """The name of the format."""
+
+    def recognises(self, path: Path) -> bool:
+        """Return whether what lies at `path` should be opened as this format."""
+
+    def open(self, path: Path) -> Weights:
+        """Read metadata, but no tensor data; raises WeightsError if it is not an ESM-2 model."""
+
+
+# The first one that recognises a path opens it. One is there for every path that exists, so that
+# a path which is not an ESM-2 model is refused with the reason why it is not.
+FORMATS: tuple[WeightsFormat, ...] = (HuggingFaceFolder, FairEsmFile)
+
+
+def open_weights(path: Path) -> Weights:
+    """Read the metadata of the weights at `path`, but no tensor data.
+
+    Raises WeightsError, in one line, for anything that is not an ESM-2 model.
+    """
+    return next(found.open(path) for found in FORMATS if found.recognises(path))
+
+
+def hub_checkpoints() -> Path:
+    """Return the folder where torch hub, and therefore fair-esm, keeps downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find_weights(model: ModelSettings) -> Path | None:
+    """Return where the chosen model lies, or None for a released name that is not on disk.
+
+    Raises WeightsError for anything that is neither a released name nor a path that exists.
+    """
+    if model.esm_model not in RELEASED:
+        path = Path(model.esm_model)
+        if not path.exists():
+            raise WeightsError(
+                f"esm_model {path}: no such file or folder, and {path.name!r} is not one of the "
+                f"released names {', '.join(RELEASED)}"
+            )
+        return path
+    folders = [Path(model.weights_directory)] if model.weights_directory else []
+    for folder in [*folders, hub_checkpoints()]:
+        path = folder / f"{model.esm_model}.pt"
+        if path.is_file():
+            return path
+    return None
