@@ -23,8 +23,8 @@ __all__ = ["modules", "queries", "question_list", "settings", "tree", "views"]
 ROOT = Path(__file__).resolve().parent.parent
 # The places of the tree: those with `*` show every file with its line, `+` folders and names.
 _PLACES = [
-    "Makefile", "config.ini", "constraints.txt", "scripts/*", "lib/+", "schema/*", "tests/", "docs/",
-    "examples/", "benchmarks/",
+    "Makefile", "config.ini", "constraints.txt", "scripts/*", "lib/+", "schema/*", "tests/",
+    "docs/", "examples/", "benchmarks/",
 ]  # fmt: skip
 _COLUMN = 20
 _WIDTH = 100
@@ -108,7 +108,7 @@ def _about(path: Path) -> str:
         text = ast.get_docstring(ast.parse(text)) or ""
     heading = path.suffix == ".md" and text.startswith("# ")
     paragraph = text.split("\n\n")[1 if heading else 0]
-    words = " ".join(line.lstrip("#- ") for line in paragraph.splitlines())
+    words = " ".join(line.strip("{#-} ") for line in paragraph.splitlines())
     return words.removeprefix("esm-ledger: ").split(". ")[0].rstrip(".")
 
 
@@ -120,7 +120,7 @@ def _entry(name: str, path: Path, indent: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.suffix in (".py", ".sql"))
+    files = (file for file in folder.iterdir() if file.suffix in (".py", ".sql", ".html"))
     return sorted(file for file in files if file.name != "__init__.py")
 
 
@@ -129,7 +129,7 @@ def _rooms(folder: Path) -> list[Path]:
 
 
 def _names(folder: Path, indent: str) -> list[str]:
-    names = " ".join(file.stem for file in _files(folder))
+    names = " ".join(file.name.removesuffix(".py") for file in _files(folder))
     return textwrap.wrap(names, _WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 

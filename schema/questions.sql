@@ -8,7 +8,7 @@ WHERE model LIKE 'esm2_t33_650M%' AND input LIKE '%/proteins.fasta';
 -- What is unfinished, and how far is it?
 SELECT run, status, percent, attempts, heartbeat FROM run_progress WHERE status <> 'finished';
 
--- Tokens per second by model and machine?
+-- How many tokens per second, by model and machine?
 SELECT m.name AS model, a.host, a.device_name,
        round(sum(c.residues + 2 * (c.stop_position - c.first_position)) / sum(c.seconds)) AS tokens_per_second
 FROM checkpoints c JOIN attempts a ON a.id = c.attempt_id

@@ -1,5 +1,5 @@
--- Views for people. They read the tables of tables.py; `query.py "select * from run_history"`.
--- The line before a view says what its rows are, the line before a column what it holds.
+-- Views for people, of the tables in tables.py. To read one: `query.py "select * from run_history"`.
+-- The line above a view describes its rows, the line above a column its content.
 
 -- One row per run, newest first.
 CREATE VIEW run_history AS
@@ -36,7 +36,7 @@ LEFT JOIN (
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
 
--- How far each run is, in residues computed, and when its process last said it was alive.
+-- The progress of each run, in residues computed, and the last sign of life of its process.
 CREATE VIEW run_progress AS
 SELECT
     -- number of the run
@@ -47,13 +47,13 @@ SELECT
     coalesce(done.residues, 0) AS residues_done,
     -- residues of the different sequences in the input
     runs.residues_total AS residues_total,
-    -- residues_done of residues_total
+    -- residues_done as a percentage of residues_total
     round(100.0 * coalesce(done.residues, 0) / runs.residues_total, 1) AS percent,
     -- checkpoints on record
     coalesce(done.checkpoints, 0) AS checkpoints,
     -- processes that worked on it
     (SELECT count(*) FROM attempts WHERE attempts.run_id = runs.id) AS attempts,
-    -- when the last of them said it was alive, UTC ISO 8601
+    -- last sign of life of any of them, UTC ISO 8601
     (SELECT max(heartbeat_at) FROM attempts WHERE attempts.run_id = runs.id) AS heartbeat
 FROM runs
 LEFT JOIN (
@@ -62,7 +62,7 @@ LEFT JOIN (
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
 
--- Every checkpoint with its model and what, if anything, is wrong with its metadata.
+-- Every checkpoint with its model, and the problem with its metadata if there is one.
 CREATE VIEW checkpoint_audit AS
 SELECT
     -- number of the checkpoint
@@ -81,7 +81,7 @@ SELECT
     checkpoints.bytes AS bytes,
     -- UTC ISO 8601
     checkpoints.committed_at AS committed,
-    -- what is wrong with its metadata; NULL: nothing
+    -- problem with its metadata; NULL if there is none
     CASE
         WHEN checkpoints.esm2_config IS NULL THEN 'no model metadata (NULL)'
         WHEN runs.esm2_config IS NULL THEN 'run has no model metadata (NULL)'
@@ -108,7 +108,7 @@ FROM checkpoints
 JOIN runs ON runs.id = checkpoints.run_id
 ORDER BY checkpoints.id;
 
--- What each model was used for.
+-- The runs, records and speed of each model.
 CREATE VIEW model_usage AS
 SELECT
     -- number of the model
@@ -125,7 +125,7 @@ SELECT
     coalesce(sum(done.residues), 0) AS residues,
     -- residues computed per second of its checkpoints
     round(sum(done.residues) / nullif(sum(done.seconds), 0), 1) AS residues_per_second,
-    -- when its newest run started, UTC ISO 8601
+    -- start of its newest run, UTC ISO 8601
     max(runs.started_at) AS last_used
 FROM models
 LEFT JOIN runs ON runs.model_id = models.id

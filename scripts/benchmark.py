@@ -4,10 +4,10 @@
     python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
 
 A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
-turn, each in a process of its own, as it ships; ratios are medians over the repeats, pair by pair,
-and the machine's own matrix-product rate (the roof) stands beside them. A ratio whose sides do not
-agree numerically is not printed. Start-up is from process start to a model ready to compute. Writes
-benchmarks/DATE-MACHINE.json and a plot beside it. Exit status: 0 measured, 1 a side disagreed.
+turn, each in its own process and with its own defaults. Ratios are medians over the repeats, pair by
+pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is printed
+only if both sides agree numerically. Start-up is the time from process start to a model that is ready.
+Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side disagreed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lib.settings import load_settings
 
 SIZES = {name.split("_")[2]: name for name in RELEASED}
 DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf:40"]
-# Worst pooled cosine with fair-esm below which a side does not count as the same computation.
+# A side whose worst pooled cosine with fair-esm is lower did not do the same computation.
 _AGREES = {"float32": 0.999999, "bfloat16": 0.99, "float16": 0.999}
 _COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
@@ -141,7 +141,7 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
 
 
 def table_rows(case: dict[str, Any]) -> list[list[object]]:
-    """Return the rows of a case; no ratio stands where a side disagrees."""
+    """Return the rows of a case, without ratios where a side disagrees."""
     agree = {one["contender"]: one["agrees"] for one in case["contenders"]}
     rows: list[list[object]] = []
     for one in case["contenders"]:

@@ -1,10 +1,10 @@
-"""Show the run database in a web browser: every question of the README, every column explained.
+"""Show the run database in a web browser, with a page per question and every column explained.
 
     python scripts/browse.py
     python scripts/browse.py --port 8002
 
-Read-only, and for this machine only (127.0.0.1). Ctrl-C ends it. Needs the extra `browse`, which
-`make browse` installs. Exit status: 0 ended by Ctrl-C, 2 no such database, 4 the port is taken.
+It is read-only and answers only this machine (127.0.0.1). Ctrl-C ends it. It needs the extra `browse`,
+which `make browse` installs. Exit status: 0 ended by Ctrl-C, 2 no such database, 4 the port is taken.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lib.pages.loopback import ADDRESS, listen, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Say where the pages are and serve them until Ctrl-C."""
+    """Print the address of the pages and serve them until Ctrl-C."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--port", type=int, default=8001, metavar="N", help="default: 8001; 0: any that is free"
+        "--port", type=int, default=8001, metavar="N", help="default: 8001; 0: any free port"
     )
     parsed = parser.parse_args(argv)
     with listen(parsed.port) as listener:

@@ -3,8 +3,8 @@
     python scripts/detect.py --esm-model esm2_t33_650M_UR50D
     python scripts/detect.py --esm-model models/esm2_untrained_t6_8M.pt --json
 
-Reads no tensor data and downloads nothing: a released name that is not on disk shows the
-catalog's values. Exit status: 0 detected, 2 refused.
+It reads no tensor data and downloads nothing; for a released name that is not on disk it shows the
+values of the catalog. Exit status: 0 detected, 2 refused.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python scripts/export.py --run 1 --format esm-extract --to folder
 
 Formats: hdf5 (UniProt's layout), esm-extract (a .pt per record), npy (a folder with the matrix and
-the ids), virnucpro (one .pt), anndata (.h5ad). Records stand in the order of the FASTA. What exists
-is never replaced. Exit status: 0 written, 2 refused, 3 files are not what the database lists,
+the ids), virnucpro (one .pt), anndata (.h5ad). Records are in the order of the FASTA. An existing file
+is never replaced. Exit status: 0 written, 2 refused, 3 files differ from what the database lists,
 4 disk failed.
 """
 
@@ -24,19 +24,25 @@ from lib.embeddings.selection import Selection, facts_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export one run and say where it lies."""
+    """Export one run and print where it is."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
     parser.add_argument("--format", choices=list(FORMATS), required=True, help="what to write")
-    parser.add_argument("--to", type=Path, required=True, metavar="PATH", help="where; a new name")
-    parser.add_argument("--layer", type=int, help="one of those kept (default: the last)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--bos", action="store_true", help="the vectors of <cls>, not the means")
-    kind.add_argument(
-        "--per-residue", action="store_true", help="hdf5: all residues, not the means"
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="PATH", help="a new file or folder"
     )
-    parser.add_argument("--dtype", choices=["float16", "float32"], help="hdf5: default as kept")
-    parser.add_argument("--partial", action="store_true", help="what an unfinished run has so far")
+    parser.add_argument("--layer", type=int, help="a layer that was kept (default: the last)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--bos", action="store_true", help="the vectors of <cls> instead of the means"
+    )
+    kind.add_argument(
+        "--per-residue", action="store_true", help="hdf5: all residues instead of the means"
+    )
+    parser.add_argument("--dtype", choices=["float16", "float32"], help="hdf5: default as stored")
+    parser.add_argument(
+        "--partial", action="store_true", help="export what an unfinished run has so far"
+    )
     parser.add_argument("--verify", action="store_true", help="check every file's SHA-256 first")
     parsed = parser.parse_args(argv)
     wanted = "per_tok" if parsed.per_residue else "bos" if parsed.bos else "mean"

@@ -4,9 +4,9 @@
     python scripts/history.py --run 12 --json
     python scripts/history.py --watch
 
-On a terminal the columns that do not fit are left out; --json has all of them, in plain numbers.
---watch shows how far the running runs are until they end, or until Ctrl-C.
-Opens the run database read-only. Exit status: 0 shown, 2 no such database or run.
+On a terminal, columns that do not fit are left out; --json prints all of them, as plain numbers.
+--watch shows the progress of running runs until they end, or until Ctrl-C. The run database is opened
+read-only. Exit status: 0 shown, 2 no such database or run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the history or one run."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, metavar="N", help="show this run")
-    parser.add_argument("--watch", action="store_true", help="follow what is running")
+    parser.add_argument("--watch", action="store_true", help="follow the running runs")
     parser.add_argument(
         "--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often --watch looks"
     )
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool) -> None:
-    """Follow runs until they end; Ctrl-C is a good end, too."""
+    """Follow runs until they end; Ctrl-C also ends with status 0."""
     lines, stopped = LiveLines(), threading.Event()
-    # Not KeyboardInterrupt, which is lost where it is raised within a destructor.
+    # Not KeyboardInterrupt, which is lost if it is raised within a destructor.
     before = signal.signal(signal.SIGINT, lambda _number, _frame: stopped.set())
     try:
         for states in watch(url, run_id, seconds, stopped):

@@ -1,12 +1,12 @@
-"""Write an untrained ESM-2 model in a release's format, for trials without a download.
+"""Write an untrained ESM-2 model in the format of a release, for trials without a download.
 
     python scripts/make_model.py --like esm2_t6_8M_UR50D --to models/esm2_untrained_t6_8M.pt
     python scripts/make_model.py --num-layers 2 --hidden-dim 64 --attention-heads 4 --to small.pt
     python scripts/make_model.py --like esm2_t6_8M_UR50D --format huggingface --to models/untrained
 
-The contact regression is written beside a fair-esm .pt, and into the file of a Hugging Face folder
+The contact regression is written beside a fair-esm .pt, or into the file of a Hugging Face folder
 (config.json and model.safetensors); a seed gives the same tensors in both. The weights are random,
-with outlier channels as trained transformers have them: vectors made with them mean nothing.
+with outlier channels like those of trained transformers: their vectors mean nothing.
 Exit status: 0 written, 2 refused, 4 disk failed.
 """
 
@@ -25,7 +25,7 @@ from lib.models.untrained import make_folder, make_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the model and say where it lies."""
+    """Write the model and print where it is."""
     parser = arguments(__doc__)
     parser.add_argument(
         "--to", type=Path, required=True, metavar="PATH", help="the .pt or the folder to write"

@@ -3,10 +3,10 @@
     python scripts/report.py --run 1
     python scripts/report.py --run 1 --to run.html
 
-One file that needs no other and no network. Without --to it is reports/run-000001.html beside the
-run database. An earlier report of the same run is replaced unless it was altered, nothing else
-ever is. A run that is not finished is reported as far as it is. Every vector of a layer is read
-once. Exit status: 0 written, 2 refused, 3 files are not what the database lists, 4 disk failed.
+The page needs no other file and no network. Without --to it is reports/run-000001.html beside the run
+database. It replaces an unaltered earlier report of the same run, and nothing else. An unfinished run
+is reported as far as it is. Every vector of a layer is read once. Exit status: 0 written, 2 refused,
+3 files differ from what the database lists, 4 disk failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lib.pages.report import default_place, make_report, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a report and say where it lies."""
+    """Write a report and print where it is."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where (default: reports/)")

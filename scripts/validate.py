@@ -1,10 +1,10 @@
-"""Validate settings, model, input and database before work starts; changes nothing.
+"""Validate settings, model, input and database before work starts, without changing anything.
 
     python scripts/validate.py --esm-model esm2_t33_650M_UR50D --input proteins.fasta
     python scripts/validate.py --run 12
 
-With --run: audits each of the run's checkpoints, compares weights and input in hand with it,
-then tries the model. Without: tries the model, checks the input if one is given, and lists every
+With --run it audits every checkpoint of the run, compares the given weights and input with it, and
+tries the model. Without, it tries the model, checks the input if there is one, and lists every
 unfinished run and whether this model can continue it. Exit status: 0 good, 2 settings, input or
 weights refused, 3 identity refused, 4 environment failed.
 """
@@ -27,7 +27,7 @@ from lib.settings import load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Validate a run, or what a run would be made of."""
+    """Validate a run, or the model and input of a future run."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, metavar="N", help="audit this run")
     settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")

@@ -4,11 +4,11 @@
     python scripts/verify.py --run 1 --sample 100 --seed 7
     python scripts/verify.py --run 1 --esm-model /new/place/esm2_t33_650M_UR50D.pt
 
-Identity is checked first, as by resume.py: the run's rows, its files, the weights and the input in
-hand, by their digests. Prints the worst and median error and cosine of every column beside the
-bounds for the run's precision. A seed draws the same records again. Exit status: 0 within the
-bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused, 4 disk,
-database or memory failed.
+First it checks identity as resume.py does: the rows and files of the run, the given weights and the
+given input, by their digests. Then it prints the worst and median error and cosine of every column
+beside the bounds for the precision of the run. The same seed draws the same records. Exit status:
+0 within the bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused,
+4 disk, database or memory failed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from lib.jobs.verification import COLUMNS, verify_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verify a run and say how near it is."""
+    """Verify a run and print its errors beside the bounds."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
     parser.add_argument(
         "--sample", type=int, default=20, metavar="N", help="records to compute (default 20)"
     )
-    parser.add_argument("--seed", type=int, help="what draws them (default: another every time)")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the sample (default: a new one every time)"
+    )
     settings_arguments(parser, "esm_model", "input")
     parsed = parser.parse_args(argv)
     seed = secrets.randbits(32) if parsed.seed is None else parsed.seed

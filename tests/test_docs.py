@@ -21,17 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cogapp import Cog
 
 from tests.conftest import ROOT, users_environment
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
 }
 TARGETS = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # What a user's clone has, as far as a command of a page can touch it.
 CLONED = ["Makefile", "config.ini", "constraints.txt", "pyproject.toml"]
 CLONED_FOLDERS = ["examples", "lib", "schema", "scripts"]
+# Folders that a user's commands make.
+MADE = ["demo", "embeddings", "models", "reports"]
 SECONDS = 600
 MARK = "=== end of command"
 
@@ -189,6 +195,24 @@ def test_every_link_leads_to_a_file(name: str) -> None:
             assert (ROOT / name).parent.joinpath(link).exists(), link
 
 
+# The comparison names files of other programs.
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/compare.md"])
+def test_every_file_that_is_named_exists(name: str) -> None:
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."]
+    for place in re.findall(rf"`((?:{'|'.join(folders)})/[\w./-]*)`", PAGES[name]):
+        made = place.split("/")[0] in MADE
+        assert made or (ROOT / place).exists(), place
+
+
+@pytest.mark.parametrize("name", ["README.md", *(one for one in PAGES if one.startswith("docs/"))])
+def test_what_comes_from_the_code_is_current(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    status = Cog().main(["cog", "-I", str(ROOT), "--check", "--diff", name])
+    assert status == 0, f"{capsys.readouterr().out}\n.venv/bin/cog -I . -r README.md docs/*.md"
+
+
 def test_the_index_names_every_page() -> None:
     links = set(re.findall(r"\]\(([^)#\s]+\.md)\)", PAGES["docs/README.md"]))
     pages = {Path(name).name for name in PAGES if name.startswith("docs/")} - {"README.md"}
@@ -233,4 +257,8 @@ def test_every_cell_of_the_comparison_can_be_followed() -> None:
     assert len(rows) > 30
     for row in rows:
         ours = row.strip("| ").split(" | ")[-1]
-        assert "](../tests/test_" in ours or ours == "none" or row.startswith("| |"), row
+        assert (
+            re.search(r"\]\(\.\./tests/(\w+/)?test_", ours)
+            or ours == "none"
+            or row.startswith("| |")
+        ), row

@@ -16,11 +16,14 @@ import pytest
 
 from lib.ledger.comments import view_comments
 from lib.ledger.database import open_for_writing, transaction
+from lib.ledger.history import query
+from lib.ledger.questions import questions
 from lib.settings import DEFAULT_CONFIG
 from schema.tables import Attempt, Checkpoint, Model, Run
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "history.md").read_text()
+QUESTIONS = re.findall(r"^([A-Z][^\n]*\?)\n\n```sql\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
 BLOCKS = re.findall(r"```console\n\$ (.*?)\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -134,6 +137,17 @@ def test_a_command_prints_what_the_page_shows(folder: Path, command: str, printe
     )
     assert done.stdout == printed
     assert done.returncode == 0
+
+
+def test_the_questions_are_those_of_the_schema() -> None:
+    assert len(QUESTIONS) >= 8
+    assert [(one.text, f"{one.sql}\n") for one in questions()] == QUESTIONS
+
+
+@pytest.mark.parametrize(("question", "statement"), QUESTIONS, ids=[q for q, _ in QUESTIONS])
+def test_a_question_can_be_asked_as_printed(folder: Path, question: str, statement: str) -> None:
+    # tests/test_readme.py asks it of real runs, and finds an answer.
+    assert query(str(folder / "runs.sqlite"), statement).columns, question
 
 
 def test_the_columns_of_the_views_are_explained_in_the_schemas_words() -> None:

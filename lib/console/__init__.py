@@ -1,1 +1,1 @@
-"""What the scripts share: arguments, output, bars, words."""
+"""The console of every script: arguments, output, progress bars, exit statuses."""

@@ -1,4 +1,4 @@
-"""Arguments: the flags of every script, and what they override of config.ini."""
+"""Arguments: the flags of the scripts, and the options of config.ini that they override."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lib.settings import DEFAULT_CONFIG, load_settings
 
 __all__ = ["arguments", "database_url", "overrides", "settings_arguments"]
 
-# Flag of a script, and the option of config.ini that it overrides.
+# Flag to the option of config.ini that it overrides.
 _FLAGS = {
     "esm_model": "model.esm_model",
     "repr_layers": "model.repr_layers",
@@ -22,7 +22,7 @@ _FLAGS = {
 
 
 def arguments(documentation: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every script takes: --config, --database and --json."""
+    """Return a parser with the flags of every script: --config, --database and --json."""
     parser = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +39,7 @@ def arguments(documentation: str | None) -> argparse.ArgumentParser:
 
 
 def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """Add the named ones of the flags that override config.ini, and --set."""
+    """Add --set and the named flags, which override config.ini."""
     group = parser.add_argument_group("overriding config.ini")
     helps = {
         "esm_model": ("MODEL", "a released name in full, or the path of weights"),
@@ -72,7 +72,7 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
 
 
 def overrides(parsed: argparse.Namespace) -> dict[str, str]:
-    """Return what the flags say, as "section.option" to text; a flag outranks --set."""
+    """Return the overrides as "section.option" to text; a flag takes precedence over --set."""
     said: dict[str, str] = {}
     for setting in getattr(parsed, "set", []):
         key, equals, value = setting.partition("=")
@@ -87,6 +87,6 @@ def overrides(parsed: argparse.Namespace) -> dict[str, str]:
 
 
 def database_url(parsed: argparse.Namespace) -> str:
-    """Return where the run database lies, by --database or --set, else by config.ini."""
+    """Return the run database that --database, --set or else config.ini names."""
     said = {key: value for key, value in overrides(parsed).items() if key == "database.url"}
     return load_settings(parsed.config, said).database.url

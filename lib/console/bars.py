@@ -1,4 +1,4 @@
-"""Bars: the progress of a run and of a download, on a terminal or as a line a minute."""
+"""Bars: the progress of a run or a download, drawn on a terminal or printed once a minute."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class ResidueBar:
-    """Shows the progress of a run: as a bar on a terminal, elsewhere as a line a minute and one
-    at the end.
+    """Shows the progress of a run.
+
+    On a terminal as a bar; elsewhere as a line every minute and one at the end.
     """
 
     def __init__(self, progress: Progress) -> None:
         from tqdm import tqdm  # here, as history has no bar and starts in a moment
 
         self._on_terminal = sys.stderr.isatty()
-        # Some terminals, as those of containers, do not know how wide they are.
+        # Some terminals, such as those of containers, report a width of 0.
         sized = self._on_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._progress = progress
         self._line_is_due = progress.seconds + _SECONDS_BETWEEN_LINES
@@ -81,9 +82,9 @@ def _describe_progress(progress: Progress) -> str:
 
 @contextmanager
 def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Give a function that shows bytes received, of all if that is known.
+    """Yield a function that shows the bytes received, and the total if it is known.
 
-    As a bar on a terminal, elsewhere as a line a minute and one at the end.
+    On a terminal as a bar; elsewhere as a line every minute and one at the end.
     """
     from tqdm import tqdm
 

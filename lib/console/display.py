@@ -1,4 +1,4 @@
-"""Display: what the scripts say of detections, inputs and runs, in words and tables."""
+"""Display: detections, inputs, validations and runs as lines, table rows or JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def describe_detection(
 
 
 def describe_weights(detection: Detection, offer: Offer | None) -> str:
-    """Return, in one line, which model this is and where its weights are or come from."""
+    """Return one line with the model and where its weights are or will be downloaded from."""
     if offer is None:
         assert detection.weights is not None
         return f"model {detection.name}: {detection.weights.path}"
@@ -53,7 +53,7 @@ def describe_weights(detection: Detection, offer: Offer | None) -> str:
 
 
 def detection_json(detection: Detection) -> dict[str, Any]:
-    """Return a detection for programs: values and sources by property."""
+    """Return a detection as JSON: the value and source of every property."""
     return {
         "name": detection.name,
         "path": str(detection.weights.path) if detection.weights else None,
@@ -66,7 +66,7 @@ def detection_json(detection: Detection) -> dict[str, Any]:
 
 
 def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
-    """Return what preflight found, a line each; nothing that changes a sequence is silent."""
+    """Return the findings of the preflight as lines, with every change made to a sequence."""
     lines = [
         f"input {inventory.path}: {inventory.records} records, {inventory.sequences} different "
         f"sequences, {inventory.residues} residues to embed, longest {inventory.longest}"
@@ -81,7 +81,7 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
 
 
 def describe_start(model: LoadedModel) -> str:
-    """Return, in one line, what computes and how, with the reasons of what was chosen."""
+    """Return one line with the device, precision and pack size, and why each was chosen."""
     facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
     return (
         f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
@@ -91,7 +91,7 @@ def describe_start(model: LoadedModel) -> str:
 
 
 def describe_run(run: Run) -> str:
-    """Return where the result of a run lies."""
+    """Return one line with the status of a run and the folder of its output."""
     untrained = " (untrained weights)" if (run.esm2_config or {}).get("untrained") else ""
     return (
         f"run {run.id} {run.status}: {run.records_total} records in {len(run.checkpoints)} "
@@ -100,7 +100,7 @@ def describe_run(run: Run) -> str:
 
 
 def run_json(run: Run) -> dict[str, Any]:
-    """Return the result of a run for programs."""
+    """Return the result of a run as JSON."""
     return {
         "run": run.id,
         "status": run.status,
@@ -121,7 +121,7 @@ def _text(value: object) -> str:
 
 
 def describe_validation(validation: Validation) -> list[str]:
-    """Return the lines of a good validation: model, input, unfinished runs."""
+    """Return a successful validation as lines: model, input, unfinished runs."""
     config = validation.model.config
     untrained = " (untrained weights)" if config.untrained else ""
     lines = [
@@ -140,7 +140,7 @@ def describe_validation(validation: Validation) -> list[str]:
 
 
 def validation_json(validation: Validation) -> dict[str, Any]:
-    """Return a good validation for programs."""
+    """Return a successful validation as JSON."""
     inventory = validation.inventory
     return {
         "model": validation.model.config.snapshot(),
@@ -162,7 +162,7 @@ def validation_json(validation: Validation) -> dict[str, Any]:
 
 
 def describe_audit(audit: RunAudit) -> list[str]:
-    """Return the lines of a run's audit: every fact, or that it is good."""
+    """Return the audit of a run as lines: every problem, or one line that it is good."""
     run = audit.run
     if audit.facts:
         return audit.facts

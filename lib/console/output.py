@@ -1,4 +1,4 @@
-"""Output: results on stdout as tables, lines or JSON, notes on stderr."""
+"""Output: results on stdout as tables, lines or JSON; notes on stderr."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def print_result(content: object, lines: Sequence[str], *, as_json: bool) -> Non
         print_json(content)
     else:
         print_line("\n".join(lines))
-    sys.stdout.flush()  # who reads it may wait for it while the script goes on
+    sys.stdout.flush()  # a program may wait for the result while the script keeps running
 
 
 def print_json(content: object) -> None:
@@ -61,9 +61,9 @@ def print_table(
     to_stderr: bool = False,
     least_needed: Sequence[str] = (),
 ) -> None:
-    """Print rows under their column names, numbers to the right.
+    """Print rows under their column names, with numbers aligned right.
 
-    Columns of `least_needed` are left out, in this order, until the table fits the terminal.
+    Until the table fits the terminal, the columns of `least_needed` are left out in their order.
     """
     stream = sys.stderr if to_stderr else sys.stdout
     if title is not None:
@@ -88,15 +88,15 @@ def print_table(
 
 
 class LiveLines:
-    """Lines that are printed again in their place on a terminal, or, elsewhere, if they change."""
+    """Lines that replace each other on a terminal; elsewhere they are printed when they change."""
 
     def __init__(self) -> None:
         self._shown: list[str] = []
 
     def show(self, lines: Sequence[str]) -> None:
-        """Print the lines instead of those shown before."""
+        """Replace the lines shown before by these."""
         on_terminal = sys.stdout.isatty()
-        # A line longer than the terminal would wrap, and the cursor not find its way back.
+        # A line longer than the terminal would wrap, and the cursor would move back too little.
         cut = [_cell(line)[: _width() if on_terminal else None] for line in lines]
         if cut == self._shown:
             return
@@ -107,7 +107,7 @@ class LiveLines:
 
 
 def _width() -> int:
-    # As wide as COLUMNS or the terminal says; no limit where nobody looks.
+    # COLUMNS or the terminal sets the width; output to a file has no limit.
     if "COLUMNS" in os.environ or sys.stdout.isatty():
         return shutil.get_terminal_size().columns
     return sys.maxsize

@@ -1,4 +1,4 @@
-"""Programs: a script's main run to its exit status, with one line on stderr for what fails."""
+"""Programs: run the main function of a script and turn what it raises into an exit status."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ __all__ = ["guarded", "run_script"]
 
 
 def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run a script's main on the command line and exit with its status."""
+    """Run the main function of a script with the command line and exit with its status."""
     sys.exit(guarded(main, None))
 
 
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Run a script's main; what a user can cause ends in one line on stderr and a status."""
+    """Run the main function of a script and return its exit status.
+
+    An error that a user can cause becomes one line on stderr and its status.
+    """
     try:
         status = main(argv)
         sys.stdout.flush()
@@ -30,7 +33,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         note("error: SIGINT: interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of stdout went away: nothing can be said to it, not even at exit.
+        # Nobody reads stdout any more: keep Python from flushing to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 4
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Vectors read back and exported. Nothing here imports torch until a format needs it."""
+"""Vectors read back and exported. Only the formats that need torch import it."""
 
 from lib.embeddings.reading import RunEmbeddings, open_run
 

@@ -1,4 +1,4 @@
-"""Exports: a run in the formats that other programs read, whole under its name or not there."""
+"""Exports: a run written in the formats that other programs read, complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Writer = Callable[[RunEmbeddings, Path, Selection], None]
 
 
 def export(run: RunEmbeddings, form: str, to: Path, selection: Selection) -> None:
-    """Write `run` to `to` in one of FORMATS; nothing that exists is replaced.
+    """Write `run` to `to` in one of FORMATS; an existing file is never replaced.
 
-    Raises SettingsError for what the format cannot hold or the run did not keep.
+    Raises SettingsError if the format cannot hold the selection or the run did not keep it.
     """
     if selection.kind == "per_tok" and form != "hdf5":
         raise SettingsError(f"format {form}: no per-residue vectors, hdf5 has them")

@@ -1,4 +1,4 @@
-"""HDF5 out: UniProt's layout, and AnnData. h5py and anndata are imported when they are used.
+"""HDF5 files: UniProt's layout, and AnnData. h5py and anndata are imported when they are used.
 
 UniProt's layout: https://www.uniprot.org/help/embeddings, one dataset per protein at the root;
 `original_id` on each is bio_embeddings' addition, which many readers look for.
@@ -35,7 +35,7 @@ def write_hdf5(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     """Write a dataset per record, named by its id with `/` as `_`, created in FASTA order.
 
     kind per_tok gives (embedded_length, hidden_dim), mean and bos give (hidden_dim,).
-    Raises LedgerError for ids that repeat and for values that float16 does not hold.
+    Raises LedgerError for repeated ids and for values outside the range of float16.
     """
     h5py = library("h5py", "hdf5")
     column = run.column(selection.kind, selection.layer)
@@ -94,10 +94,10 @@ def _converted(vector: npt.NDArray[Any], dtype: str | None, record: int) -> npt.
 
 
 class _Sink(io.FileIO):
-    """A file that takes every write and remembers the first that the disk refused.
+    """A file that accepts every write and remembers the first error of the disk.
 
-    HDF5 writes what it caches when its objects are freed, where Python can only print what goes
-    wrong: it is told that all is well, and the file is given up.
+    HDF5 writes its caches when its objects are freed, where Python can only print an error. So it
+    is told that every write succeeded, and `check` raises the error afterwards.
     """
 
     failure: OSError | None = None
@@ -114,18 +114,18 @@ class _Sink(io.FileIO):
         return size
 
     def check(self) -> None:
-        """Raise what the disk has refused so far."""
+        """Raise the first error of the disk, if there was one."""
         if self.failure is not None:
             raise self.failure
 
 
 @contextmanager
 def _hdf5_file(h5py: ModuleType, path: Path) -> Iterator[tuple[Any, _Sink]]:
-    """Give a new HDF5 file at `path`, and its sink; raises OSError for what the disk refused."""
+    """Yield a new HDF5 file at `path`, and its sink; raises OSError if the disk fails."""
     with _Sink(path, "w+") as sink:
         try:
             with h5py.File(sink, "w", track_order=True) as file:
                 yield file, sink
         finally:
-            # Whatever HDF5 says of it in the end, this is the cause.
+            # Whatever HDF5 reports when it closes, the error of the disk is the cause.
             sink.check()

@@ -8,9 +8,9 @@
     run.residues(7)                    # (embedded_length, hidden_dim) of record 7
     run.contacts(7)                    # (embedded_length, embedded_length) of record 7
 
-Rows lie in the order of the plan, longest first within a window. They are read once, a row group
-at a time, and each is put where FASTA order wants it: memory holds one row group and, of every
-record, its number.
+Rows are stored in the order of the plan, longest first within a window. They are read once, one row
+group at a time, and each goes to its place in FASTA order. Memory holds one row group and the number
+of every record.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def open_run(
 ) -> RunEmbeddings:
     """Open a run of a run database (a SQLite path or URL) for reading.
 
-    Every file that the database lists must be there, of the size listed, and say in its footer
-    that it belongs to the run; with `verify` its SHA-256 must be the one listed. `partial` opens
-    an unfinished run with the records that it has.
+    Every file that the database lists must exist, have the listed size, and name the run in its
+    footer; with `verify` its SHA-256 must also be the listed one. `partial` opens an unfinished
+    run with the records that it has.
 
-    Raises SettingsError for a run that is not there or not finished, IdentityRefusedError for
-    files that are not what the database lists.
+    Raises SettingsError if the run does not exist or is not finished, IdentityRefusedError if a
+    file differs from what the database lists.
     """
     url = str(database)
     found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
@@ -89,10 +89,10 @@ def open_run(
 
 
 class RunEmbeddings:
-    """The vectors of one run, in FASTA order. Made by `open_run`.
+    """The vectors of one run, in FASTA order; `open_run` makes it.
 
-    facts: the run's row of the table `runs`, by column.
-    records: (N,) int64, position in the FASTA of every record there is, ascending.
+    facts: the row of the run in the table `runs`, by column.
+    records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
     def __init__(self, facts: dict[str, Any], files: list[_File]) -> None:
@@ -110,7 +110,7 @@ class RunEmbeddings:
 
     @property
     def model(self) -> dict[str, Any]:
-        """The ESM2Config snapshot; `untrained` is true for weights that mean nothing."""
+        """The ESM2Config snapshot; if `untrained` is true, the vectors mean nothing."""
         config: dict[str, Any] = self.facts["esm2_config"]
         return config
 
@@ -135,7 +135,7 @@ class RunEmbeddings:
         parts = [table for _positions, table in self.stored(*columns)]
         if not parts:
             return pa.table({name: pa.array([], pa.string()) for name in columns})
-        # Places sort by file, row group and row: the order in which the parts stand.
+        # Places sort by file, row group and row, which is the order of the parts.
         rank = np.empty(len(self), np.int64)
         rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
         return pa.concat_tables(parts).take(rank)
@@ -160,8 +160,8 @@ class RunEmbeddings:
     ) -> npt.NDArray[np.float32]:
         """Return (N, hidden_dim) float32 in FASTA order; kind: mean or bos.
 
-        With `to` the matrix is written there as .npy, in bounded memory, and returned
-        memory-mapped. Raises SettingsError if that file exists.
+        With `to` the matrix is written to that .npy file in bounded memory and returned
+        memory-mapped. Raises SettingsError if the file exists.
         """
         column = self.column(_pooled(kind), layer)
         if to is not None:
@@ -191,7 +191,7 @@ class RunEmbeddings:
     ) -> tuple[npt.NDArray[np.int64], np.dtype[Any]]:
         """Write a column of `per_tok` to `path`, the records end to end in FASTA order.
 
-        Returns (N + 1,) where each record starts, in values, and the type of the values.
+        Returns (N + 1,) the position of each record's first value, and the type of the values.
         """
         lengths = self.table("embedded_length").column("embedded_length").to_numpy()
         starts = np.zeros(len(self) + 1, np.int64)
@@ -206,9 +206,9 @@ class RunEmbeddings:
         return starts, dtype
 
     def residues(self, record: int, layer: int | None = None) -> Array:
-        """Return (embedded_length, hidden_dim) of one record, in the type that was kept.
+        """Return (embedded_length, hidden_dim) of one record, in the type that was stored.
 
-        record: position in the FASTA. Raises SettingsError for a record that is not there.
+        record: position in the FASTA. Raises SettingsError if the run has no such record.
         """
         column = self.column("per_tok", layer)
         return self.row(record, column)[column].reshape(-1, self.hidden_dim)
@@ -216,7 +216,7 @@ class RunEmbeddings:
     def contacts(self, record: int) -> npt.NDArray[np.float32]:
         """Return (embedded_length, embedded_length) probabilities of one record.
 
-        Raises SettingsError for a record that is not there, or a run that kept none.
+        Raises SettingsError if the run has no such record or kept no contacts.
         """
         self._refuse_unkept(CONTACTS)
         column = VectorColumn(CONTACTS)
@@ -224,9 +224,9 @@ class RunEmbeddings:
         return found.reshape(math.isqrt(found.size), -1)
 
     def row(self, record: int, *columns: VectorColumn) -> dict[VectorColumn, Array]:
-        """Return the numbers that columns have of one record, flat, in the type that was kept.
+        """Return the values of columns for one record, flat, in the type that was stored.
 
-        Raises SettingsError for a record that is not there.
+        Raises SettingsError if the run has no such record.
         """
         position = int(np.searchsorted(self.records, record))
         if position == len(self) or self.records[position] != record:
@@ -240,9 +240,9 @@ class RunEmbeddings:
     def stored(
         self, *columns: str | VectorColumn
     ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
-        """Yield every row once, a row group at a time, as it lies on disk.
+        """Yield every row once, one row group at a time, in the order on disk.
 
-        Gives (rows,) the place of each row in FASTA order, and the columns asked for.
+        Yields (rows,) the place of each row in FASTA order, and the requested columns.
         """
         names = [*map(str, columns)]
         for file in self._files:
@@ -267,12 +267,12 @@ class RunEmbeddings:
 
 
 def values(column: pa.ChunkedArray) -> Array:
-    """Return the numbers of a column of lists, flat."""
+    """Return the values of a column of lists, flat."""
     return np.asarray(pc.list_flatten(column).to_numpy())
 
 
 def lists(column: pa.ChunkedArray) -> Iterator[Array]:
-    """Yield the numbers of each row of a column of lists, flat."""
+    """Yield the values of each row of a column of lists, flat."""
     for chunk in column.chunks:
         numbers, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
@@ -290,7 +290,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _write_at(file: BinaryIO, row: Array, offset: int) -> None:
-    """Write all of a row at an offset; a memory map would end in SIGBUS on a full disk."""
+    """Write a row at an offset; writing through a memory map would raise SIGBUS on a full disk."""
     left = memoryview(row.tobytes())
     while left:
         written = os.pwrite(file.fileno(), left, offset)
@@ -298,7 +298,7 @@ def _write_at(file: BinaryIO, row: Array, offset: int) -> None:
 
 
 def _check_file(file: _File, facts: dict[str, Any], *, verify: bool) -> None:
-    """Refuse a checkpoint that is not what the database lists; its footer is read, no column."""
+    """Refuse a checkpoint that differs from what the database lists; reads only its footer."""
     place = f"run {facts['id']}: {file.path}"
     if file.path.is_symlink() or not file.path.is_file():
         raise IdentityRefusedError(f"{place}: no such regular file")
@@ -320,7 +320,7 @@ def _check_file(file: _File, facts: dict[str, Any], *, verify: bool) -> None:
 
 
 def _find_records(files: list[_File]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return (N,) record numbers as they lie on disk, and (N, 3) file, row group and row."""
+    """Return (N,) record numbers in the order on disk, and (N, 3) file, row group and row."""
     numbers, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int32)]
     for i, file in enumerate(files):
         with disk_errors(file.path), _open(file.path) as parquet:

@@ -1,4 +1,4 @@
-"""What of a run is exported, and what is said about it beside the vectors."""
+"""Selection: which vectors of a run are exported, and the facts written beside them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Selection", "facts_of", "facts_text", "library", "ordered_vectors", 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which vectors: `kind` is mean, bos or per_tok; None for layer or dtype is as kept."""
+    """Which vectors: `kind` is mean, bos or per_tok; None means the last layer, the stored type."""
 
     kind: str = "mean"
     layer: int | None = None
@@ -33,7 +33,7 @@ class Selection:
 
 
 def facts_of(run: RunEmbeddings, column: VectorColumn | None = None) -> dict[str, Any]:
-    """Return what identifies a run and its model, and with `column` the layer and pooling."""
+    """Return what identifies a run and its model; with `column` also its layer and pooling."""
     facts = {
         "model": run.model["name"],
         "model_sha256": run.model["sha256"],
@@ -62,10 +62,10 @@ def facts_text(facts: dict[str, Any]) -> str:
 def ordered_vectors(
     run: RunEmbeddings, column: VectorColumn, beside: Path
 ) -> Iterator[Sequence[npt.NDArray[Any]]]:
-    """Give the vectors of every record in FASTA order: (hidden_dim,), or (residues, hidden_dim).
+    """Yield the vectors of every record in FASTA order: (hidden_dim,), or (residues, hidden_dim).
 
-    They are put into order in a temporary file in the folder of `beside`, of the size of the
-    column, and are memory-mapped from there.
+    They are sorted into a temporary file in the folder of `beside`, which is as large as the
+    column, and memory-mapped from there.
     """
     with (
         disk_errors(beside),
@@ -74,18 +74,18 @@ def ordered_vectors(
         path = Path(folder) / "ordered"
         if column.kind == "per_tok":
             starts, dtype = run.write_residues(column, path)
-            # Copy-on-write: torch warns of arrays that it may not write to.
+            # Copy-on-write, because torch warns of read-only arrays.
             flat = np.memmap(path, dtype, "c") if len(run) else np.empty(0, dtype)
             bounds = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
             yield [flat[first:stop].reshape(-1, run.hidden_dim) for first, stop in bounds]
         else:
             run.write_matrix(column, path)
-            # As a plain array: anndata writes no numpy.memmap.
+            # A plain array, because anndata cannot write numpy.memmap.
             yield np.load(path, mmap_mode="c" if len(run) else None).view(np.ndarray)
 
 
 def library(name: str, form: str) -> ModuleType:
-    """Import what only one format needs; raises SettingsError if it is not installed."""
+    """Import the library of a format; raises SettingsError if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -93,7 +93,7 @@ def library(name: str, form: str) -> ModuleType:
 
 
 def refuse_repeats(run: RunEmbeddings, names: Sequence[str], what: str) -> None:
-    """Refuse two records under one name; `what` says of what, as in `HDF5 name`."""
+    """Refuse two records with the same name; `what` describes the name, as in `HDF5 name`."""
     first: dict[str, int] = {}
     for record, name in zip(run.records.tolist(), names, strict=True):
         if name in first:

@@ -1,4 +1,4 @@
-"""Files that torch reads: esm-extract's .pt per record, and VirNucPro's one .pt.
+"""Files for torch.load: a .pt per record as esm-extract writes it, and VirNucPro's single .pt.
 
 esm-extract: scripts/extract.py of facebookresearch/esm. VirNucPro: extract_esm in units.py of
 Li-Jing-1997/VirNucPro.
@@ -30,7 +30,7 @@ from schema.parquet import CONTACTS, VectorColumn, vector_columns
 
 __all__ = ["write_esm_extract", "write_virnucpro"]
 
-# Our kinds in esm-extract's keys, in the order in which it writes them.
+# Kind to the key that esm-extract uses for it, in the order in which it writes them.
 _KEYS = {
     "per_tok": "representations",
     "mean": "mean_representations",
@@ -41,11 +41,11 @@ _LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> None:
-    """Write a folder with a .pt per record: label, and {layer: float32 tensor} per kind kept,
-    of contacts the one tensor.
+    """Write a folder with a .pt per record: its label, {layer: float32 tensor} for each kind, and
+    one tensor for contacts.
 
-    label is the header; the file is named by it, with `/` as `_`. Raises LedgerError for labels
-    that would share a file name or are too long for one.
+    The label is the header and names the file, with `/` as `_`. Raises LedgerError for labels that
+    would share a file name or are too long for one.
     """
     described = run.table("id", "description")
     names = [_file_name(label) for label in _labels(described)]
@@ -113,7 +113,7 @@ def _save(content: dict[str, Any], path: Path, to: Path) -> None:
 
 @contextmanager
 def _torch_errors(to: Path) -> Iterator[None]:
-    """Turn what torch's zip writer says of a failing disk into a MachineError."""
+    """Turn the errors of torch's zip writer on a failing disk into a MachineError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""History: what the run database tells, read-only and without torch."""
+"""History: runs read from the run database, read-only and without torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its history line, its attempts and its checkpoints."""
+    """One run: its row in the history, its attempts and its checkpoints."""
 
     run: Table
     attempts: Table
@@ -49,7 +49,7 @@ class RunDetail:
 
 @contextmanager
 def altered_rows(url: str) -> Iterator[None]:
-    """Turn what rows of the wrong types or names do to their readers into a MachineError."""
+    """Turn the errors that rows with wrong types or names cause into a MachineError."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
@@ -58,7 +58,7 @@ def altered_rows(url: str) -> Iterator[None]:
 
 
 def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
-    """Run one SQL statement read-only; raises SettingsError for SQL that SQLite refuses."""
+    """Run one SQL statement read-only; raises SettingsError if SQLite refuses it."""
     path = database_path(url)
     with sqlite_errors(path), closing(connect_read_only(path)) as connection:
         try:
@@ -70,12 +70,12 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
 
 
 def run_history(url: str) -> Table:
-    """Return run_history, newest first; a run whose process has died shows as `killed`."""
+    """Return run_history, newest first; a running run without a live process shows as `killed`."""
     return _with_killed(query(url, "SELECT * FROM run_history"))
 
 
 def run_detail(url: str, run_id: int) -> RunDetail:
-    """Return one run; raises SettingsError if there is none."""
+    """Return one run; raises SettingsError if the database has no such run."""
     line = query(
         url,
         "SELECT run_history.*, residues_done, runs.residues_total, "
@@ -105,7 +105,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
 
 
 def run_states(url: str) -> Table:
-    """Return how far each run is and what became of it, newest first."""
+    """Return the progress and the status of each run, newest first."""
     return _with_killed(
         query(
             url,
@@ -118,11 +118,10 @@ def run_states(url: str) -> Table:
 def watch(
     url: str, run_id: int | None, seconds: float, stopped: threading.Event
 ) -> Iterator[list[dict[str, Any]]]:
-    """Give the states of the runs that are at work, every so many seconds, until none is.
+    """Yield the states of running runs every `seconds` until none is running.
 
-    Watches one run, or all that are running at the start; the last states given are those in
-    which they ended, or the last before `stopped` was set. Raises SettingsError if there is no
-    such run.
+    Watches one run, or all that run at the start. The last states are those in which the runs
+    ended, or the last before `stopped` was set. Raises SettingsError if the run does not exist.
     """
     states = run_states(url).dictionaries()
     watched = {row["run"] for row in states if row["status"] == "running"}

@@ -1,4 +1,4 @@
-"""Overview: runs from the database as people want to see them, at a glance."""
+"""Overview: runs, attempts and checkpoints as tables and lines for people."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lib.units import count, duration, moment, seconds_between, size
 __all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
 __all__ += ["run_fields"]
 
-# What is left out of history_table, in this order, until it fits the width of the terminal.
+# Columns of history_table that are left out, in this order, until it fits the terminal.
 LEAST_NEEDED = ["include", "layers", "input", "took", "residues/s", "started (UTC)", "records"]
 
 
 def history_table(history: Table) -> Table:
-    """Return a line per run: what it is, how far, how fast and how long."""
+    """Return a row per run: model, input, progress, speed and time taken."""
     columns = ["run", "model", "layers", "include", "status", "records", "residues/s", "took"]
     columns += ["started (UTC)", "input"]
     rows = []
@@ -42,7 +42,7 @@ def history_table(history: Table) -> Table:
 
 
 def run_fields(detail: RunDetail) -> dict[str, str | None]:
-    """Return the facts of one run by name, in human units; paths in full."""
+    """Return the facts of one run by name, in units for people and with full paths."""
     run = detail.run.dictionaries()[0]
     took = seconds_between(run["started"], run["finished"])
     rate = run["residues_per_second"]
@@ -69,7 +69,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
 
 
 def attempts_table(detail: RunDetail) -> Table:
-    """Return a line per attempt: what became of it, when, where and with how much."""
+    """Return a row per attempt: its outcome, time, machine, device and error."""
     columns = ["attempt", "outcome", "started (UTC)", "lasted", "host", "pid", "device"]
     columns += ["threads", "tokens per pack", "error"]
     rows = []
@@ -93,7 +93,7 @@ def attempts_table(detail: RunDetail) -> Table:
 
 
 def checkpoints_table(detail: RunDetail) -> Table:
-    """Return a line per checkpoint: its file, what is in it, what is wrong with it."""
+    """Return a row per checkpoint: its file, content, size, time taken and problem."""
     columns = ["checkpoint", "file", "attempt", "records", "residues", "size", "took", "problem"]
     rows = [
         [
@@ -112,7 +112,7 @@ def checkpoints_table(detail: RunDetail) -> Table:
 
 
 def progress_line(run: Mapping[str, Any]) -> str:
-    """Return how far a run is and how long it will still take, of what is committed.
+    """Return a line with the progress of a run and the time left, from what is committed.
 
     run: a row of `run_states`.
     """

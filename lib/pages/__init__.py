@@ -1,1 +1,1 @@
-"""What people look at: a report, figures, the database in a browser."""
+"""Pages for people: the report of a run, its figures, and the run database in a browser."""

@@ -1,4 +1,4 @@
-"""The run database in a web browser, read-only, by Datasette (0.65)."""
+"""Browser: the run database in a web browser, read-only, by Datasette (0.65)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NAME = "runs"
 START_PAGE = f"/{_NAME}"
 _SETTINGS = {
     "allow_download": False,  # a copy of the file would lack what is still in its -wal
-    "default_cache_ttl": 0,  # runs go on while they are looked at
+    "default_cache_ttl": 0,  # runs progress while people look at them
     "sql_time_limit_ms": 10_000,
     "facet_suggest_time_limit_ms": 20,
 }
-# What the columns hold stands above the rows: side by side it does not push them out of sight.
+# The explanations of the columns stand above the rows; side by side they leave the rows in sight.
 _STYLE = "dl.column-descriptions{columns:24em}dl.column-descriptions dt{break-after:avoid}"
 
 
 def browser_app(url: str) -> App:
     """Return the ASGI app that shows a run database.
 
-    Raises SettingsError if there is none, if it is not ours, or if Datasette is not installed.
+    Raises SettingsError if it does not exist, is another program's, or Datasette is not installed.
     """
     path = database_path(url)
     connect_read_only(path).close()
@@ -50,7 +50,7 @@ def browser_app(url: str) -> App:
 
 
 def page_metadata(path: Path) -> dict[str, Any]:
-    """Return Datasette's metadata: a page per question, and what tables and columns hold."""
+    """Return Datasette's metadata: a page per question, and the comments of tables and columns."""
     comments = table_comments() | view_comments()
     tables: dict[str, dict[str, Any]] = {
         name: {"description": comment.rows, "columns": comment.columns}
@@ -70,7 +70,7 @@ def page_metadata(path: Path) -> dict[str, Any]:
 
 
 def _choose_plugins() -> None:
-    """Leave Datasette its own plugins, and let errors of the database be told in one line."""
+    """Unload all plugins but Datasette's own, and show errors of the database as one line."""
     from datasette import handle_exception as usual
     from datasette import hookimpl
     from datasette.plugins import DEFAULT_PLUGINS, pm
@@ -81,7 +81,7 @@ def _choose_plugins() -> None:
         @hookimpl  # type: ignore[untyped-decorator]
         def handle_exception(datasette: object, request: object, exception: Exception) -> object:
             if isinstance(exception, LedgerError | sqlite3.Error):
-                # Datasette prints a traceback of whatever it does not know.
+                # Datasette prints a traceback of any error it does not know.
                 exception = DatasetteError(str(exception), status=500)
             return usual.handle_exception(datasette, request, exception)
 
@@ -90,7 +90,7 @@ def _choose_plugins() -> None:
     for plugin in pm.get_plugins():
         if pm.get_name(plugin) not in kept:
             pm.unregister(plugin)
-    # With rich installed it would print a traceback for every address that does not exist.
+    # If rich is installed, Datasette prints a traceback for every address that does not exist.
     usual.rich = None
     pm.register(ErrorPages)
 
@@ -99,10 +99,10 @@ def _read_only_database(app: Any, path: Path) -> Any:  # noqa: ANN401 (Datasette
     from datasette.database import Database
 
     class ReadOnlyDatabase(Database):  # type: ignore[misc]
-        """Opens the file anew for every look at it.
+        """Opens the file again for every query.
 
-        So no reader stands in the way of the writer's checkpoints, and what is shown is the file
-        that has the name now.
+        So no reader holds up the writer's WAL checkpoints, and a file that has replaced the
+        first one is seen.
         """
 
         async def execute_fn(self, fn: Callable[[sqlite3.Connection], object]) -> object:

@@ -1,7 +1,7 @@
 """Charts: histograms, steps over time and points, as SVG within a page.
 
-Drawn 380 units wide, so that their text can be read on a phone. How they look is up to the page's
-style sheet: every part has a class. Nothing is told by colour alone.
+Charts are 380 units wide, so that their text is readable on a phone. Every part has a class, and the
+style sheet of the page sets its looks. Colour never carries a meaning alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Axis", "Bars", "Points", "Stretch", "histogram", "mark", "scatter", "steps"]
+__all__ = ["Axis", "Bars", "Points", "Step", "histogram", "mark", "scatter", "steps"]
 
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 18, 38
-# Marks by name, one unit from centre to edge, of about the same area.
+# Marks by name, one unit from centre to edge and of similar area.
 _MARKS = {
     "circle": "M-1,0a1,1 0 1,0 2,0a1,1 0 1,0 -2,0z",
     "triangle": "M0,-1.3L1.2,0.9H-1.2z",
@@ -33,7 +33,7 @@ _MARK_SIZE = 2.6
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows, from where to where; `whole` has no ticks between whole numbers."""
+    """The label and range of an axis; `whole` puts ticks at whole numbers only."""
 
     label: str
     low: float
@@ -42,13 +42,13 @@ class Axis:
     whole: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value stands: 0 at `low`, 1 at `high`."""
+        """Return the place of a value: 0 at `low`, 1 at `high`."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Return up to eight values of one, two or five times a power of ten, or those powers."""
+        """Return up to eight ticks at 1, 2 or 5 times a power of ten, or at the powers alone."""
         if self.logarithmic:
             tens = [10.0**i for i in range(-3, 10)]
             finer = [ten * factor for ten in tens for factor in (1, 2, 5)]
@@ -64,15 +64,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Bars:
-    """A part of every bar: (bins,) heights, and the class that draws them."""
+    """One part of every bar: (bins,) heights, and their class."""
 
     style: str
     heights: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A height from one place of the x axis to another, within a named group."""
+class Step:
+    """A height between two places of the x axis, within a named group."""
 
     start: float
     stop: float
@@ -82,7 +82,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Points:
-    """Points of one kind: (n, 2) places, what each is, their class and mark."""
+    """Points of one kind: (n, 2) places, a title for each, their class and mark."""
 
     style: str
     mark: str
@@ -98,9 +98,9 @@ def histogram(
     parts: Sequence[Bars],
     limit: tuple[float, str] | None = None,
 ) -> str:
-    """Draw bars between (bins + 1,) edges, their parts upon each other.
+    """Draw bars between (bins + 1,) edges, with their parts stacked.
 
-    limit: a place on the x axis and what to write at it.
+    limit: a place on the x axis to mark, and its label.
     """
     total = np.sum([part.heights for part in parts], axis=0)
     plot = _Plot(name, x, Axis(y_label, 0, float(total.max()) * 1.05, whole=True))
@@ -116,11 +116,11 @@ def histogram(
     return plot.svg()
 
 
-def steps(name: str, x: Axis, y_label: str, stretches: Sequence[Stretch]) -> str:
-    """Draw heights along the x axis; groups alternate in shade and have their names above."""
-    highest = max(stretch.height for stretch in stretches)
+def steps(name: str, x: Axis, y_label: str, parts: Sequence[Step]) -> str:
+    """Draw heights along the x axis; groups alternate in shade and have their names on top."""
+    highest = max(one.height for one in parts)
     plot = _Plot(name, x, Axis(y_label, 0, highest * 1.1 or 1.0))
-    groups = [list(found) for _, found in groupby(stretches, key=lambda one: one.group)]
+    groups = [list(found) for _, found in groupby(parts, key=lambda one: one.group)]
     for i, group in enumerate(groups):
         for one in group:
             plot.rectangle(
@@ -135,14 +135,14 @@ def steps(name: str, x: Axis, y_label: str, stretches: Sequence[Stretch]) -> str
         left, right = plot.x(group[0].start), plot.x(group[-1].stop)
         if i:
             plot.upright("between", group[0].start)
-        # A letter is some six units wide.
+        # A letter is about six units wide.
         if right - left > 6 * len(group[0].group):
             plot.text("group", (left + right) / 2, _TOP - 5, group[0].group)
     return plot.svg()
 
 
 def scatter(name: str, labels: tuple[str, str], kinds: Sequence[Points]) -> str:
-    """Draw points of several kinds, a unit being as long on one axis as on the other."""
+    """Draw points of several kinds, with the same scale on both axes."""
     places = np.concatenate([kind.places for kind in kinds])
     low, high = places.min(axis=0), places.max(axis=0)
     middle, spread = (low + high) / 2, (high - low) * 1.08
@@ -157,7 +157,7 @@ def scatter(name: str, labels: tuple[str, str], kinds: Sequence[Points]) -> str:
         for kind in kinds
         for place, title in zip(kind.places.tolist(), kind.titles, strict=True)
     ]
-    # In no order, so that no kind lies on top of the others.
+    # In random order, so that no kind covers the others.
     random.Random(0).shuffle(drawn)
     size = _MARK_SIZE if len(drawn) < 500 else _MARK_SIZE * 0.7
     for kind, place, title in drawn:
@@ -166,14 +166,14 @@ def scatter(name: str, labels: tuple[str, str], kinds: Sequence[Points]) -> str:
 
 
 def mark(style: str, shape: str) -> str:
-    """Draw one mark alone, as a legend shows it."""
+    """Draw one mark alone, for a legend."""
     root = ElementTree.Element("svg", {"class": "mark", "viewBox": "-1.8 -1.8 3.6 3.6"})
     ElementTree.SubElement(root, "path", {"class": f"point {style}", "d": _MARKS[shape]})
     return ElementTree.tostring(root, encoding="unicode")
 
 
 class _Plot:
-    """A drawing with its axes; what is added stands upon them."""
+    """A drawing with its axes, to which shapes are added."""
 
     def __init__(self, name: str, x: Axis, y: Axis, height: int = _HEIGHT) -> None:
         self._x, self._y, self._height = x, y, height
@@ -201,7 +201,7 @@ class _Plot:
         return bottom - self._y.place(value) * (bottom - _TOP)
 
     def rectangle(self, style: str, left: float, right: float, top: float, bottom: float) -> None:
-        # What is there is seen, however little it is.
+        # Even the smallest value stays visible.
         wide, tall = max(right - left, 0.5), max(bottom - top, 1.0)
         box = {"x": left, "y": bottom - tall, "width": wide, "height": tall}
         numbers = {key: f"{value:.1f}" for key, value in box.items()}
@@ -219,7 +219,7 @@ class _Plot:
     def upright(self, style: str, value: float, words: str = "") -> None:
         self.path(style, f"M{self.x(value):.1f},{_TOP - 12}V{self._height - _BOTTOM}")
         if words:
-            # Towards the middle, so that the words stay within the drawing.
+            # On the side of the middle, so that the words stay within the drawing.
             end = self._x.place(value) > 0.5
             shift = -4 if end else 4
             self.text(f"words {'end' if end else ''}", self.x(value) + shift, _TOP - 4, words)
@@ -236,7 +236,7 @@ class _Plot:
 
 
 def _short(number: float) -> str:
-    """Return a number as it fits beside an axis: `0.25`, `750`, `20k`, `1.5M`."""
+    """Return a number short enough for an axis: `0.25`, `750`, `20k`, `1.5M`."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= factor:
             return f"{number / factor:g}{unit}"

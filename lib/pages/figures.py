@@ -1,4 +1,4 @@
-"""Figures: what a report draws of a run, each with its words."""
+"""Figures: the drawings of a report, each with its words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby, islice
 import numpy as np
 import numpy.typing as npt
 
-from lib.pages.charts import Axis, Bars, Points, Stretch, histogram, mark, scatter, steps
+from lib.pages.charts import Axis, Bars, Points, Step, histogram, mark, scatter, steps
 from lib.pages.projection import project
 from lib.pages.survey import Survey
 from lib.units import count, duration, printable, records
@@ -25,17 +25,17 @@ __all__ = [
 ]
 
 _BINS = 36
-_STRETCHES = 200
+_MOST_STEPS = 200
 _UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-# Shorter to longer: from light to dark, and another mark for each.
+# From short to long: the shade gets darker and the mark changes.
 _MARKS = ["circle", "triangle", "square", "diamond"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing (SVG; empty if there is nothing to draw), its title, its words, its legend.
+    """A drawing (SVG, or empty if there is nothing to draw), its title, words and legend.
 
-    legend: (SVG of a mark, what it stands for).
+    legend: (SVG of a mark, its meaning).
     """
 
     title: str
@@ -54,12 +54,12 @@ class Work:
 
 
 def short_id(name: str) -> str:
-    """Return an id as it can be shown: a header may have a megabyte."""
+    """Return an id of at most 60 letters: a header may be a megabyte long."""
     return name if len(name) <= 60 else f"{name[:59]}…"
 
 
 def lengths_figure(found: Survey, max_residues: int) -> Figure:
-    """Draw how long the sequences are, and what was truncated."""
+    """Draw the lengths of the sequences, and how many were truncated."""
     title, lengths = "Length of the sequences", found.lengths
     if not len(lengths):
         return Figure(title, "", ["No record is embedded yet."])
@@ -98,7 +98,7 @@ def norms_figure(found: Survey) -> Figure:
     if not len(norms):
         return Figure(title, "", [_no_vectors(found)])
     low, high = float(norms.min()), float(norms.max())
-    # Norms that hardly differ do not fill the axis with what is rounding.
+    # A margin keeps rounding differences between equal norms from filling the axis.
     margin = max((high - low) * 0.02, high * 1e-4) or 0.5
     edges = np.linspace(max(0.0, low - margin), high + margin, min(_BINS, 5 + len(norms) // 4) + 1)
     heights = np.histogram(norms, edges)[0]
@@ -114,7 +114,7 @@ def norms_figure(found: Survey) -> Figure:
 def throughput_figure(work: Sequence[Work]) -> Figure:
     """Draw residues per second over the time spent computing, attempt by attempt.
 
-    work: the checkpoints in the order in which they were made.
+    work: the checkpoints in the order of their commits.
     """
     title = "Throughput"
     merged = [one for one in _merged(work) if one.seconds > 0]
@@ -122,11 +122,11 @@ def throughput_figure(work: Sequence[Work]) -> Figure:
         return Figure(title, "", ["No checkpoint is committed yet."])
     seconds, residues = sum(one.seconds for one in merged), sum(one.residues for one in merged)
     unit = next((one for one in _UNITS if seconds >= 2 * _UNITS[one]), "seconds")
-    stretches, start = [], 0.0
+    parts, start = [], 0.0
     for one in merged:
         stop = start + one.seconds / _UNITS[unit]
         name = f"attempt {one.attempt}"
-        stretches.append(Stretch(start, stop, one.residues / one.seconds, name))
+        parts.append(Step(start, stop, one.residues / one.seconds, name))
         start = stop
     words = [
         f"{count(residues)} residues in {duration(seconds)} of computing, "
@@ -134,7 +134,7 @@ def throughput_figure(work: Sequence[Work]) -> Figure:
         "Within a window of the input the longest sequences come first.",
     ]
     x = Axis(f"time computing, {unit}", 0, start)
-    svg = steps(f"{title}: {words[0]}", x, "residues per second", stretches)
+    svg = steps(f"{title}: {words[0]}", x, "residues per second", parts)
     return Figure(title, svg, words)
 
 
@@ -180,7 +180,7 @@ def _no_vectors(found: Survey) -> str:
 
 
 def _length_edges(low: int, high: int) -> tuple[npt.NDArray[np.float64], bool]:
-    """Return whole-numbered edges of bins, and whether the axis is logarithmic."""
+    """Return the edges of bins, whole numbers, and whether the axis is logarithmic."""
     if high > 8 * low:
         edges = np.geomspace(low, high + 1, _BINS + 1)
         return np.unique(edges.round()), True
@@ -192,7 +192,7 @@ def _length_edges(low: int, high: int) -> tuple[npt.NDArray[np.float64], bool]:
 def _length_classes(
     lengths: npt.NDArray[np.int32], truncated: npt.NDArray[np.bool_]
 ) -> list[tuple[str, str, npt.NDArray[np.bool_]]]:
-    """Return style, mark and (n,) members of up to four classes by length, and of the truncated."""
+    """Return style, mark and (n,) members of up to four classes by length, and of truncated ones."""
     classes = []
     if not truncated.all():
         cuts = np.unique(np.quantile(lengths[~truncated], [0.25, 0.5, 0.75]))
@@ -204,8 +204,8 @@ def _length_classes(
 
 
 def _merged(work: Sequence[Work]) -> list[Work]:
-    """Join neighbours of the same attempt until some 200 are left, which a drawing can show."""
-    together, merged = -(-len(work) // _STRETCHES), []
+    """Join neighbours of the same attempt until about 200 are left, as many as a drawing can show."""
+    together, merged = -(-len(work) // _MOST_STEPS), []
     for attempt, found in groupby(work, key=lambda one: one.attempt):
         while some := list(islice(found, together)):
             residues, seconds = sum(one.residues for one in some), sum(one.seconds for one in some)

@@ -1,4 +1,4 @@
-"""A web server that answers this machine only, and only to read."""
+"""Loopback: a web server that answers this machine only, and only GET and HEAD."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lib.errors import MachineError, SettingsError
 __all__ = ["ADDRESS", "App", "guarded_app", "listen", "serve"]
 
 ADDRESS = "127.0.0.1"
-# What is still answered when the server is told to end.
+# How long requests are still answered after the server was told to end.
 _LAST_ANSWERS_SECONDS = 2
 
 Message = MutableMapping[str, Any]
@@ -24,9 +24,9 @@ _OWN_NAMES = re.compile(rb"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on this machine's own address; port 0 is any that is free.
+    """Return a socket that listens on this machine's own address; port 0 takes any free port.
 
-    Raises SettingsError for what is no port, MachineError for one that cannot be had.
+    Raises SettingsError if the port is out of range, MachineError if it is not available.
     """
     if not 0 <= port <= 65535:
         raise SettingsError(f"port {port}: not from 0 to 65535")
@@ -37,10 +37,10 @@ def listen(port: int) -> socket.socket:
 
 
 def guarded_app(app: App) -> App:
-    """Return the ASGI app behind two refusals.
+    """Return the ASGI app behind two checks.
 
-    Host: a page from elsewhere may have its name resolved to 127.0.0.1 (DNS rebinding); its
-    requests come with that name. Method: whatever is not GET or HEAD is there to change something.
+    Host: a foreign page may have its name resolved to 127.0.0.1 (DNS rebinding); its requests
+    carry that name and are refused. Method: anything but GET and HEAD could change something.
     """
 
     async def guarded(
@@ -60,12 +60,12 @@ def guarded_app(app: App) -> App:
 
 
 def serve(app: App, listener: socket.socket) -> None:
-    """Answer until SIGINT or SIGTERM, which are raised again when the server has ended."""
-    import uvicorn  # here, as it comes with the extra `browse`
+    """Serve until SIGINT or SIGTERM, which is raised again when the server has ended."""
+    import uvicorn  # only the extra `browse` installs it
 
     config = uvicorn.Config(
         guarded_app(app),
-        # Datasette tells what fails; uvicorn would print a traceback for every answer cut off.
+        # Datasette reports errors; uvicorn would print a traceback for every broken connection.
         log_level="critical",
         access_log=False,
         http="h11",
@@ -73,7 +73,7 @@ def serve(app: App, listener: socket.socket) -> None:
         ws="none",
         proxy_headers=False,
         server_header=False,
-        # Browsers keep connections open; without a limit they would keep the server, too.
+        # Browsers keep connections open; without a limit they would keep the server alive.
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
     )
     uvicorn.Server(config).run([listener])

@@ -1,4 +1,4 @@
-"""A projection: many vectors as points on a plane, by principal component analysis."""
+"""Projection: vectors as points on a plane, by principal component analysis."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["Projection", "project"]
 class Projection:
     """Vectors on their first two principal axes.
 
-    points: (n, 2), from the mean of the vectors, in their unit.
-    shares: (2,) of the variance that each axis explains, 0 to 1.
+    points: (n, 2), relative to the mean of the vectors and in their unit.
+    shares: (2,) share of the variance that each axis explains, 0 to 1.
     """
 
     points: npt.NDArray[np.float64]
@@ -26,8 +26,8 @@ def project(vectors: npt.NDArray[np.float32]) -> Projection | None:
     """Project (n, width) vectors on the two axes along which they differ most.
 
     The axes are the right singular vectors of the centred matrix (Jolliffe, Principal Component
-    Analysis, 2002, ch. 3.5). Their signs are free; here the farthest point of each is positive.
-    None for fewer than three vectors, or if all are the same.
+    Analysis, 2002, ch. 3.5). Their signs are arbitrary; here the farthest point of each axis is
+    positive. Returns None for fewer than three vectors, or if all are equal.
     """
     if len(vectors) < 3:
         return None
@@ -35,7 +35,7 @@ def project(vectors: npt.NDArray[np.float32]) -> Projection | None:
     centred -= centred.mean(axis=0)
     left, singular, _right = np.linalg.svd(centred, full_matrices=False)
     variance = singular**2
-    # What rounding leaves of vectors that are all the same is no difference.
+    # Rounding leaves tiny differences between vectors that are all equal.
     if singular[0] <= 1e-12 * len(vectors) * np.abs(vectors).max():
         return None
     points = left[:, :2] * singular[:2]

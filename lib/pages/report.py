@@ -1,4 +1,4 @@
-"""A report: one run as a page of HTML that needs nothing but itself."""
+"""Report: one run as a self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _SEAL_BYTES = 120
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows of a run.
+    """The content of a report.
 
-    model: its name, and whether it is untrained. facts, properties: of the run and of the model.
+    model: its name, with (untrained) if it is. facts: of the run. properties: of the model.
     """
 
     run: int
@@ -63,15 +63,15 @@ class Report:
 
 
 def default_place(url: str, run_id: int) -> Path:
-    """Return where the report of a run lies if nothing else is said: beside the run database."""
+    """Return the default path of a report: in reports/ beside the run database."""
     return database_path(url).parent / "reports" / f"run-{run_id:06d}.html"
 
 
 def make_report(url: str, run_id: int, written: str) -> Report:
-    """Read a run, finished or not, and the files of its checkpoints.
+    """Read a run, finished or not, and its checkpoint files.
 
-    written: the time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
-    IdentityRefusedError for model metadata that is not complete.
+    written: the current time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
+    IdentityRefusedError for incomplete model metadata.
     """
     detail = run_detail(url, run_id)
     line = detail.run.dictionaries()[0]
@@ -112,7 +112,7 @@ def make_report(url: str, run_id: int, written: str) -> Report:
 
 
 def write_report(report: Report, to: Path) -> None:
-    """Write a report as HTML; only an earlier report of the same run, unaltered, is replaced."""
+    """Write a report as HTML; it replaces only an unaltered earlier report of the same run."""
     page = _page(report).encode()
     seal = f"<!-- esm-ledger: end of the report, sha256 {_digest(report, page)} -->\n"
     with new_path(to, folder=False, replaceable=lambda path: _is_own(report, path)) as temporary:
@@ -156,7 +156,7 @@ def _is_own(report: Report, path: Path) -> bool:
 
 
 def _shown(value: object) -> object:
-    """Return what the page shows of a value; None is nothing."""
+    """Return the text of a value on the page; None becomes empty."""
     if isinstance(value, Markup):
         return value
     return "" if value is None else printable(str(value))
@@ -195,7 +195,7 @@ def _warnings(
     detail: RunDetail,
     attempts: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Return what somebody must know before the vectors are used, a fact each."""
+    """Return the facts that somebody must know before using the vectors."""
     kept, told = run.facts, []
     if run.model["untrained"]:
         told.append("Untrained weights: the vectors mean nothing.")

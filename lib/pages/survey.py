@@ -1,6 +1,6 @@
-"""A survey of a run: what its checkpoints hold, read once and in bounded memory.
+"""Survey: lengths, norms and a sample of a run's vectors, read once and in bounded memory.
 
-Of every record its lengths and the norm of its vector are kept, of an even sample the vector.
+Memory holds the lengths and the norm of every record, and the vectors of an even sample.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from schema.parquet import VectorColumn
 
 __all__ = ["SAMPLE_RECORDS", "Extreme", "Survey", "survey"]
 
-# What a drawing of points can still show, and a browser draws at once.
+# As many points as a drawing can show and a browser draws without delay.
 SAMPLE_RECORDS = 2000
 _EXTREMES = 3
 
 
 @dataclass(frozen=True, order=True)
 class Extreme:
-    """A record whose vector is among the shortest or the longest."""
+    """A record whose vector has one of the smallest or largest norms."""
 
     norm: float
     record: int
@@ -33,16 +33,16 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run's files hold, in FASTA order.
+    """The findings, in FASTA order.
 
-    column: the vectors looked at, mean_L or bos_L; None if neither is kept, and then norms,
+    column: the surveyed vectors, mean_L or bos_L; None if the run kept neither: then norms,
         smallest, largest and sample_vectors are empty.
     lengths, embedded: (N,) residues in the FASTA, residues embedded.
     norms: (N,) Euclidean norms of the vectors.
     smallest, largest: the records with the extreme norms, the most extreme first.
-    sample: (n,) places of the sampled records in FASTA order, evenly apart.
+    sample: (n,) places of the sampled records in FASTA order, evenly spaced.
     sample_ids, sample_vectors: (n,) and (n, hidden_dim).
-    repeated_ids: how many records have the id of an earlier one.
+    repeated_ids: the number of records with the id of an earlier record.
     """
 
     column: str | None
@@ -58,9 +58,9 @@ class Survey:
 
 
 def survey(run: RunEmbeddings) -> Survey:
-    """Read a run once: vectors of the last layer kept, its means rather than its bos.
+    """Read a run once: the vectors of its last layer, `mean` if it kept them, else `bos`.
 
-    Raises IdentityRefusedError for a vector that is not finite: the ledger writes none.
+    Raises IdentityRefusedError for a vector with non-finite values, which the ledger never writes.
     """
     kind = next((one for one in ("mean", "bos") if one in run.facts["include"]), None)
     column = None if kind is None else run.column(kind)
@@ -112,7 +112,7 @@ def _norms(
     positions: npt.NDArray[np.int64],
     column: VectorColumn,
 ) -> npt.NDArray[np.float64]:
-    # In float64, as a sum of squares of float32 could overflow.
+    # In float64, because a sum of squares in float32 could overflow.
     norms: npt.NDArray[np.float64] = np.sqrt(np.square(vectors, dtype=np.float64).sum(axis=1))
     broken = positions[~np.isfinite(norms)]
     if len(broken):
@@ -128,5 +128,5 @@ def _ends(order: list[int]) -> set[int]:
 
 
 def _short_digest(name: str) -> int:
-    """Return 64 bits: with a hundred million ids two share one in 1 of 3,700 runs."""
+    """Return 64 bits: among a hundred million ids, two share one in 1 of 3,700 runs."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
