@@ -17,6 +17,8 @@ PYTHON ?= python3
 venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
+installed_dev := $(venv)/.installed-dev
+pip_install := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # FASTA headers are UTF-8 whatever the locale says.
 export PYTHONUTF8 := 1
@@ -46,13 +48,18 @@ help: ## print every target
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
-setup: $(installed) ## install everything, pinned, into .venv
+setup: $(installed) ## install what the scripts need, pinned, into .venv
 
 $(installed): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]}: 3.11 to 3.13 is needed (make PYTHON=python3.12)")'
 	$(PYTHON) -m venv $(venv)
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(pip_install) --editable '.[export]'
 	@touch $@
+
+# The tests, the linters and the torture need everything that any target needs.
+$(installed_dev): $(installed)
+	$(pip_install) --editable '.[dev]'
+	@touch $@ $(venv)/.installed-browse $(venv)/.installed-benchmark
 
 .PHONY: detect
 detect: $(installed) ## print a model's properties and where each came from
@@ -87,7 +94,7 @@ browse: $(venv)/.installed-browse ## show the run database in a web browser, rea
 	@$(python) scripts/browse.py $(config) $(ARGS)
 
 $(venv)/.installed-browse: $(installed)
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,browse]'
+	$(pip_install) --editable '.[export,browse]'
 	@touch $@
 
 .PHONY: export
@@ -115,15 +122,15 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 
 # One thread each: processes that share two cores wait for each other's threads.
 .PHONY: test
-test: $(installed) ## run the tests
+test: $(installed_dev) ## run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 .PHONY: torture
-torture: $(installed) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost
+torture: $(installed_dev) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost
 	@$(python) -m tests.torture $(ARGS)
 
 .PHONY: lint
-lint: $(installed) ## check style and types (ruff, mypy)
+lint: $(installed_dev) ## check style and types (ruff, mypy)
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
@@ -133,7 +140,7 @@ benchmark: $(venv)/.installed-benchmark ## measure beside fair-esm and transform
 	@$(python) scripts/benchmark.py $(ARGS)
 
 $(venv)/.installed-benchmark: $(installed)
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,benchmark]'
+	$(pip_install) --editable '.[export,benchmark]'
 	@touch $@
 
 .PHONY: benchmark-loading

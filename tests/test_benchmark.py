@@ -62,7 +62,6 @@ def test_ours_and_fair_esms_loop_agree(small_model: Path) -> None:
 
 
 def test_transformers_agrees(small_model: Path) -> None:
-    pytest.importorskip("transformers", reason="installed by make benchmark")
     found = detected(small_model)
     peer = transformers_sdpa(found, CPU, torch.float32)
     assert_contenders_agree(small_model, {"fair-esm": fair_esm(found, CPU), "peer": peer})

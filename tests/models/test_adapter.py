@@ -5,7 +5,6 @@ If these fail, a lab's fine-tune is embedded as its base, or two adapters are mi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +24,6 @@ from lib.settings import load_settings
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.models.test_weights import Call, found, hidden
 
-HAS_PEFT = importlib.util.find_spec("peft") is not None
 QUERY = "esm.encoder.layer.0.attention.self.query"
 FC1 = "esm.encoder.layer.1.intermediate.dense"
 
@@ -351,7 +349,6 @@ def test_a_run_is_only_continued_with_the_very_adapter(
 # ---- PEFT itself
 
 
-@pytest.mark.skipif(not HAS_PEFT, reason="peft is in the benchmark extra")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification"])
 @pytest.mark.parametrize(

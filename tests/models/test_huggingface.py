@@ -5,7 +5,6 @@ If these fail, a fine-tune that a lab made with transformers gives other vectors
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from tests.conftest import Place, Script
 from tests.models.test_weights import SEQUENCE, found, hidden, load, refusal
 from tests.reference import worst_residue_error
 
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 SHAPE = ["--num-layers", "2", "--hidden-dim", "64", "--attention-heads", "4"]
 
 
@@ -186,7 +184,6 @@ def test_another_epsilon_is_refused(folder: Path) -> None:
     assert refusal(folder) == "layer_norm_eps 1e-12: ESM-2 has 1e-05"
 
 
-@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is in the benchmark extra")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification"])
 def test_every_layer_is_that_of_transformers(tmp_path: Path, folder: Path, kind: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import http.client
-import importlib.util
 import json
 import os
 import re
@@ -38,11 +37,9 @@ from schema.tables import Model
 from scripts.embed import main as embed
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 
-HAS_DATASETTE = importlib.util.find_spec("datasette") is not None
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 COMMENTS = table_comments() | view_comments()
-needs_datasette = pytest.mark.skipif(not HAS_DATASETTE, reason="installed by make browse")
 
 
 @dataclass
@@ -138,8 +135,6 @@ def copy_database(folder: Path, to: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    if not HAS_DATASETTE:
-        pytest.skip("installed by make browse")
     with browse(folder / "config.ini") as started:
         yield started
         assert started.end() == (0, "")
@@ -201,7 +196,6 @@ def test_the_start_page_lists_the_questions_in_their_order(server: Server) -> No
 # Read-only, and for this machine only
 
 
-@needs_datasette
 def test_no_request_changes_or_makes_a_file(place: Place, folder: Path) -> None:
     shutil.copytree(folder, place.folder / "copy")
     config = place.folder / "copy" / "config.ini"
@@ -269,7 +263,6 @@ def test_no_other_address_answers(server: Server) -> None:
         pass
 
 
-@needs_datasette
 def test_plugins_that_happen_to_be_installed_do_not_take_part(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "uploads.py").write_text(
         "from datasette import Response, hookimpl\n"
@@ -294,7 +287,6 @@ def test_plugins_that_happen_to_be_installed_do_not_take_part(folder: Path, tmp_
 # A live run
 
 
-@needs_datasette
 def test_a_live_writer_is_shown_and_never_in_the_way(place: Place, folder: Path) -> None:
     copy_database(folder, place.database)
     engine = open_for_writing(str(place.database))
@@ -330,7 +322,6 @@ def test_a_page_is_never_an_old_one(server: Server) -> None:
         assert answer.headers["Cache-Control"] == "no-cache"
 
 
-@needs_datasette
 def test_a_database_that_goes_away_is_told_and_comes_back(place: Place, folder: Path) -> None:
     copy_database(folder, place.database)
     away = place.folder / "away.sqlite"
@@ -347,7 +338,6 @@ def test_a_database_that_goes_away_is_told_and_comes_back(place: Place, folder: 
         assert server.end() == (0, "")
 
 
-@needs_datasette
 def test_a_damaged_table_is_told_on_its_page(place: Place, folder: Path) -> None:
     copy_database(folder, place.database)
     statement = (
@@ -371,7 +361,6 @@ def test_a_damaged_table_is_told_on_its_page(place: Place, folder: Path) -> None
 # The command
 
 
-@needs_datasette
 def test_ctrl_c_ends_it_though_browsers_keep_connections_open(folder: Path) -> None:
     with browse(folder / "config.ini") as server, ExitStack() as connections:
 
@@ -430,7 +419,6 @@ def test_datasette_that_is_not_installed(
 @pytest.mark.skipif(
     not (ROOT / ".venv" / ".installed-browse").exists(), reason="make browse would install"
 )
-@needs_datasette
 def test_make_browse(folder: Path) -> None:
     inherited = dict.fromkeys(("MAKEFLAGS", "MFLAGS", "MAKELEVEL"), "")
     variables = {"CONFIG": str(folder / "config.ini"), "ARGS": "--port 0"}

@@ -1,0 +1,38 @@
+"""Set-up: if this fails, two installations of the same version compute with other packages."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import distributions
+
+from tests.conftest import ROOT
+
+# torch's range stands in pyproject.toml, and its CUDA builds bring packages of their own.
+FREE = re.compile(r"torch|triton|nvidia-.*|cuda-.*|esm-ledger|pip")
+
+
+def normalised(name: str) -> str:
+    """Return a package's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    """Return the versions that constraints.txt allows, by package."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {normalised(name): version for name, version in pairs}
+
+
+def test_every_installed_package_has_the_version_that_is_pinned() -> None:
+    installed = {normalised(one.name): one.version for one in distributions()}
+    pinned = pins()
+    free = {name for name in installed if FREE.fullmatch(name)}
+    assert {"torch", "esm-ledger"} <= free
+    others = {name: version for name, version in installed.items() if name not in free}
+    assert others == {name: pinned.get(name) for name in others}
+
+
+def test_every_pin_is_of_a_package_that_is_installed() -> None:
+    elsewhere = {"duckdb-extension-sqlite-scanner", "setuptools"}  # by platform, by torch's build
+    installed = {normalised(one.name) for one in distributions()}
+    assert set(pins()) - installed <= elsewhere
