@@ -70,7 +70,9 @@ class ESM2Config:
     layer norm, without the language-model head, the contact regression and buffers. `sha256` is
     the digest of the weights as they lie on disk; a LoRA adapter's covers its base.
     `contact_regression_sha256` is set if contacts are predicted: the digest of the file that
-    holds the contact regression, or of the weights that hold it.
+    holds the contact regression, or of the weights that hold it. `released` says whether `sha256`
+    is that of a published ESM-2 file; None in snapshots older than that question.
+    `base_name` and `base_sha256` name the model that a LoRA adapter changes.
     """
 
     name: str
@@ -85,6 +87,9 @@ class ESM2Config:
     sha256: str
     untrained: bool
     contact_regression_sha256: str | None = None
+    released: bool | None = None
+    base_name: str | None = None
+    base_sha256: str | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -96,9 +101,7 @@ class ESM2Config:
     def snapshot(self) -> dict[str, Any]:
         """Return the JSON-ready dictionary that is stored with runs, checkpoints and footers."""
         dumped: dict[str, Any] = ESM2ConfigSchema().dump(self)
-        if self.contact_regression_sha256 is None:
-            del dumped["contact_regression_sha256"]
-        return dumped
+        return {key: value for key, value in dumped.items() if value is not None}
 
     def weights_snapshot(self) -> dict[str, Any]:
         """Return the part of `snapshot` that the table `models` holds: not what a run chooses."""
@@ -109,8 +112,8 @@ class ESM2Config:
 class ESM2ConfigSchema(Schema):
     """The keys and types of a snapshot.
 
-    An unknown key is refused, and so is a missing one, except that runs without contacts have
-    no digest of a contact regression.
+    An unknown key is refused, and so is a missing one, except for those of contacts, of released
+    weights and of adapters, which not every snapshot has.
     """
 
     _positive = validate.Range(min=1)
@@ -134,6 +137,9 @@ class ESM2ConfigSchema(Schema):
     sha256 = fields.String(required=True, validate=_digest)
     untrained = fields.Boolean(required=True)
     contact_regression_sha256 = fields.String(validate=_digest)
+    released = fields.Boolean()
+    base_name = fields.String(validate=validate.Length(min=1))
+    base_sha256 = fields.String(validate=_digest)
 
     @post_load
     def _make(self, data: dict[str, Any], **_: object) -> ESM2Config:

@@ -16,6 +16,7 @@ __all__ = [
     "Model",
     "Run",
     "SchemaVersion",
+    "Worker",
 ]
 
 
@@ -38,13 +39,13 @@ class Base(DeclarativeBase):
 
 
 class SchemaVersion(Base):
-    """One row: the version of these tables."""
+    """A row for each version that these tables have had; the largest is theirs."""
 
     __tablename__ = "schema_version"
 
     version: Mapped[int] = mapped_column(primary_key=True, comment="version of these tables")
-    created_at: Mapped[str] = mapped_column(comment="when the database was made, UTC ISO 8601")
-    writer: Mapped[str] = mapped_column(comment="the program and version that made it")
+    created_at: Mapped[str] = mapped_column(comment="when they got it, UTC ISO 8601")
+    writer: Mapped[str] = mapped_column(comment="the program and version that did it")
 
 
 class Model(Base):
@@ -72,6 +73,11 @@ class Model(Base):
     untrained: Mapped[bool | None] = mapped_column(
         comment="1 if the weights say that they were made by scripts/make_model.py"
     )
+    released: Mapped[bool | None] = mapped_column(
+        comment="1 if the SHA-256 is that of a published ESM-2 file, which proves the name"
+    )
+    base_name: Mapped[str | None] = mapped_column(comment="model that a LoRA adapter changes")
+    base_sha256: Mapped[str | None] = mapped_column(comment="SHA-256 of that model's weights")
 
 
 class Run(Base):
@@ -122,7 +128,9 @@ class Run(Base):
     model: Mapped[Model | None] = relationship()
     attempts: Mapped[list[Attempt]] = relationship(back_populates="run", order_by="Attempt.id")
     checkpoints: Mapped[list[Checkpoint]] = relationship(
-        back_populates="run", order_by="Checkpoint.first_position"
+        back_populates="run",
+        order_by="Checkpoint.first_position",
+        foreign_keys="Checkpoint.run_id",
     )
 
 
@@ -152,6 +160,32 @@ class Attempt(Base):
     run: Mapped[Run] = relationship(back_populates="attempts")
 
 
+class Worker(Base):
+    """A process of a cluster that computes stretches for an attempt."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the worker")
+    attempt_id: Mapped[int] = mapped_column(
+        ForeignKey("attempts.id"), index=True, comment="the attempt that it works for"
+    )
+    host: Mapped[str] = mapped_column(comment="name of the machine")
+    pid: Mapped[int] = mapped_column(comment="process number on that machine")
+    node: Mapped[str | None] = mapped_column(comment="what the cluster calls the machine")
+    device: Mapped[str] = mapped_column(comment="cpu or cuda:N")
+    device_name: Mapped[str] = mapped_column(comment="what the processor calls itself")
+    threads: Mapped[int] = mapped_column(comment="CPU threads")
+    weights_path: Mapped[str] = mapped_column(comment="where its weights lay, absolute")
+    weights_sha256: Mapped[str] = mapped_column(comment="SHA-256 that it took of its weights")
+    versions: Mapped[dict[str, Any]] = mapped_column(comment="JSON of library versions")
+    started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
+    seen_at: Mapped[str] = mapped_column(comment="when it last answered, UTC ISO 8601")
+    outcome: Mapped[str | None] = mapped_column(
+        comment="finished, refused, lost or failed; NULL while it lives"
+    )
+    error: Mapped[str | None] = mapped_column(comment="why it was refused or failed")
+
+
 class Checkpoint(Base):
     """A stretch of a run's work that is safely on disk: one Parquet file, one row."""
 
@@ -173,6 +207,12 @@ class Checkpoint(Base):
         comment="JSON snapshot of the model (ESM2Config); NULL is refused by resume"
     )
     committed_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
+    worker_id: Mapped[int | None] = mapped_column(
+        ForeignKey("workers.id"), comment="the worker that computed it; NULL: the attempt itself"
+    )
+    reused_run_id: Mapped[int | None] = mapped_column(
+        ForeignKey("runs.id"), comment="the run that its rows were copied from; NULL: computed"
+    )
 
-    run: Mapped[Run] = relationship(back_populates="checkpoints")
+    run: Mapped[Run] = relationship(back_populates="checkpoints", foreign_keys=[run_id])
     attempt: Mapped[Attempt] = relationship()

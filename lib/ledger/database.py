@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,14 @@ from lib.ledger.statements import read_statements
 from schema.tables import Base, SchemaVersion
 from schema.version import APPLICATION_ID, SCHEMA_VERSION, WRITER
 
-__all__ = ["open_for_reading", "open_for_writing", "transaction", "utc_now"]
+__all__ = [
+    "make_views",
+    "open_for_reading",
+    "open_for_writing",
+    "transaction",
+    "utc_now",
+    "writing_engine",
+]
 
 
 def utc_now() -> str:
@@ -35,11 +42,13 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def open_for_writing(url: str, *, create: bool = True) -> Engine:
+def open_for_writing(
+    url: str, *, create: bool = True, say: Callable[[str], None] = lambda _: None
+) -> Engine:
     """Open the run database, making it if there is none unless `create` is false.
 
-    Raises SettingsError for another program's database or schema version, MachineError if
-    SQLite cannot work there.
+    `say` is told if the file system does not allow WAL. Raises SettingsError for another program's
+    database or schema version, MachineError if SQLite cannot work there.
     """
     path = database_path(url)
     if not create and not path.is_file():
@@ -47,6 +56,21 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
     if not path.parent.is_dir():
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
     refuse_strangers(path, may_write=True)
+    engine = writing_engine(path)
+    with _database_errors(path):
+        mode = _choose_journal(path)
+        with engine.begin() as connection:
+            # Under the write lock, so that two first starts make it once.
+            exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
+            if not connection.exec_driver_sql(exists).scalar():
+                _create(connection)
+    if mode != "wal":
+        say(f"database {path}: journal mode {mode}, WAL does not work there")
+    return engine.execution_options(file=_file(path))
+
+
+def writing_engine(path: Path) -> Engine:
+    """Return an engine whose transactions take the write lock when they begin."""
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
     )
@@ -57,19 +81,14 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
         connection.isolation_level = None
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")
+        # Each commit moves the log into the one file, so that a copy of it after a kill is whole.
+        connection.execute("PRAGMA wal_autocheckpoint = 1")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    with _database_errors(path):
-        _use_wal(path)
-        with engine.begin() as connection:
-            # Under the write lock, so that two first starts make it once.
-            exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
-            if not connection.exec_driver_sql(exists).scalar():
-                _create(connection)
-    return engine.execution_options(file=_file(path))
+    return engine
 
 
 def open_for_reading(url: str) -> Engine:
@@ -118,17 +137,37 @@ def _file(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _use_wal(path: Path) -> None:
+def _choose_journal(path: Path) -> str:
+    """Use WAL where the file system allows it, else a rollback journal; return the journal mode."""
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise MachineError(f"database {path}: journal mode is {mode}, WAL does not work there")
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode == "wal":  # the first read maps the memory that processes share
+                connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_IOERR_SHMMAP":
+                raise
+            mode = None
+    return mode or _leave_wal(path)
+
+
+def _leave_wal(path: Path) -> str:
+    """Turn a database to a rollback journal where no memory can be shared."""
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # WAL shares no memory then
+        (mode,) = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+        return str(mode)
+
+
+def make_views(connection: Connection) -> None:
+    """Make the views of schema/views.sql."""
+    for view in read_statements("views.sql"):
+        connection.exec_driver_sql(view.sql)
 
 
 def _create(connection: Connection) -> None:
     connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
     Base.metadata.create_all(connection)
-    for view in read_statements("views.sql"):
-        connection.exec_driver_sql(view.sql)
+    make_views(connection)
     version = {"version": SCHEMA_VERSION, "created_at": utc_now(), "writer": WRITER}
     connection.execute(insert(SchemaVersion), version)

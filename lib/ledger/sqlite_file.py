@@ -6,7 +6,7 @@ Plain sqlite3, so that what only reads history starts in a moment.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,14 +15,17 @@ from schema.version import APPLICATION_ID, SCHEMA_VERSION
 
 __all__ = [
     "BUSY_SECONDS",
+    "OLDER_VERSIONS",
     "connect_read_only",
     "database_path",
     "error_fact",
     "refuse_strangers",
+    "schema_version",
     "sqlite_errors",
 ]
 
 BUSY_SECONDS = 60
+OLDER_VERSIONS = range(1, SCHEMA_VERSION)
 
 
 def database_path(url: str) -> Path:
@@ -43,46 +46,67 @@ def database_path(url: str) -> Path:
     return Path(parsed.database).absolute()
 
 
-def connect_read_only(path: Path) -> sqlite3.Connection:
-    """Open a run database for reading; raises SettingsError if there is none or it is not ours."""
+def connect_read_only(
+    path: Path, versions: Container[int] = (SCHEMA_VERSION,)
+) -> sqlite3.Connection:
+    """Open a run database of one of these schema versions for reading.
+
+    Raises SettingsError if there is none or it is not ours.
+    """
     if not path.is_file():
         raise SettingsError(f"database {path}: no such file")
-    refuse_strangers(path)
+    refuse_strangers(path, versions=versions)
     with sqlite_errors(path):
         connection = _connect(path)
         connection.execute("PRAGMA query_only = ON")
-        # A read-only connection would still make a file for ATTACH or VACUUM INTO.
+        # A read-only connection could still create a file by ATTACH or VACUUM INTO.
         connection.set_authorizer(_refuse_attach)
     return connection
 
 
-def refuse_strangers(path: Path, *, may_write: bool = False) -> None:
+def refuse_strangers(
+    path: Path, *, may_write: bool = False, versions: Container[int] = (SCHEMA_VERSION,)
+) -> None:
     """Refuse a database that is not ours, or of another version, before anything is written.
 
-    Who may write undoes a change that a kill has cut short, as in the first moments of a database.
-    Raises SettingsError with what was found and what is expected, MachineError for a file that
-    SQLite cannot read. A file that is not there, or empty, is nobody's.
+    If `may_write`, roll back a change left by a killed process, as in the first moments of a
+    database. A missing or empty file belongs to nobody and is not refused. Raises SettingsError
+    with what was found and what is expected, MachineError for a file that SQLite cannot read.
     """
     if not path.exists() or path.stat().st_size == 0:
         return
+    found = schema_version(path, may_write=may_write)
+    if found is None or found in versions:
+        return
+    older = " (make upgrade)" if found in OLDER_VERSIONS else ""
+    raise SettingsError(
+        f"database {path}: schema version {found}, this program's is {SCHEMA_VERSION}{older}"
+    )
+
+
+def schema_version(path: Path, *, may_write: bool = False) -> int | None:
+    """Return the schema version of a run database; None if the file is empty of tables.
+
+    may_write: as in `refuse_strangers`, which also tells what is raised.
+    """
     with sqlite_errors(path):
         try:
-            _refuse_strangers(path)
+            return _schema_version(path)
         except sqlite3.OperationalError as error:
-            # SQLite also takes a change for cut short that another first start has just ended.
+            # SQLite reports the same while another first start ends its change.
             if not may_write or error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
                 raise
             with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
                 found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            _refuse_strangers(path)
+            return _schema_version(path)
 
 
-def _refuse_strangers(path: Path) -> None:
+def _schema_version(path: Path) -> int | None:
     with closing(_connect(path)) as connection:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema")]
         if found == 0 and not names:
-            return
+            return None
         if found != APPLICATION_ID:
             raise SettingsError(
                 f"database {path}: application_id {found:#x} is another program's, "
@@ -91,10 +115,11 @@ def _refuse_strangers(path: Path) -> None:
         version = None
         if "schema_version" in names:
             (version,) = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-        if version != SCHEMA_VERSION:
+        if not isinstance(version, int):
             raise SettingsError(
                 f"database {path}: schema version {version}, this program's is {SCHEMA_VERSION}"
             )
+        return version
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""Migration: an older run database is backed up and brought to this program's schema version."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, insert
+
+from lib.errors import SettingsError
+from lib.files import disk_errors, new_path
+from lib.ledger.database import make_views, utc_now, writing_engine
+from lib.ledger.sqlite_file import (
+    BUSY_SECONDS,
+    connect_read_only,
+    database_path,
+    refuse_strangers,
+    schema_version,
+    sqlite_errors,
+)
+from schema.tables import SchemaVersion
+from schema.version import SCHEMA_VERSION, WRITER
+
+__all__ = ["Upgrade", "back_up", "upgrade"]
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """What an upgrade did; `backup` is None if the database had this version already."""
+
+    path: Path
+    before: int
+    backup: Path | None
+
+
+def back_up(url: str, to: Path) -> Path:
+    """Copy a run database to a new file with SQLite's backup API, which a live run may write to.
+
+    Returns the database that was copied. Raises SettingsError if there is none or `to` exists,
+    MachineError if SQLite or the disk fails.
+    """
+    path = database_path(url)
+    connect_read_only(path, versions=range(1, SCHEMA_VERSION + 1)).close()
+    _copy(path, to)
+    return path
+
+
+def upgrade(url: str) -> Upgrade:
+    """Bring a run database to this program's schema version, after a backup beside it.
+
+    All migrations are one transaction: they happen, or nothing changes. Raises SettingsError for a
+    database that is not ours or newer than this program, MachineError if SQLite or the disk fails.
+    """
+    path = database_path(url)
+    if not path.is_file():
+        raise SettingsError(f"database {path}: no such file")
+    refuse_strangers(path, may_write=True, versions=range(1, SCHEMA_VERSION + 1))
+    before = schema_version(path)
+    if before is None or before == SCHEMA_VERSION:
+        return Upgrade(path, SCHEMA_VERSION, None)
+    engine = writing_engine(path)
+    try:
+        backup = path.with_name(f"{path.name}.version-{before}")
+        _copy(path, backup)
+        with sqlite_errors(path), engine.begin() as connection:
+            _migrate(connection, before)
+    finally:
+        engine.dispose()
+    return Upgrade(path, before, backup)
+
+
+def _copy(path: Path, to: Path) -> None:
+    with (
+        new_path(to, folder=False) as temporary,
+        disk_errors(to),
+        sqlite_errors(path),
+        closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source,
+        closing(sqlite3.connect(temporary)) as target,
+    ):
+        source.backup(target)
+        # A copy of a database in WAL mode would make itself a -wal file when it is first read.
+        target.execute("PRAGMA journal_mode = DELETE")
+
+
+def _migrate(connection: Connection, before: int) -> None:
+    """Run Alembic's migrations, and make the views of this version."""
+    views = connection.exec_driver_sql("SELECT name FROM sqlite_schema WHERE type = 'view'")
+    for (view,) in views.all():
+        connection.exec_driver_sql(f'DROP VIEW "{view}"')
+    with as_file(files("schema") / "migrations") as scripts:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+        command.stamp(config, str(before))
+        command.upgrade(config, str(SCHEMA_VERSION))
+    # schema_version tells the version; Alembic's own table would be a second opinion.
+    connection.exec_driver_sql("DROP TABLE alembic_version")
+    make_views(connection)
+    version = {"version": SCHEMA_VERSION, "created_at": utc_now(), "writer": WRITER}
+    connection.execute(insert(SchemaVersion), version)

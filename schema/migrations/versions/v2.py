@@ -1,0 +1,67 @@
+"""Version 2: released models are proven, adapters name their base, workers and reuse have columns.
+
+`released` follows from the digest on record. Nothing else is filled in: what version 1 did not
+record stays NULL.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "2"
+down_revision = "1"
+
+# The SHA-256 of the five fair-esm files for which one is known; lib.catalog says where from.
+_RELEASED = (
+    "46f002a9870c9bdecd0ea887acb1f9a38a6b561e8f8bf8a6990b679b9d31b928",
+    "7f21e80e61d16a71735163ef555d3009afb0c98da74c48e29df08606973cc55e",
+    "881c7176cf198ef8dec26a3c375d40eb58d0c33df95c22562ca6cc6d3f812c62",
+    "ea9d0522b335a8778dea6535a65301f10208dece28cd5865482b0b1fc446168c",
+    "7de8b4082ba15891959ab368b77ce3886697af1efb16d3c9e9e7b0c5d3f07500",
+)
+_LAYERS_WITHOUT_SHA256 = 48
+
+# Comments stand where version-2 databases that were made new have them.
+_CHANGES = (
+    "ALTER TABLE models ADD COLUMN released BOOLEAN"
+    " /* 1 if the SHA-256 is that of a published ESM-2 file, which proves the name */",
+    "ALTER TABLE models ADD COLUMN base_name VARCHAR /* model that a LoRA adapter changes */",
+    "ALTER TABLE models ADD COLUMN base_sha256 VARCHAR /* SHA-256 of that model's weights */",
+    """
+CREATE TABLE workers (
+	id INTEGER NOT NULL /* number of the worker */,
+	attempt_id INTEGER NOT NULL /* the attempt that it works for */,
+	host VARCHAR NOT NULL /* name of the machine */,
+	pid INTEGER NOT NULL /* process number on that machine */,
+	node VARCHAR /* what the cluster calls the machine */,
+	device VARCHAR NOT NULL /* cpu or cuda:N */,
+	device_name VARCHAR NOT NULL /* what the processor calls itself */,
+	threads INTEGER NOT NULL /* CPU threads */,
+	weights_path VARCHAR NOT NULL /* where its weights lay, absolute */,
+	weights_sha256 VARCHAR NOT NULL /* SHA-256 that it took of its weights */,
+	versions JSON NOT NULL /* JSON of library versions */,
+	started_at VARCHAR NOT NULL /* UTC ISO 8601 */,
+	seen_at VARCHAR NOT NULL /* when it last answered, UTC ISO 8601 */,
+	outcome VARCHAR /* finished, refused, lost or failed; NULL while it lives */,
+	error VARCHAR /* why it was refused or failed */,
+	PRIMARY KEY (id),
+	FOREIGN KEY(attempt_id) REFERENCES attempts (id)
+)""",
+    "CREATE INDEX ix_workers_attempt_id ON workers (attempt_id)",
+    "ALTER TABLE checkpoints ADD COLUMN worker_id INTEGER REFERENCES workers (id)"
+    " /* the worker that computed it; NULL: the attempt itself */",
+    "ALTER TABLE checkpoints ADD COLUMN reused_run_id INTEGER REFERENCES runs (id)"
+    " /* the run that its rows were copied from; NULL: computed */",
+)
+
+
+def upgrade() -> None:
+    """Add columns and a table, and prove what is released."""
+    for change in _CHANGES:
+        op.execute(change)
+    known = ", ".join(f"'{digest}'" for digest in _RELEASED)
+    # Of a folder or an adapter, version 1 recorded a digest of several files, which proves nothing.
+    op.execute(
+        f"UPDATE models SET released = sha256 IN ({known}) WHERE weights_format = 'fair-esm' "
+        f"AND (sha256 IN ({known}) OR num_layers <> {_LAYERS_WITHOUT_SHA256})"
+    )
