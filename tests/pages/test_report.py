@@ -270,7 +270,7 @@ def test_a_class_of_length_has_a_mark_of_its_own(
 
 
 def test_shades_can_be_told_apart_without_colour() -> None:
-    style = (ROOT / "lib" / "report.html").read_text()
+    style = (ROOT / "lib" / "pages" / "report.html").read_text()
 
     def lightness(name: str) -> float:
         """Return relative luminance (WCAG 2.2) of a class's fill, 0 black to 1 white."""
