@@ -59,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
     interruption = Interruption()
-    with interruption.handled():
-        engine = open_for_writing(database_url(parsed), create=False)
+    with (
+        interruption.handled(),
+        open_for_writing(database_url(parsed), create=False) as engine,
+    ):
         run_id = find_run(engine, parsed.run).id
         with own(load_run(engine, run_id)):
             # ---- Identity: all of it, before a tensor is read
