@@ -35,8 +35,9 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def open_for_writing(url: str, *, create: bool = True) -> Engine:
-    """Open the run database, making it if there is none unless `create` is false.
+@contextmanager
+def open_for_writing(url: str, *, create: bool = True) -> Iterator[Engine]:
+    """Open the run database until the end of the block; make it if `create` and there is none.
 
     Raises SettingsError for another program's database or schema version, MachineError if
     SQLite cannot work there.
@@ -62,14 +63,17 @@ def open_for_writing(url: str, *, create: bool = True) -> Engine:
     def _begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    with _database_errors(path):
-        _use_wal(path)
-        with engine.begin() as connection:
-            # Under the write lock, so that two first starts make it once.
-            exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
-            if not connection.exec_driver_sql(exists).scalar():
-                _create(connection)
-    return engine.execution_options(file=_file(path))
+    try:
+        with _database_errors(path):
+            _use_wal(path)
+            with engine.begin() as connection:
+                # Under the write lock, so that two first starts make it once.
+                exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
+                if not connection.exec_driver_sql(exists).scalar():
+                    _create(connection)
+        yield engine.execution_options(file=_file(path))
+    finally:
+        engine.dispose()
 
 
 def open_for_reading(url: str) -> Engine:

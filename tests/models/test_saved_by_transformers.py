@@ -100,7 +100,7 @@ def hidden(path: Path, sequences: list[bytes], base: Path | None = None) -> Arra
     detection = detect(load_settings(overrides=overrides).model)
     network = load_network(detection, torch.device("cpu"), torch.float32)
     tokens = torch.from_numpy(tokenise(sequences))
-    layers = range(detection.value("num_layers") + 1)
+    layers = range(detection.shape.num_layers + 1)
     lengths = [len(sequence) for sequence in sequences]
     return np.stack([x.clone().numpy() for _, x in network.forward(tokens, lengths, layers)])
 
