@@ -97,6 +97,14 @@ $(venv)/.installed-browse: $(installed)
 	$(pip_install) --editable '.[export,browse]'
 	@touch $@
 
+.PHONY: backup
+backup: $(installed) ## copy the run database to TO=, while runs go on
+	@$(python) scripts/backup.py $(config) $(to) $(ARGS)
+
+.PHONY: upgrade
+upgrade: $(installed) ## bring an older run database to this version, after a backup
+	@$(python) scripts/upgrade.py $(config) $(ARGS)
+
 .PHONY: export
 export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def end_to_end_share(
     """
     model = load_model(settings, detection, "0" * 64)
     shares = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
         fasta = folder / "input.fasta"
         fasta.write_bytes(
@@ -108,7 +109,7 @@ def end_to_end_share(
             },
         )
         model = replace(model, settings=ready)
-        engine = open_for_writing(ready.database.url)
+        engine = opened.enter_context(open_for_writing(ready.database.url))
         ordered = sorted(sequences, key=len, reverse=True)
         device = model.network.device
         plan = plan_packs(

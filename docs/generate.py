@@ -1,4 +1,4 @@
-"""What README and docs take from the code: trees, tables and questions, written where they belong.
+"""Generate: the parts of README and docs that come from the code, for cog to write there.
 
     .venv/bin/cog -I . -r README.md docs/*.md        # write it into the pages
     .venv/bin/cog -I . --check README.md docs/*.md   # fail if a page is not current

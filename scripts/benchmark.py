@@ -4,10 +4,11 @@
     python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
 
 A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
-turn, each in its own process and with its own defaults. Ratios are medians over the repeats, pair by
-pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is printed
-only if both sides agree numerically. Start-up is the time from process start to a model that is ready.
-Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side disagreed.
+turn, each in its own process and with its own defaults. Ratios are medians over the repeats, pair
+by pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is
+printed only if both sides agree numerically. Start-up is the time from process start to a model
+that is ready. Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side
+disagreed.
 """
 
 from __future__ import annotations

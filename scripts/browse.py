@@ -3,8 +3,9 @@
     python scripts/browse.py
     python scripts/browse.py --port 8002
 
-It is read-only and answers only this machine (127.0.0.1). Ctrl-C ends it. It needs the extra `browse`,
-which `make browse` installs. Exit status: 0 ended by Ctrl-C, 2 no such database, 4 the port is taken.
+It is read-only and answers only this machine (127.0.0.1). Ctrl-C ends it. It needs the extra
+`browse`, which `make browse` installs. Exit status: 0 ended by Ctrl-C, 2 no such database, 4 the
+port is taken.
 """
 
 from __future__ import annotations

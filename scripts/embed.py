@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(argv)
     interruption = Interruption()
-    with interruption.handled():
+    with interruption.handled(), ExitStack() as opened:
         settings = load_settings(parsed.config, overrides(parsed))
         if parsed.validate_config:
             validation = validate(settings, note)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_model(detection)
         inventory = preflight(settings.input)
         show_input(inventory, settings)
-        engine = open_for_writing(settings.database.url)
+        engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
         model = load_model(settings, detection)
         note(describe_start(model))

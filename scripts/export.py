@@ -5,9 +5,9 @@
     python scripts/export.py --run 1 --format esm-extract --to folder
 
 Formats: hdf5 (UniProt's layout), esm-extract (a .pt per record), npy (a folder with the matrix and
-the ids), virnucpro (one .pt), anndata (.h5ad). Records are in the order of the FASTA. An existing file
-is never replaced. Exit status: 0 written, 2 refused, 3 files differ from what the database lists,
-4 disk failed.
+the ids), virnucpro (one .pt), anndata (.h5ad). Records are in the order of the FASTA. An existing
+file is never replaced. Exit status: 0 written, 2 refused, 3 files differ from what the database
+lists, 4 disk failed.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python scripts/history.py --watch
 
 On a terminal, columns that do not fit are left out; --json prints all of them, as plain numbers.
---watch shows the progress of running runs until they end, or until Ctrl-C. The run database is opened
-read-only. Exit status: 0 shown, 2 no such database or run.
+--watch shows the progress of running runs until they end, or until Ctrl-C. The run database is
+opened read-only. Exit status: 0 shown, 2 no such database or run.
 """
 
 from __future__ import annotations

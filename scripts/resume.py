@@ -43,30 +43,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
     interruption = Interruption()
-    with interruption.handled():
-        engine = open_for_writing(database_url(parsed), create=False)
-        with own(engine, parsed.run) as run:
-            # ---- Identity: all of it, before a tensor is read
-            admission = admit(run, said, recompute_damaged=parsed.recompute_damaged)
-            inventory, damaged = admission.inventory, admission.damaged
-            show_model(admission.detection, admission.sha256)
-            show_input(inventory, admission.settings)
-            if run.status == "finished" and not damaged:
-                show_result(run, as_json=parsed.json)
-                return 0
-            model = load_model(admission.settings, admission.detection, admission.sha256)
-            note(describe_start(model))
+    with (
+        interruption.handled(),
+        open_for_writing(database_url(parsed), create=False, say=note) as engine,
+        own(engine, parsed.run) as run,
+    ):
+        # ---- Identity: all of it, before a tensor is read
+        admission = admit(run, said, recompute_damaged=parsed.recompute_damaged)
+        inventory, damaged = admission.inventory, admission.damaged
+        show_model(admission.detection, admission.sha256)
+        show_input(inventory, admission.settings)
+        if run.status == "finished" and not damaged:
+            show_result(run, as_json=parsed.json)
+            return 0
+        model = load_model(admission.settings, admission.detection, admission.sha256)
+        note(describe_start(model))
 
-            # ---- Back on the record
-            with (
-                interruption.deferred(),
-                start_attempt(engine, run, model.facts, damaged) as ownership,
-            ):
-                for checkpoint in damaged:
-                    note(f"run {run.id}: {checkpoint.path}: dropped, to be computed again")
-                for path in clear_leftovers(run):
-                    note(f"run {run.id}: {path.name}: not in the database, removed")
-                embed_under_bar(engine, ownership, model, inventory, interruption)
+        # ---- Back on the record
+        with (
+            interruption.deferred(),
+            start_attempt(engine, run, model.facts, damaged) as ownership,
+        ):
+            for checkpoint in damaged:
+                note(f"run {run.id}: {checkpoint.path}: dropped, to be computed again")
+            for path in clear_leftovers(run):
+                note(f"run {run.id}: {path.name}: not in the database, removed")
+            embed_under_bar(engine, ownership, model, inventory, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

@@ -6,8 +6,8 @@
 
 First it checks identity as resume.py does: the rows and files of the run, the given weights and the
 given input, by their digests. Then it prints the worst and median error and cosine of every column
-beside the bounds for the precision of the run. The same seed draws the same records. Exit status:
-0 within the bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused,
+beside the bounds for the precision of the run. The same seed draws the same records. Exit status: 0
+within the bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused,
 4 disk, database or memory failed.
 """
 

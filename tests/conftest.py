@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import configparser
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
 
 from lib.console.program import guarded
+from lib.ledger.sqlite_file import connect_read_only
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
+from tests import processes
+from tests.processes import ROOT as ROOT
+from tests.processes import Answer as Answer
 
 # The same examples every time, so that a change fails for what it changed. New ones are tried with
 # `make test ARGS=--hypothesis-profile=default`.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 SOME_PROTEINS = DATA / "some_proteins.fasta"
 UNIPROT_PART = DATA / "uniprot_part.fasta"
@@ -39,27 +41,6 @@ _OF_MAKE = re.compile(
 def users_environment() -> dict[str, str]:
     """Return the environment of a user's shell, whatever started the tests."""
     return {name: value for name, value in os.environ.items() if not _OF_MAKE.fullmatch(name)}
-
-
-@dataclass
-class Answer:
-    """What a script gave back."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of a refusal."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        assert "Traceback" not in self.err
-        return lines[0].removeprefix("error: ")
-
-    @property
-    def json(self) -> Any:  # noqa: ANN401
-        return json.loads(self.out)
 
 
 Script = Callable[..., Answer]
@@ -118,6 +99,17 @@ class Place:
     def output(self) -> Path:
         return self.folder / "embeddings"
 
+    def files(self) -> set[Path]:
+        """Return what lies in the folder, but for what SQLite keeps beside a database."""
+        return {path for path in self.folder.iterdir() if ".sqlite-" not in path.name}
+
+    @contextmanager
+    def read_by_another(self) -> Iterator[None]:
+        """Keep the database open, so that SQLite's file of shared memory has its size."""
+        with closing(connect_read_only(self.database)) as connection:
+            connection.execute("SELECT count(*) FROM runs").fetchone()
+            yield
+
     def flags(self, _name: str, argv: Sequence[str | Path]) -> list[str]:
         """Return --config, unless the arguments say one."""
         return [] if "--config" in argv else ["--config", str(self.config)]
@@ -134,12 +126,16 @@ class Place:
 
     def run(self, name: str, *argv: str | Path, **environment: str) -> Answer:
         """Run a script as a process of its own."""
-        flags = [*map(str, argv), *self.flags(name, argv)]
+        flags = [*argv, *self.flags(name, argv)]
+        environment = {**os.environ, **environment}
+        return processes.run(name, *flags, folder=self.folder, environment=environment)
+
+    def run_afresh(self, name: str, *argv: str | Path) -> Answer:
+        """Run a script with a Python of its own, as a shell does."""
         done = subprocess.run(
-            [sys.executable, ROOT / "scripts" / f"{name}.py", *flags],
+            [sys.executable, ROOT / "scripts" / f"{name}.py", *argv, *self.flags(name, argv)],
             capture_output=True,
             text=True,
-            env={**os.environ, **environment},
             cwd=self.folder,
             timeout=300,
         )

@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (attempt(three, "12:00:03", "13:10:22", "finished"), [(3, 2_090, 561_430, 4_190.0)]),
         (attempt(four, "14:40:19", None, None), [(1, 1_480, 421_960, 3_020.8)]),
     ]
-    with transaction(open_for_writing(str(path / "runs.sqlite"))) as session:
+    with open_for_writing(str(path / "runs.sqlite")) as engine, transaction(engine) as session:
         for by, parts in work:
             session.add(by)
             for part in parts:

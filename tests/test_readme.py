@@ -127,7 +127,7 @@ def eventful_database(
 ) -> str:
     """The database after the commands, with something to find for every question."""
     url = str(folder / "runs.sqlite")
-    with transaction(open_for_writing(url)) as session:
+    with open_for_writing(url) as engine, transaction(engine) as session:
         change = session.connection().exec_driver_sql
         change("UPDATE models SET name = 'esm2_t33_650M_UR50D', untrained = 0")
         change("INSERT INTO models (name, sha256) SELECT name, 'f00' FROM models")

@@ -41,9 +41,8 @@ def _write_npy(run: RunEmbeddings, to: Path, selection: Selection) -> None:
 
 
 def _write_esm_extract(run: RunEmbeddings, to: Path, selection: Selection) -> None:
-    from lib.embeddings.torch_files import (
-        write_esm_extract,  # here, as the other formats need no torch
-    )
+    # Imported here, because the other formats need no torch.
+    from lib.embeddings.torch_files import write_esm_extract
 
     write_esm_extract(run, to, selection)
 

@@ -9,8 +9,8 @@
     run.contacts(7)                    # (embedded_length, embedded_length) of record 7
 
 Rows are stored in the order of the plan, longest first within a window. They are read once, one row
-group at a time, and each goes to its place in FASTA order. Memory holds one row group and the number
-of every record.
+group at a time, and each goes to its place in FASTA order. Memory holds one row group and the
+number of every record.
 """
 
 from __future__ import annotations

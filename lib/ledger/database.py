@@ -42,10 +42,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+@contextmanager
 def open_for_writing(
     url: str, *, create: bool = True, say: Callable[[str], None] = lambda _: None
-) -> Engine:
-    """Open the run database, making it if there is none unless `create` is false.
+) -> Iterator[Engine]:
+    """Open the run database until the end of the block; make it if `create` and there is none.
 
     `say` is told if the file system does not allow WAL. Raises SettingsError for another program's
     database or schema version, MachineError if SQLite cannot work there.
@@ -56,21 +57,22 @@ def open_for_writing(
     if not path.parent.is_dir():
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
     refuse_strangers(path, may_write=True)
-    engine = writing_engine(path)
-    with _database_errors(path):
-        mode = _choose_journal(path)
-        with engine.begin() as connection:
-            # Under the write lock, so that two first starts make it once.
-            exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
-            if not connection.exec_driver_sql(exists).scalar():
-                _create(connection)
-    if mode != "wal":
-        say(f"database {path}: journal mode {mode}, WAL does not work there")
-    return engine.execution_options(file=_file(path))
+    with writing_engine(path) as engine:
+        with _database_errors(path):
+            mode = _choose_journal(path)
+            with engine.begin() as connection:
+                # Under the write lock, so that two first starts make it once.
+                exists = "SELECT count(*) FROM sqlite_schema WHERE name = 'schema_version'"
+                if not connection.exec_driver_sql(exists).scalar():
+                    _create(connection)
+        if mode != "wal":
+            say(f"database {path}: journal mode {mode}, WAL does not work there")
+        yield engine.execution_options(file=_file(path))
 
 
-def writing_engine(path: Path) -> Engine:
-    """Return an engine whose transactions take the write lock when they begin."""
+@contextmanager
+def writing_engine(path: Path) -> Iterator[Engine]:
+    """Give an engine whose transactions take the write lock when they begin."""
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
     )
@@ -88,7 +90,10 @@ def writing_engine(path: Path) -> Engine:
     def _begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    return engine
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def open_for_reading(url: str) -> Engine:

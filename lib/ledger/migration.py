@@ -63,14 +63,10 @@ def upgrade(url: str) -> Upgrade:
     before = schema_version(path)
     if before is None or before == SCHEMA_VERSION:
         return Upgrade(path, SCHEMA_VERSION, None)
-    engine = writing_engine(path)
-    try:
-        backup = path.with_name(f"{path.name}.version-{before}")
-        _copy(path, backup)
-        with sqlite_errors(path), engine.begin() as connection:
-            _migrate(connection, before)
-    finally:
-        engine.dispose()
+    backup = path.with_name(f"{path.name}.version-{before}")
+    _copy(path, backup)
+    with sqlite_errors(path), writing_engine(path) as engine, engine.begin() as connection:
+        _migrate(connection, before)
     return Upgrade(path, before, backup)
 
 

@@ -50,6 +50,7 @@ class Detection:
     @property
     def properties(self) -> dict[str, Property]:
         """Every detected value with its source."""
+        # All that can be told; `sources` has the properties that apply to this model.
         values = {
             **asdict(self.shape),
             "repr_layers": self.repr_layers,
@@ -88,7 +89,8 @@ class Detection:
     def config(self, sha256: str) -> ESM2Config:
         """Return the ESM2Config of weights on disk whose digest is `sha256`."""
         weights = self.require_weights()
-        own = self.regression.sha256 or sha256 if self.regression else None
+        # A regression among the weights has no digest of its own: theirs covers it.
+        regression_sha256 = self.regression.sha256 or sha256 if self.regression else None
         return ESM2Config(
             name=self.name,
             **asdict(self.shape),
@@ -98,7 +100,7 @@ class Detection:
             dtype=trunk_dtype(weights, self.shape),
             sha256=sha256,
             untrained=self.untrained,
-            contact_regression_sha256=own,
+            contact_regression_sha256=regression_sha256,
         )
 
     def _regression_place(self, weights: Weights) -> str:

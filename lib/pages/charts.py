@@ -1,7 +1,7 @@
 """Charts: histograms, steps over time and points, as SVG within a page.
 
-Charts are 380 units wide, so that their text is readable on a phone. Every part has a class, and the
-style sheet of the page sets its looks. Colour never carries a meaning alone.
+Charts are 380 units wide, so that their text is readable on a phone. Every part has a class, and
+the style sheet of the page sets its looks. Colour never carries a meaning alone.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _length_edges(low: int, high: int) -> tuple[npt.NDArray[np.float64], bool]:
 def _length_classes(
     lengths: npt.NDArray[np.int32], truncated: npt.NDArray[np.bool_]
 ) -> list[tuple[str, str, npt.NDArray[np.bool_]]]:
-    """Return style, mark and (n,) members of up to four classes by length, and of truncated ones."""
+    """Return style, mark and (n,) members of up to four classes by length, and of truncated."""
     classes = []
     if not truncated.all():
         cuts = np.unique(np.quantile(lengths[~truncated], [0.25, 0.5, 0.75]))
@@ -204,7 +204,7 @@ def _length_classes(
 
 
 def _merged(work: Sequence[Work]) -> list[Work]:
-    """Join neighbours of the same attempt until about 200 are left, as many as a drawing can show."""
+    """Join neighbours of the same attempt until about 200 are left, which a drawing can show."""
     together, merged = -(-len(work) // _MOST_STEPS), []
     for attempt, found in groupby(work, key=lambda one: one.attempt):
         while some := list(islice(found, together)):

@@ -95,7 +95,7 @@ def test_what_was_not_kept_is_refused(embedded: Runs) -> None:
 
 def test_an_unfinished_run_is_refused_unless_partial(embedded: Runs, place: Place) -> None:
     _run, folder = embedded
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         change = session.connection().exec_driver_sql
         change("UPDATE runs SET status = 'interrupted'")
         change("DELETE FROM checkpoints WHERE first_position = 0")
@@ -137,7 +137,7 @@ def test_another_runs_file_of_the_same_name_is_refused(
     assert answer.status == 0
     other = place.output / "run-000002" / "checkpoint-000001.parquet"
     (folder / "checkpoint-000001.parquet").write_bytes(other.read_bytes())
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         session.connection().exec_driver_sql(
             f"UPDATE checkpoints SET bytes = {other.stat().st_size} "
             "WHERE run_id = 1 AND path = 'checkpoint-000001.parquet'"
@@ -160,7 +160,7 @@ def test_a_footer_that_says_nothing_is_refused(
     file = embedded[1] / "checkpoint-000001.parquet"
     metadata = {} if written is None else {"esm_ledger": written}
     pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         session.connection().exec_driver_sql(
             f"UPDATE checkpoints SET bytes = {file.stat().st_size} WHERE path = '{file.name}'"
         )

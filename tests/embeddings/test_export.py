@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from lib.ledger.database import open_for_writing, transaction
+from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, read_run, write_fasta
 from tests.test_make import make
@@ -216,12 +217,12 @@ def test_two_records_never_share_a_name(
 ) -> None:
     source = write_fasta(place.folder / "odd.fasta", [("a/b", "MKV"), ("c", "M"), ("a_b", "MKA")])
     assert script("embed", "--esm-model", small_model, "--input", source).status == 0
-    before = set(place.folder.iterdir())
+    before = place.files()
     answer = script("export", "--run", "1", "--format", form, "--to", place.folder / "out")
     assert answer.status == 2
     assert answer.error.startswith("record 2: ")
     assert answer.error.endswith("is record 0's")
-    assert set(place.folder.iterdir()) == before
+    assert place.files() == before
 
 
 FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata"]
@@ -241,7 +242,7 @@ def test_nothing_that_exists_is_replaced(
 def test_an_unfinished_run_only_with_partial(
     script: Script, place: Place, rows: dict[int, Row]
 ) -> None:
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         change = session.connection().exec_driver_sql
         change("UPDATE runs SET status = 'interrupted'")
         change("DELETE FROM checkpoints WHERE first_position = 0")
@@ -275,26 +276,16 @@ def test_a_full_disk_leaves_nothing(
         "embed", "--esm-model", small_model, "--input", source, "--include", "mean", "per_tok"
     )
     assert embed.status == 0, embed.err
-    before = set(place.folder.iterdir())
+    before = place.files()
     to = place.folder / "out"
-    code = (
-        "import resource; from scripts.export import main; "
-        "from lib.console.program import run_script; "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); run_script(main)"
-    )
     flags = ["--run", "1", "--format", form, "--to", to, "--config", place.config]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 4, done.stderr
-    assert done.stderr.startswith(f"error: {to}")
-    assert done.stderr.count("\n") == 1
-    assert set(place.folder.iterdir()) == before
+    limited = partial(processes.limit_files, limit)
+    with place.read_by_another():
+        done = processes.run("export", *flags, prepare=limited)
+    assert done.status == 4, done.err
+    assert done.err.startswith(f"error: {to}")
+    assert done.err.count("\n") == 1
+    assert place.files() == before
 
 
 @pytest.mark.parametrize(

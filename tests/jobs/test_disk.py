@@ -5,57 +5,38 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
+from tests import processes
+from tests.conftest import SOME_PROTEINS, Answer, Place, Script
+from tests.processes import Work
 from tests.reference import assert_same_bits
 
-# Runs a script whose files may not grow beyond so many bytes: as a quota, or a disk, says no.
-LIMITED = """
-import resource, signal, sys
-from importlib import import_module
-from lib.console.program import guarded
-script, limit, *argv = sys.argv[1:]
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-sys.exit(guarded(import_module(f"scripts.{script}").main, argv))
-"""
+ADD = "lib.ledger.commit.add_checkpoint"
 
-# Runs embed.py and does something to its folders after its second checkpoint.
-AFTER_TWO = """
-import shutil, sys
-import lib.ledger.commit
-from lib.console.program import guarded
-from scripts.embed import main
-moved, *argv = sys.argv[1:]
-true, count = lib.ledger.commit.add_checkpoint, 0
-def add(*arguments):
-    global count
-    row = true(*arguments)
-    count += 1
-    if count == 2:
-        shutil.move(moved, moved + ".moved")
-    return row
-lib.ledger.commit.add_checkpoint = add
-sys.exit(guarded(main, argv))
-"""
+
+def move_away(folder: Path) -> None:
+    shutil.move(folder, f"{folder}.moved")
+
+
+def fill_disk(filler: Path) -> None:
+    filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free))
+
+
+def after_two_checkpoints(do: Work, *flags: object) -> Answer:
+    """Run embed.py, and do something after its second checkpoint."""
+    return processes.run(
+        "embed", *flags, prepare=partial(processes.at_call, ADD, 2, do, after=True)
+    )
 
 
 def embed_flags(model: Path) -> list[str | Path]:
     small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
     return ["--esm-model", model, "--input", SOME_PROTEINS, "--include", "mean", "per_tok", *small]
-
-
-def run_code(code: str, *argv: object) -> Answer:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, argv)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return Answer(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -91,7 +72,7 @@ def test_a_quota_reached_is_one_line_and_the_run_goes_on_when_it_is_lifted(
 ) -> None:
     flags = [*embed_flags(small_model), "--config", place.config]
     largest = max(path.stat().st_size for path in reference.glob("checkpoint-*"))
-    answer = run_code(LIMITED, "embed", largest - 1, *flags)
+    answer = processes.run("embed", *flags, prepare=partial(processes.limit_files, largest - 1))
     assert answer.status == 4
     assert "checkpoint-000001.parquet.tmp" in answer.error
     assert "File too large" in answer.error
@@ -101,19 +82,19 @@ def test_a_quota_reached_is_one_line_and_the_run_goes_on_when_it_is_lifted(
     assert_same_bits(place.output / "run-000001", reference)
 
 
-@pytest.mark.parametrize("limit", [100, 120_000])
+@pytest.mark.parametrize("size", [100, 120_000])
 def test_a_quota_reached_by_the_database_is_one_line_and_loses_nothing(
-    script: Script, place: Place, small_model: Path, limit: int
+    script: Script, place: Place, small_model: Path, size: int
 ) -> None:
     # As its first page is written, and when some checkpoints are committed.
     embed = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
     embed += ["--set", "output.checkpoint_records=1", "--set", "compute.tokens_per_pack=10"]
-    answer = run_code(LIMITED, "embed", limit, *embed)
+    answer = processes.run("embed", *embed, prepare=partial(processes.limit_files, size))
     assert answer.status == 4
     assert answer.error == f"database {place.database}: disk I/O error (SQLITE_IOERR_WRITE)"
     history = script("history", "--json")
     shown = history.json if history.status == 0 else []
-    assert bool(shown) == (limit > 100_000)
+    assert bool(shown) == (size > 100_000)
     if shown:
         assert 0 < shown[0]["records_done"] < shown[0]["records_total"]
         assert script("resume").status == 0
@@ -158,11 +139,8 @@ def test_no_byte_free_for_the_database_loses_nothing_committed(
     assert refused.error.startswith(f"database {small_disk / 'runs.sqlite'}: ")
     filler.unlink()
     assert script("history", "--database", small_disk / "runs.sqlite").status in (0, 2)
-    code = AFTER_TWO.replace(
-        'shutil.move(moved, moved + ".moved")',
-        'open(moved, "wb").write(bytes(shutil.disk_usage(moved.rpartition("/")[0]).free))',
-    )
-    answer = run_code(code, filler, *flags, "--config", place.config)
+    filling = partial(fill_disk, filler)
+    answer = after_two_checkpoints(filling, *flags, "--config", place.config)
     assert answer.status == 4
     assert answer.error.startswith(f"database {small_disk / 'runs.sqlite'}: ")
     filler.unlink()
@@ -179,7 +157,7 @@ def test_a_folder_that_vanishes_is_one_line_and_the_run_goes_on_when_it_is_back(
 ) -> None:
     folder = place.folder / what
     flags = [*embed_flags(small_model), "--config", place.config]
-    answer = run_code(AFTER_TWO, folder, *flags)
+    answer = after_two_checkpoints(partial(move_away, folder), *flags)
     assert answer.status == 4
     assert answer.error.endswith("No such file or directory")
     assert attempts(script) == ["failed"]

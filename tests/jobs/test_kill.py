@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.processes import run_function
 from tests.torture import strace
+
+
+def main() -> None:
+    """Run the torture as `python -m tests.torture` does."""
+    sys.exit(import_module("tests.torture.__main__").main())
 
 
 def torture(*flags: str) -> list[tuple[str, int, str, str]]:
     """Run parts of the torture; return its table, after checking that nothing was lost."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [re.split(r"  +", line.strip()) for line in done.stdout.splitlines()[1:-1]]
+    done = run_function(main, *flags)
+    assert done.status == 0, done.out + done.err
+    rows = [re.split(r"  +", line.strip()) for line in done.out.splitlines()[1:-1]]
     return [(what, int(trials), happened, lost) for what, trials, happened, lost in rows]
 
 
@@ -53,9 +55,6 @@ def test_killed_within_a_commit_or_a_file_a_run_ends_with_the_same_bits() -> Non
 
 
 def test_the_torture_refuses_a_part_that_is_none() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", "--only", "none"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--only none: not one of" in done.stderr
+    done = run_function(main, "--only", "none")
+    assert done.status == 2
+    assert "--only none: not one of" in done.err

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import pty
 import re
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +33,8 @@ from lib.sequences.inventory import preflight
 from lib.sequences.plan import plan_packs, remaining
 from lib.sequences.windows import read_windows
 from lib.settings import load_settings
-from tests.conftest import ROOT, UNIPROT_PART, Place, Script
+from tests import processes
+from tests.conftest import UNIPROT_PART, Place, Script
 
 Lengths = npt.NDArray[np.int32]
 TOKENS_PER_PACK = 4096
@@ -232,13 +231,10 @@ def test_a_run_of_less_than_a_minute_has_one_line(capsys: pytest.CaptureFixture[
 def test_on_a_terminal_it_is_one_bar(place: Place, small_model: Path, columns: int) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (25, columns))
-    command: list[str | Path] = [
-        sys.executable, ROOT / "scripts" / "embed.py", "--config", place.config,
-        "--esm-model", small_model, "--input", UNIPROT_PART,
-    ]  # fmt: skip
+    flags = ["--config", place.config, "--esm-model", small_model, "--input", UNIPROT_PART]
     environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment
+    with processes.start(
+        "embed", *flags, environment=environment, out=processes.NOWHERE, err=theirs
     ) as process:
         os.close(theirs)
         shown = b""
@@ -247,7 +243,7 @@ def test_on_a_terminal_it_is_one_bar(place: Place, small_model: Path, columns: i
                 shown += chunk
         except OSError:  # Linux: the other side was closed
             pass
-        assert process.wait(timeout=60) == 0
+        assert process.end().status == 0
     os.close(ours)
     text = shown.decode()
     (bar,) = [line for line in text.split("\n") if "embedding" in line]
@@ -320,7 +316,6 @@ def test_a_real_run_is_told_right(place: Place) -> None:
     model = load_model(settings, detect(settings.model))
     try_model(model)
     inventory = preflight(model.settings.input)
-    engine = open_for_writing(settings.database.url)
     progress = Progress(inventory.lengths, model.config.hidden_dim, clock=time.thread_time)
     told: list[tuple[float, float]] = []
 
@@ -329,13 +324,15 @@ def test_a_real_run_is_told_right(place: Place) -> None:
         assert progress.seconds_left is not None
         told.append((progress.seconds, progress.seconds_left))
 
-    with create_run(engine, model.settings, model.config, inventory, model.facts) as ownership:
+    with (
+        open_for_writing(settings.database.url) as engine,
+        create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
+    ):
         work(
             Job(
                 engine, ownership, model.settings, inventory, model.network, Interruption(), advance
             )
         )  # fmt: skip
-    engine.dispose()
     times, left = np.array(told).T
     assert progress.residues_done == sum(lengths)
     found = errors(times, left)

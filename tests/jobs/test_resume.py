@@ -9,37 +9,19 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, UNIPROT_PART, Answer, Place, Script
+from tests import processes
+from tests.conftest import UNIPROT_PART, Place, Script
 from tests.reference import assert_same_bits
 
 # Small packs and checkpoints, so that there is much to interrupt.
 QUICK = ["--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=1100"]
 
-# Runs a script in a process that kills itself at the nth call of a function, before or after it.
-KILLED_AT = """
-import os, signal, sys
-from importlib import import_module
-script, target, when, nth, *argv = sys.argv[1:]
-module, _, name = target.rpartition(".")
-holder = import_module(module)
-true, calls = getattr(holder, name), []
-def killing(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == int(nth) and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = true(*args, **kwargs)
-    if len(calls) == int(nth) and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-setattr(holder, name, killing)
-sys.exit(import_module(f"scripts.{script}").main(argv))
-"""
 POINTS = [
     ("lib.network.pipeline.launch", "before", 4),
     ("lib.ledger.commit.rename_into_place", "before", 2),
@@ -50,16 +32,11 @@ POINTS = [
 
 
 def killed_at(place: Place, point: tuple[str, str, int], script: str, *argv: str | Path) -> None:
+    """Run a script that kills itself before or after the nth call of a function."""
     target, when, nth = point
-    flags = [*map(str, argv), "--config", str(place.config)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, script, target, when, str(nth), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, (point, done.returncode, done.stderr)
+    dying = partial(processes.at_call, target, nth, processes.die, after=when == "after")
+    done = processes.run(script, *argv, "--config", place.config, prepare=dying)
+    assert done.status == -signal.SIGKILL, (point, done)
 
 
 def embed_arguments(model: Path, include: list[str]) -> list[str | Path]:
@@ -132,28 +109,15 @@ def test_a_signal_commits_what_is_finished(
     script: Script, place: Place, small_model: Path, number: signal.Signals, status: int
 ) -> None:
     flags = embed_arguments(small_model, ["mean"])
-    slow = "import lib.network.pipeline as e, time, sys; f = e.launch\n"
-    slow += "def c(*a, **k):\n    time.sleep(0.2)\n    return f(*a, **k)\n"
-    slow += "e.launch = c\nfrom scripts.embed import main\n"
-    slow += "from lib.console.program import guarded\nsys.exit(guarded(main, sys.argv[1:]))"
-    argv = [
-        *map(str, flags),
-        "--config",
-        str(place.config),
-        "--set",
-        "output.checkpoint_records=999",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.strip().endswith("run 1"):
-            break
-    time.sleep(1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    answer = Answer(process.returncode, "", err)
+    gate = place.folder / "gate"
+    prepare = partial(processes.stop_at, "lib.network.pipeline.launch", 4, gate)
+    once = ["--config", place.config, "--set", "output.checkpoint_records=999"]
+    with processes.start("embed", *flags, *once, prepare=prepare) as process:
+        process.wait_for("reached")
+        process.send_signal(number)
+        process.wait_for("received")
+        gate.touch()
+        answer = process.end()
     assert answer.status == status
     assert answer.error == f"{number.name}: run 1 interrupted, finished work committed"
     shown = script("history", "--run", "1", "--json").json

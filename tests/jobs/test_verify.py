@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.processes import peak_bytes
 from lib.files import file_sha256
 from lib.jobs import fair_esm, verification
+from lib.models.detection import detect
 from lib.models.regression import regression_path
 from lib.models.untrained import make_folder
+from lib.settings import load_settings
 from schema.parquet import FOOTER_KEY, VectorColumn
 from schema.tables import Run
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
 from tests.models.test_adapter import TENSORS, save_adapter
+from tests.processes import run_function
 from tests.reference import fasta, write_fasta
 
 KINDS = ["--include", "mean", "bos", "per_tok", "contacts"]
@@ -259,30 +262,24 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
     assert "parameters in float32 need 0.0 GB of memory" in answer.error
 
 
-# Peak of a sequence in fair-esm, beyond what the process had after a tiny one, and the estimate.
-PEAK = """
-import sys
-from benchmarks.processes import peak_bytes
-from lib.models.detection import detect
-from lib.jobs.fair_esm import FairEsm
-from lib.settings import load_settings
-settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
-model = FairEsm(detect(settings.model, contacts=sys.argv[2] == "contacts"))
-def peak(residues):
-    model.compute("M" * residues, [2])
-    return peak_bytes()
-before = peak(10)
-print(peak(1022) - before, model.needed_bytes(1022))
-"""
+def print_peak(path: Path, kind: str) -> None:
+    """Print a sequence's peak in fair-esm beyond that of a tiny one, and the estimate."""
+    settings = load_settings(overrides={"model.esm_model": str(path)})
+    model = fair_esm.FairEsm(detect(settings.model, contacts=kind == "contacts"))
+
+    def peak(residues: int) -> int:
+        model.compute("M" * residues, [2])
+        return peak_bytes()
+
+    before = peak(10)
+    print(peak(1022) - before, model.needed_bytes(1022))
 
 
 @pytest.mark.parametrize("kind", ["contacts", "mean"])
 def test_fair_esm_takes_no_more_than_estimated(small_model: Path, kind: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(small_model), kind],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    taken, needed = map(int, done.stdout.split())
+    done = run_function(partial(print_peak, small_model, kind))
+    assert done.status == 0, done.err
+    taken, needed = map(int, done.out.split())
     assert taken <= needed
 
 

@@ -7,7 +7,8 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from lib.errors import MachineError, SettingsError
 from lib.ledger.database import open_for_reading, open_for_writing, transaction
 from schema.tables import Base
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests import processes
+from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import assert_same_bits
 
 TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version"]
@@ -26,7 +28,8 @@ VIEWS = ["checkpoint_audit", "model_usage", "run_history", "run_progress"]
 
 @pytest.fixture
 def fresh_db(place: Place) -> Path:
-    open_for_writing(str(place.database)).dispose()
+    with open_for_writing(str(place.database)):
+        pass
     return place.database
 
 
@@ -132,13 +135,15 @@ def test_reading_scripts_do_not_make_a_database(script: Script, place: Place) ->
 
 
 def test_a_missing_folder_is_an_environment_fault(script: Script, place: Place) -> None:
-    with pytest.raises(MachineError, match=r"folder .* does not exist"):
-        open_for_writing(str(place.folder / "none" / "runs.sqlite"))
+    path = str(place.folder / "none" / "runs.sqlite")
+    with pytest.raises(MachineError, match=r"folder .* does not exist"), open_for_writing(path):
+        pass
 
 
 def test_odd_letters_in_the_path(place: Place) -> None:
     path = place.folder / "50% of ü?#'x.sqlite"
-    open_for_writing(str(path)).dispose()
+    with open_for_writing(str(path)):
+        pass
     assert path.is_file()
     with transaction(open_for_reading(str(path))) as session:
         assert session.connection().exec_driver_sql("SELECT count(*) FROM runs").scalar() == 0
@@ -151,8 +156,11 @@ def test_readers_cannot_write(fresh_db: Path) -> None:
 
 
 def test_a_transaction_is_whole_or_not_at_all(fresh_db: Path) -> None:
-    engine = open_for_writing(str(fresh_db))
-    with pytest.raises(SettingsError), transaction(engine) as session:
+    with (
+        open_for_writing(str(fresh_db)) as engine,
+        pytest.raises(SettingsError),
+        transaction(engine) as session,
+    ):
         session.connection().exec_driver_sql("DELETE FROM schema_version")
         raise SettingsError("in the middle")
     assert ask(fresh_db, "SELECT count(*) FROM schema_version") == [(1,)]
@@ -200,24 +208,25 @@ def test_first_runs_at_the_same_instant_are_two_runs(
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
+def make_database(path: Path, gate: Path) -> None:
+    """Make a database as soon as there is a file `gate`."""
+    processes.pause(gate)
+    with open_for_writing(str(path)):
+        pass
+
+
 def test_first_starts_at_the_same_instant_make_one_database(place: Place) -> None:
-    code = "import sys; from lib.ledger.database import open_for_writing; sys.stdin.read(1); "
-    code += "open_for_writing(sys.argv[1])"
-    starts = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(place.database)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(6)
-    ]
-    for start in starts:
-        assert start.stdin is not None
-        start.stdin.write("x")
-        start.stdin.flush()
-    for start in starts:
-        _, err = start.communicate(timeout=60)
-        assert start.returncode == 0, err
+    gate = place.folder / "gate"
+    with ExitStack() as alive:
+        starts = [
+            alive.enter_context(
+                processes.start_function(partial(make_database, place.database, gate))
+            )
+            for _ in range(6)
+        ]
+        for start in starts:
+            start.wait_for("reached")
+        gate.touch()
+        answers = [start.end() for start in starts]
+    assert [(answer.status, answer.err) for answer in answers] == [(0, "")] * 6
     assert ask(place.database, "SELECT count(*) FROM schema_version") == [(1,)]

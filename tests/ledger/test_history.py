@@ -18,7 +18,9 @@ import pytest
 from lib.ledger.database import open_for_writing, transaction, utc_now
 from lib.units import count, duration, size
 from schema.tables import Attempt, Checkpoint, Model, Run
+from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.processes import NOWHERE, Process
 from tests.reference import write_fasta
 
 
@@ -30,7 +32,7 @@ def a_run(script: Script, small_model: Path) -> None:
 
 def thousand_runs(place: Place) -> None:
     """Fill the database with 1,000 finished runs of five checkpoints each."""
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         session.add(Model(name="esm2_t33_650M_UR50D", num_layers=33, hidden_dim=1280))
         session.flush()
         for number in range(1, 1001):
@@ -70,7 +72,7 @@ def test_history_of_a_thousand_runs_answers_in_half_a_second(place: Place) -> No
     seconds = []
     for _ in range(5):
         start = seconds_of_children()
-        answer = place.run("history")
+        answer = place.run_afresh("history")
         seconds.append(seconds_of_children() - start)
     assert len(answer.out.splitlines()) == 1001
     assert min(seconds) < 0.5
@@ -124,7 +126,7 @@ def test_history_of_an_unknown_run(script: Script, a_run: None) -> None:
 
 
 def test_altered_rows_are_one_line(script: Script, a_run: None, place: Place) -> None:
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         session.connection().exec_driver_sql("UPDATE checkpoints SET bytes = 'many'")
     for flags in (["--run", "1"], ["--run", "1", "--json"], []):
         answer = script("history", *flags)
@@ -181,7 +183,6 @@ def test_control_characters_do_not_reach_the_terminal(script: Script, a_run: Non
 
 
 def test_checkpoint_audit_says_what_is_wrong(script: Script, a_run: None, place: Place) -> None:
-    engine = open_for_writing(str(place.database))
     for change, problem in (
         ("json_remove(esm2_config, '$.sha256')", "model metadata lacks sha256"),
         (
@@ -190,7 +191,7 @@ def test_checkpoint_audit_says_what_is_wrong(script: Script, a_run: None, place:
         ),
         ("NULL", "no model metadata (NULL)"),
     ):
-        with transaction(engine) as session:
+        with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
             session.connection().exec_driver_sql(
                 f"UPDATE checkpoints SET esm2_config = (SELECT {change} FROM runs)"
                 if change == "NULL"
@@ -231,22 +232,14 @@ def test_units_as_people_say_them() -> None:
     ]  # fmt: skip
 
 
-def long_run(place: Place, model: Path) -> subprocess.Popen[str]:
+def long_run(place: Place, model: Path) -> Process:
     """Start a run that commits often and cannot end by itself within the test."""
     as_letters = str.maketrans("0123456789", "ACDEFGHIKL")
     entries = [(f"p{i}", "MKTAYIAKQR" * 80 + str(i).translate(as_letters)) for i in range(5000)]
     source = write_fasta(place.folder / "long.fasta", entries)
-    command: list[str | Path] = [
-        sys.executable,
-        ROOT / "scripts" / "embed.py",
-        "--config",
-        place.config,
-    ]
-    command += ["--esm-model", model, "--input", source, "--set", "output.checkpoint_seconds=0.2"]
-    command += ["--set", "compute.threads=1"]
-    return subprocess.Popen(
-        command, cwd=place.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
-    )
+    flags: list[str | Path] = ["--config", place.config, "--esm-model", model, "--input", source]
+    flags += ["--set", "output.checkpoint_seconds=0.2", "--set", "compute.threads=1"]
+    return processes.start("embed", *flags, out=NOWHERE, err=NOWHERE)
 
 
 def watcher(place: Place, **how: Any) -> subprocess.Popen[str]:  # noqa: ANN401
@@ -272,15 +265,13 @@ def wait_for_a_checkpoint(place: Place) -> None:
 
 
 def test_watch_follows_a_live_run_until_it_ends(place: Place, small_model: Path) -> None:
-    worker = long_run(place, small_model)
-    try:
+    with long_run(place, small_model) as worker:
         wait_for_a_checkpoint(place)
         follower = watcher(place, stdout=subprocess.PIPE)
         assert follower.stdout is not None
         first, second = follower.stdout.readline(), follower.stdout.readline()
-    finally:
         worker.send_signal(signal.SIGINT)
-        assert worker.wait(60) == 130
+        assert worker.end().status == 130
     out, err = follower.communicate(timeout=60)
     for line in (first, second):
         assert line.startswith("run 1 running: "), line
@@ -293,9 +284,8 @@ def test_watch_follows_a_live_run_until_it_ends(place: Place, small_model: Path)
 def test_watch_on_a_terminal_redraws_its_line_and_ends_at_ctrl_c(
     place: Place, small_model: Path
 ) -> None:
-    worker = long_run(place, small_model)
     ours, theirs = pty.openpty()
-    try:
+    with long_run(place, small_model):
         wait_for_a_checkpoint(place)
         follower = watcher(place, stdout=theirs)
         os.close(theirs)
@@ -304,10 +294,7 @@ def test_watch_on_a_terminal_redraws_its_line_and_ends_at_ctrl_c(
             seen += os.read(ours, 1 << 16)
         follower.send_signal(signal.SIGINT)
         _, err = follower.communicate(timeout=60)
-    finally:
-        worker.send_signal(signal.SIGINT)
-        worker.wait(60)
-        os.close(ours)
+    os.close(ours)
     assert (follower.returncode, err) == (0, "")
     assert all(len(line) <= 80 for line in re.split(rb"\x1b\[1F\x1b\[J|\r\n", seen))
 

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from benchmarks.processes import peak_bytes
 from lib.errors import WeightsError
 from lib.jobs.loading import load_model
 from lib.models.detection import Detection, detect
@@ -34,6 +36,7 @@ from lib.sequences.alphabet import tokenise
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
 from tests.conftest import ROOT, Place, Script
+from tests.processes import run_function
 from tests.torture import strace
 
 TRUNK = "encoder.sentence_encoder."
@@ -176,35 +179,30 @@ def test_pickles_written_by_hand_are_refused_and_nothing_runs(
     assert not (tmp_path / "MARKER").exists()
 
 
-# Of each path, the line with which it is refused as weights, and how far the process's peak grew.
-REFUSED_APART = """
-import sys
-from benchmarks.processes import peak_bytes
-from lib.models.detection import detect
-from lib.errors import WeightsError
-from lib.settings import load_settings
-from schema.esm2_config import ModelShape
-for path in sys.argv[1:]:
-    model = load_settings(overrides={"model.esm_model": path}).model
+def print_refusals(paths: Sequence[Path]) -> None:
+    """Print of each path the line that refuses it as weights, and how far the peak grew."""
+    for path in paths:
+        model = load_settings(overrides={"model.esm_model": str(path)}).model
+        before = peak_bytes()
+        try:
+            detect(model)
+        except WeightsError as error:
+            line = str(error).removeprefix(f"{path}: ")
+            print(line, peak_bytes() - before, sep="\n")
     before = peak_bytes()
-    try:
-        detect(model)
-    except WeightsError as error:
-        print(str(error).removeprefix(f"{path}: "), peak_bytes() - before, sep="\\n")
-before = peak_bytes()
-taken = b"1" * 300_000_000
-print(peak_bytes() - before)
-"""
+    taken = b"1" * 300_000_000
+    print(peak_bytes() - before)
+    del taken
+
+
 LITTLE_MEMORY = 100_000_000
 
 
 def refused_apart(*paths: Path) -> list[str]:
     """The lines with which paths are refused, each in little memory, by a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED_APART, *map(str, paths)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    *said, seen = done.stdout.splitlines()
+    done = run_function(partial(print_refusals, paths))
+    assert done.status == 0, done.err
+    *said, seen = done.out.splitlines()
     assert int(seen) > LITTLE_MEMORY  # what is taken shows
     assert all(int(taken) < LITTLE_MEMORY for taken in said[1::2]), said
     assert len(said) == 2 * len(paths)

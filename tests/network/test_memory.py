@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +10,81 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.processes import peak_bytes
+from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network import vectors
 from lib.network.device import choose_pack, packs_at_once
-from lib.network.esm2 import Network
+from lib.network.esm2 import Network, load_network
 from lib.network.memory import available_bytes, contact_bytes, pack_bytes
-from lib.settings import load_settings
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
-from tests.reference import read_run, worst_residue_error
-
-# Peak of a pack of that many tokens, beyond what the process had after a tiny one.
-PEAK = """
-import sys, torch
-from benchmarks.processes import peak_bytes
-from lib.models.detection import detect
+from lib.network.pipeline import computed
+from lib.sequences.plan import Pack
 from lib.sequences.records import Owner
 from lib.sequences.windows import Sequence
-from lib.network.esm2 import load_network
-from lib.network.pipeline import computed
+from lib.settings import load_settings
 from schema.parquet import VectorColumn
-from lib.sequences.plan import Pack
-torch.set_num_threads(2)
-columns = [VectorColumn(kind, int(layer) or None)
-           for kind, layer in (word.split("@") for word in sys.argv[6:])]
-settings = load_settings(overrides={"model.esm_model": sys.argv[1]})
-found = detect(settings.model, contacts=VectorColumn("contacts") in columns)
-network = load_network(
-    found, torch.device("cpu"), getattr(torch, sys.argv[2])
-)
-def peak(packs, count, residues):
-    owner = [Owner(0, "a", "", residues)]
-    sequences = [Sequence(b"M" * residues, owner) for _ in range(count)]
-    ranges = [range(i * count, (i + 1) * count) for i in range(packs)]
-    list(computed(network, [Pack(one, sequences) for one in ranges], columns, "float32"))
-    return peak_bytes()
-before = peak(2, 1, 10)
-print(peak(*map(int, sys.argv[3:6])) - before)
-"""
+from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.processes import run_function
+from tests.reference import read_run, worst_residue_error
+
+
+def print_peak(
+    path: Path, precision: str, packs: range, residues: int, columns: list[VectorColumn]
+) -> None:
+    """Print the peak of packs beyond what the process had after tiny ones.
+
+    packs: as many as it has steps, of as many sequences of `residues` as a step.
+    """
+    torch.set_num_threads(2)
+    settings = load_settings(overrides={"model.esm_model": str(path)})
+    found = detect(settings.model, contacts=VectorColumn("contacts") in columns)
+    network = load_network(found, torch.device("cpu"), getattr(torch, precision))
+
+    def peak(packs: range, residues: int) -> int:
+        owner = [Owner(0, "a", "", residues)]
+        sequences = [Sequence(b"M" * residues, owner) for _ in range(packs.step)]
+        parts = [Pack(range(start, start + packs.step), sequences) for start in packs]
+        list(computed(network, parts, columns, "float32"))
+        return peak_bytes()
+
+    before = peak(range(0, 2, 1), 10)
+    print(peak(packs, residues) - before)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wide") / "esm2_wide.pt"
+    make_model(path, 2, 1280, 20)
+    return path
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("packs", "count", "residues", "columns"),
     [
-        (1, 16, 1022, ["mean@2"]),
-        (2, 8, 1022, ["mean@2"]),  # at once
-        (1, 1, 6_000, ["mean@2"]),
-        (2, 1, 6_000, ["mean@2"]),  # one after the other
-        (1, 16, 1022, ["per_tok@1", "per_tok@2"]),
-        (1, 2, 2_000, ["contacts@0"]),
+        (1, 16, 1022, [VectorColumn("mean", 2)]),
+        (2, 8, 1022, [VectorColumn("mean", 2)]),  # at once
+        (1, 1, 6_000, [VectorColumn("mean", 2)]),
+        (2, 1, 6_000, [VectorColumn("mean", 2)]),  # one after the other
+        (1, 16, 1022, [VectorColumn("per_tok", 1), VectorColumn("per_tok", 2)]),
+        (1, 2, 2_000, [VectorColumn("contacts")]),
     ],
 )
 def test_packs_take_no_more_than_estimated(
-    tmp_path: Path, precision: str, packs: int, count: int, residues: int, columns: list[str]
+    wide_model: Path,
+    precision: str,
+    packs: int,
+    count: int,
+    residues: int,
+    columns: list[VectorColumn],
 ) -> None:
-    path = tmp_path / "esm2_wide.pt"
-    make_model(path, 2, 1280, 20)
-    arguments = [str(path), precision, str(packs), str(count), str(residues), *columns]
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    kept = sum(column.startswith("per_tok") for column in columns)
-    maps = contact_bytes([residues] * count) if "contacts@0" in columns else 0
+    parts = range(0, packs * count, count)
+    done = run_function(partial(print_peak, wide_model, precision, parts, residues, columns))
+    assert done.status == 0, done.err
+    kept = sum(column.kind == "per_tok" for column in columns)
+    maps = contact_bytes([residues] * count) if VectorColumn("contacts") in columns else 0
     at_once = packs if residues + 2 <= 2048 else 1
-    assert int(done.stdout) <= at_once * (pack_bytes(count * (residues + 2), 1280, kept) + maps)
+    assert int(done.out) <= at_once * (pack_bytes(count * (residues + 2), 1280, kept) + maps)
 
 
 def test_packs_of_default_size_take_at_most_a_gigabyte_at_the_largest_model() -> None:

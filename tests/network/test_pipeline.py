@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,8 @@ from lib.sequences.records import Owner
 from lib.sequences.windows import Sequence as FastaSequence
 from lib.settings import load_settings
 from schema.parquet import VectorColumn
-from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
+from tests import processes
+from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 from tests.reference import fasta, read_run
 
 Step = Callable[[str], None]
@@ -350,36 +350,28 @@ def test_after_a_stop_only_what_was_begun_is_yielded(
     assert {length for _, length in forwards.events} == {9, 8}
 
 
+def pause_at_layers(gate: Path) -> None:
+    """Pause at every layer of every pack, and tell when the packs are waited for at the end."""
+    pool = "concurrent.futures.thread.ThreadPoolExecutor.shutdown"
+    processes.at_call(pool, 0, partial(processes.say, "abandoned"))
+    processes.stop_at("lib.network.esm2.Network._attention", 0, gate)
+
+
 def test_a_second_sigint_abandons_packs_at_their_next_layer(
     place: Place, small_model: Path
 ) -> None:
-    slow = """
-import sys, time
-from lib.network.esm2 import Network
-from lib.console.program import guarded
-from scripts.embed import main
-true = Network._attention
-def attention(*arguments):
-    print("reached", file=sys.stderr, flush=True)
-    time.sleep(4)
-    return true(*arguments)
-Network._attention = attention
-sys.exit(guarded(main, sys.argv[1:]))
-"""
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--config", place.config]
     flags += ["--set", "compute.threads=2"]
-    with subprocess.Popen(
-        [sys.executable, "-c", slow, *map(str, flags)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        while not process.stderr.readline().endswith("reached\n"):
-            assert process.poll() is None
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
-        since = time.monotonic()
-        said = process.stderr.read()
-        assert process.wait(timeout=60) == 130
-    assert said.rstrip().endswith("error: SIGINT: interrupted")
-    # Two layers more, for each of the packs, would take 8 seconds.
-    assert time.monotonic() - since < 6
+    gate = place.folder / "gate"
+    with processes.start("embed", *flags, prepare=partial(pause_at_layers, gate)) as process:
+        for _ in range(2):  # a pack on each thread
+            process.wait_for("reached")
+        process.send_signal(signal.SIGINT)
+        process.wait_for("received")
+        process.send_signal(signal.SIGINT)
+        process.wait_for("abandoned")
+        gate.touch()
+        answer = process.end()
+    assert answer.status == 130
+    assert answer.err.rstrip().endswith("error: SIGINT: interrupted")
+    assert "reached" not in answer.err  # the second layer of neither pack has begun

@@ -119,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
         flags = ["--config", path / "config.ini", "--esm-model", small_model]
         flags += ["--input", SOME_PROTEINS, "--repr-layers", layer]
         assert embed([str(flag) for flag in flags]) == 0
-    with transaction(open_for_writing(str(path / "runs.sqlite"))) as session:
+    with open_for_writing(str(path / "runs.sqlite")) as engine, transaction(engine) as session:
         session.add(Model(name=HOSTILE, sha256="f00"))
     return path
 
@@ -289,9 +289,8 @@ def test_plugins_that_happen_to_be_installed_do_not_take_part(folder: Path, tmp_
 
 def test_a_live_writer_is_shown_and_never_in_the_way(place: Place, folder: Path) -> None:
     copy_database(folder, place.database)
-    engine = open_for_writing(str(place.database))
     stop = threading.Event()
-    with browse(place.config) as server:
+    with open_for_writing(str(place.database)) as engine, browse(place.config) as server:
 
         def look() -> None:
             while not stop.is_set():
@@ -314,7 +313,6 @@ def test_a_live_writer_is_shown_and_never_in_the_way(place: Place, folder: Path)
         with closing(sqlite3.connect(place.database, timeout=5)) as connection:
             assert connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
         assert server.end() == (0, "")
-    engine.dispose()
 
 
 def test_a_page_is_never_an_old_one(server: Server) -> None:

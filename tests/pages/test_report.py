@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html.parser import HTMLParser
 from itertools import chain, pairwise
 from pathlib import Path
@@ -35,6 +35,7 @@ from lib.pages.figures import Work, norms_figure, throughput_figure
 from lib.pages.projection import project
 from lib.pages.survey import Extreme, Survey, survey
 from schema.parquet import FOOTER_KEY
+from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import Array, fasta, read_run, write_fasta
 from tests.test_make import make
@@ -143,7 +144,7 @@ def page_of(script: Script, place: Place, run: int = 1) -> Page:
 
 
 def change(place: Place, *statements: str) -> None:
-    with transaction(open_for_writing(str(place.database))) as session:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         for statement in statements:
             session.connection().exec_driver_sql(statement)
 
@@ -270,7 +271,7 @@ def test_a_class_of_length_has_a_mark_of_its_own(
 
 
 def test_shades_can_be_told_apart_without_colour() -> None:
-    style = (ROOT / "lib" / "report.html").read_text()
+    style = (ROOT / "lib" / "pages" / "report.html").read_text()
 
     def lightness(name: str) -> float:
         """Return relative luminance (WCAG 2.2) of a class's fill, 0 black to 1 white."""
@@ -731,24 +732,14 @@ def test_a_full_disk_leaves_the_earlier_report(script: Script, place: Place, emb
     embed()
     to = place.folder / "run.html"
     assert script("report", "--run", "1", "--to", to).status == 0
-    before, files = to.read_bytes(), set(place.folder.iterdir())
-    code = (
-        "import resource; from scripts.report import main; "
-        "from lib.console.program import run_script; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); run_script(main)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--run", "1", "--to", to, "--config", place.config],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 4
-    assert done.stderr == f"error: {to}: File too large\n"
+    before, files = to.read_bytes(), place.files()
+    flags = ["--run", "1", "--to", to, "--config", place.config]
+    with place.read_by_another():
+        done = processes.run("report", *flags, prepare=partial(processes.limit_files, 9000))
+    assert done.status == 4
+    assert done.err == f"error: {to}: File too large\n"
     assert to.read_bytes() == before
-    assert set(place.folder.iterdir()) == files
+    assert place.files() == files
 
 
 def test_make_hands_everything_on(place: Place, embed: Embed) -> None:

@@ -355,7 +355,7 @@ def main() -> int:
     outcomes = trials(folder, parsed.seconds, parsed.seed)
     for outcome in outcomes:
         line = f"{outcome.what}: {outcome.trials} trials, {outcome.happened}, lost: {outcome.lost}"
-        print(line)  # noqa: T201
+        print(line)
     return int(any(outcome.lost != "nothing" for outcome in outcomes))
 
 

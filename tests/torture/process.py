@@ -43,7 +43,7 @@ _STEPS = [
     ("pyarrow.parquet", "ParquetWriter", "write_table"),
     ("pyarrow.parquet", "ParquetWriter", "close"),
     ("sqlalchemy.engine.default", "DefaultDialect", "do_commit"),
-    ("lib.ledger.database", "", "_use_wal"),
+    ("lib.ledger.database", "", "_choose_journal"),
     ("lib.jobs.loading", "", "load_network"),
     ("lib.network.pipeline", "", "launch"),
     ("lib.jobs.admission", "", "detect"),
