@@ -23,7 +23,8 @@ from lib.console.display import describe_start
 from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
 from lib.console.output import note
 from lib.console.program import run_script
-from lib.jobs.admission import admit, clear_leftovers
+from lib.jobs.admission import admit
+from lib.jobs.adoption import adopt_leftovers, drop_files
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model
 from lib.ledger.database import open_for_writing
@@ -53,21 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         inventory, damaged = admission.inventory, admission.damaged
         show_model(admission.detection, admission.sha256)
         show_input(inventory, admission.settings)
-        if run.status == "finished" and not damaged:
+        if run.status == "finished" and not damaged and not admission.missing:
             show_result(run, as_json=parsed.json)
             return 0
         model = load_model(admission.settings, admission.detection, admission.sha256)
         note(describe_start(model))
 
         # ---- Back on the record
+        for line in drop_files(run, damaged):
+            note(line)
         with (
             interruption.deferred(),
             start_attempt(engine, run, model.facts, damaged) as ownership,
         ):
-            for checkpoint in damaged:
-                note(f"run {run.id}: {checkpoint.path}: dropped, to be computed again")
-            for path in clear_leftovers(run):
-                note(f"run {run.id}: {path.name}: not in the database, removed")
+            rules = model.settings.input
+            for line in adopt_leftovers(engine, ownership, rules, inventory):
+                note(line)
             embed_under_bar(engine, ownership, model, inventory, interruption)
     show_result(run, as_json=parsed.json)
     return 0

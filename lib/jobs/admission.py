@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lib.errors import (
     IdentityRefusedError,
@@ -13,9 +12,13 @@ from lib.errors import (
     SettingsError,
     WeightsError,
 )
-from lib.files import disk_errors
-from lib.ledger.audit import Finding, audit, audit_files
-from lib.ledger.checkpoints import leftovers
+from lib.ledger.audit import (
+    Finding,
+    audit,
+    audit_completeness,
+    audit_files,
+    missing_positions,
+)
 from lib.ledger.identity import (
     check_input,
     check_properties,
@@ -33,7 +36,6 @@ from schema.tables import Checkpoint, Run
 __all__ = [
     "Admission",
     "admit",
-    "clear_leftovers",
     "input_in_hand",
     "settings_of",
     "weights_in_hand",
@@ -46,7 +48,7 @@ class Admission:
     """A run whose database rows, files, weights and input all belong together.
 
     `damaged` lists checkpoints whose files are lost or altered; they are only let through when
-    they are to be computed again.
+    they are to be computed again. `missing` lists positions that a finished run should have.
     """
 
     settings: Settings
@@ -54,6 +56,7 @@ class Admission:
     sha256: str
     inventory: Inventory
     damaged: list[Checkpoint]
+    missing: list[range]
 
 
 def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) -> Admission:
@@ -73,7 +76,9 @@ def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) ->
     if findings and not recompute_damaged:
         raise IdentityRefusedError("; ".join(finding.fact for finding in findings))
     damaged = [finding.checkpoint for finding in findings if finding.checkpoint is not None]
-    return Admission(settings, detection, sha256, inventory, damaged)
+    missing = missing_positions(run) if run.status == "finished" else []
+    _refuse(finding for finding in audit_completeness(run) if not finding.damaged)
+    return Admission(settings, detection, sha256, inventory, damaged, missing)
 
 
 def settings_of(run: Run, overrides: Mapping[str, str]) -> Settings:
@@ -127,22 +132,6 @@ def input_in_hand(run: Run, settings: Settings) -> Inventory:
         ) from None
     check_input(run, inventory)
     return inventory
-
-
-def clear_leftovers(run: Run) -> Iterator[Path]:
-    """Remove files of interrupted work that the database does not list; yield each.
-
-    Raises MachineError for what cannot be removed, as a folder that has something in it.
-    """
-    listed = {checkpoint.path for checkpoint in run.checkpoints}
-    folder = Path(run.output_folder)
-    for path in leftovers(folder, listed):
-        with disk_errors(path):
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            else:
-                path.unlink()
-        yield path
 
 
 def _refuse(findings: Iterator[Finding]) -> None:

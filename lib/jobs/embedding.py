@@ -15,7 +15,7 @@ from lib.jobs.interruption import Interruption
 from lib.jobs.stretches import StretchRules, finished_stretches
 from lib.ledger.commit import Committer
 from lib.ledger.identity import run_config, run_identity
-from lib.ledger.runs import Ownership, beat, end_attempt
+from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.pipeline import StoppedError, computed
@@ -65,7 +65,7 @@ def work(job: Job) -> Run:
         except StoppedError:
             fact = f"run {run.id} interrupted, finished work committed"
             raise job.interruption.error(fact) from None
-    end_attempt(job.engine, job.ownership, "finished", None)
+    finish_run(job.engine, job.ownership)
     return run
 
 

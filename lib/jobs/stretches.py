@@ -97,7 +97,7 @@ class _Stretch:
         self._positions = range(first.positions.start, first.positions.start)
         self._residues = 0
         name = temporary_name(rules.attempt_id, first.positions.start)
-        self._writer = CheckpointWriter(rules.folder / name, rules.columns, rules.footer)
+        self._writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
 
     def is_continued_by(self, pack: Pack) -> bool:
         """Return whether no gap of the plan lies before a pack."""
@@ -122,8 +122,9 @@ class _Stretch:
 
     def finish(self, since: float) -> FinishedStretch:
         """Close the file; it waits under its temporary name for the commit."""
-        file = self._writer.finish(self._positions.start, self._positions.stop)
-        return FinishedStretch(file, self._positions, self._residues, time.monotonic() - since)
+        seconds = time.monotonic() - since
+        file = self._writer.finish(self._positions, self._residues, seconds)
+        return FinishedStretch(file, self._positions, self._residues, seconds)
 
     def discard(self) -> None:
         """Remove the file, unless it has been committed and so renamed."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
 from lib.jobs.loading import LoadedModel, load_model, try_model
-from lib.ledger.audit import audit
+from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
 from lib.ledger.identity import check_settings
 from lib.ledger.runs import load_run, unfinished_runs
@@ -94,7 +94,8 @@ def audit_run(url: str, run_id: int, overrides: Mapping[str, str]) -> RunAudit:
     finally:
         engine.dispose()
     errors: list[LedgerError] = [
-        IdentityRefusedError(finding.fact) for finding in audit(run, files=True)
+        IdentityRefusedError(finding.fact)
+        for finding in (*audit(run, files=True), *audit_completeness(run))
     ]
     settings, detection, sha256 = None, None, None
     try:

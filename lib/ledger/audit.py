@@ -14,7 +14,7 @@ from lib.ledger.identity import first_difference, run_config, run_identity
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run
 
-__all__ = ["Finding", "audit", "audit_files"]
+__all__ = ["Finding", "audit", "audit_completeness", "audit_files", "missing_positions"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _audit_leftovers(run: Run) -> Iterator[Finding]:
-    """Find files under a checkpoint's name that another run made: resume removes only its own."""
+    """Find checkpoints of another run in the folder: who reads it as a table would get them."""
     listed = {checkpoint.path for checkpoint in run.checkpoints}
     for path in leftovers(Path(run.output_folder), listed):
         try:
@@ -145,6 +145,39 @@ def _audit_leftovers(run: Run) -> Iterator[Finding]:
         if isinstance(identity, dict) and identity.get("uuid") != run.uuid:
             fact = f"run {run.id}: {path.name}: made by run uuid {identity.get('uuid')}"
             yield Finding(fact, damaged=False)
+
+
+def missing_positions(run: Run) -> list[range]:
+    """Return the positions of the plan, ascending, that no checkpoint of a run covers."""
+    missing = []
+    start = 0
+    for checkpoint in run.checkpoints:
+        if checkpoint.first_position > start:
+            missing.append(range(start, checkpoint.first_position))
+        start = max(start, checkpoint.stop_position)
+    if start < run.sequences_total:
+        missing.append(range(start, run.sequences_total))
+    return missing
+
+
+def audit_completeness(run: Run) -> Iterator[Finding]:
+    """Yield what a finished run lacks: positions of its plan, or records of its input."""
+    if run.status != "finished":
+        return
+    missing = missing_positions(run)
+    for positions in missing:
+        yield Finding(
+            f"run {run.id}: finished, but no checkpoint has positions {positions.start} to "
+            f"{positions.stop} of {run.sequences_total}",
+            damaged=True,
+        )
+    records = sum(checkpoint.records for checkpoint in run.checkpoints)
+    if not missing and records != run.records_total:
+        yield Finding(
+            f"run {run.id}: finished with {records} records in its checkpoints, "
+            f"{run.records_total} in its input",
+            damaged=False,
+        )
 
 
 def _of(checkpoint: Checkpoint, fact: str) -> str:

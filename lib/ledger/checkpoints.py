@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -17,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.columns import Vectors
-from lib.files import disk_errors, file_sha256
+from lib.files import disk_errors
 from lib.sequences.records import Owner
 from schema.parquet import FOOTER_KEY
 
 __all__ = [
     "CheckpointWriter",
     "FinishedFile",
+    "attempt_of",
     "checkpoint_name",
     "checkpoint_number",
     "leftovers",
@@ -34,14 +38,18 @@ __all__ = [
 _ROW_GROUP_BYTES = 32 << 20
 _NAME = re.compile(r"checkpoint-(\d{6,})\.parquet")
 # The second form is that of versions before the attempt was part of the name.
-_TEMPORARY = re.compile(r"\.(attempt-\d+-\d+|checkpoint-\d{6})\.parquet\.tmp")
+_TEMPORARY = re.compile(r"\.(?:attempt-(\d+)-[\d.]+|checkpoint-\d{6})\.parquet\.tmp")
 
 
 @dataclass(frozen=True)
 class FinishedFile:
-    """A checkpoint that is on disk under a temporary name, complete and synced."""
+    """A checkpoint that is on disk under a temporary name, complete and synced.
+
+    inode: device and inode of the file that was written and digested.
+    """
 
     temporary: Path
+    inode: tuple[int, int]
     records: int
     bytes: int
     sha256: str
@@ -50,17 +58,19 @@ class FinishedFile:
 class CheckpointWriter:
     """Writes one checkpoint under a temporary name; nothing is seen of it before it is whole."""
 
-    def __init__(self, temporary: Path, columns: pa.Schema, footer: Mapping[str, Any]) -> None:
-        self._temporary = temporary
+    def __init__(
+        self, folder: Path, name: str, columns: pa.Schema, footer: Mapping[str, Any]
+    ) -> None:
         self._columns = columns
         self._footer = footer
         self._rows: list[pa.RecordBatch] = []
         self._held = 0
         self.records = 0
         vectors = {field.name for field in columns if pa.types.is_nested(field.type)}
-        with disk_errors(self._temporary):
+        with disk_errors(folder / name):
+            self._temporary, self._file = _open_new(folder, name)
             self._writer = pq.ParquetWriter(
-                self._temporary,
+                self._file,
                 columns,
                 use_dictionary=False,
                 # Floats do not shrink, and take time.
@@ -87,24 +97,40 @@ class CheckpointWriter:
             if self._held >= _ROW_GROUP_BYTES:
                 self._flush()
 
-    def finish(self, first_position: int, stop_position: int) -> FinishedFile:
-        """Close and sync the file; it keeps its temporary name until it is committed."""
+    def finish(self, positions: range, residues: int, seconds: float) -> FinishedFile:
+        """Close and sync the file; it keeps its temporary name until it is committed.
+
+        The digest is taken through the descriptor that wrote the file, so that it is of these
+        bytes, whatever has become of the name.
+        """
         self._flush()
-        footer = {**self._footer, "first_position": first_position, "stop_position": stop_position}
+        footer = {
+            **self._footer,
+            "first_position": positions.start,
+            "stop_position": positions.stop,
+            "records": self.records,
+            "residues": residues,
+            "seconds": round(seconds, 3),
+        }
         with disk_errors(self._temporary):
             self._writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer).encode()})
             self._writer.close()
-            with self._temporary.open("rb") as file:
+            with self._file as file:
+                file.flush()
                 os.fsync(file.fileno())
-            digest = file_sha256(self._temporary)
-            size = self._temporary.stat().st_size
-        return FinishedFile(self._temporary, self.records, size, digest)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found = os.fstat(file.fileno())
+        inode = found.st_dev, found.st_ino
+        return FinishedFile(self._temporary, inode, self.records, found.st_size, digest)
 
     def discard(self) -> None:
         """Remove what was written of an unfinished checkpoint."""
         # The file is given up: what closing it on a full disk says is of no more interest.
-        with contextlib.suppress(OSError, pa.ArrowException):
+        with contextlib.suppress(OSError, ValueError, pa.ArrowException):
             self._writer.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
@@ -117,6 +143,23 @@ class CheckpointWriter:
 def temporary_name(attempt_id: int, first_position: int) -> str:
     """Return the name under which an attempt writes the stretch that begins at a position."""
     return f".attempt-{attempt_id}-{first_position}.parquet.tmp"
+
+
+def attempt_of(name: str) -> int | None:
+    """Return the attempt in a temporary file's name; 0 in names older than it, None in others."""
+    match = _TEMPORARY.fullmatch(name)
+    return int(match[1] or 0) if match else None
+
+
+def _open_new(folder: Path, name: str) -> tuple[Path, io.BufferedRandom]:
+    """Make a file that no other process has, under `name` or a name like it."""
+    for number in itertools.count(1):
+        path = folder / name
+        try:
+            return path, path.open("x+b")
+        except FileExistsError:  # left by an attempt that this database does not know
+            name = f"{name.split('.parquet')[0]}.{number}.parquet.tmp"
+    raise AssertionError("unreachable")
 
 
 def checkpoint_name(number: int) -> str:
@@ -137,7 +180,7 @@ def leftovers(folder: Path, listed: set[str]) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if _TEMPORARY.fullmatch(path.name)
+        if attempt_of(path.name) is not None
         or (checkpoint_number(path.name) is not None and path.name not in listed)
     )
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
 from lib.errors import MachineError
 from lib.files import disk_errors, sync_folder
 from lib.ledger.checkpoints import FinishedFile, checkpoint_name, checkpoint_number
 from lib.ledger.database import transaction, utc_now
-from lib.ledger.runs import Ownership, alive
+from lib.ledger.runs import Ownership, show_alive
 from schema.tables import Checkpoint
 
 __all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"]
+
+# Of a file system that has no hard links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -41,31 +48,97 @@ class Committer:
         self._number = max(listed, default=0)
 
     def commit(self, stretch: FinishedStretch) -> None:
-        """Give the file its name, then list it: from here on it exists.
+        """Give the file its name and list it in one transaction: from here on it exists.
 
-        Raises MachineError if disk or database fail; then the database does not list it.
+        A process that has lost the run renames nothing. Raises MachineError if it has, or if disk
+        or database fail; then the database does not list the file.
         """
-        self._number += 1
-        path = self._folder / checkpoint_name(self._number)
-        rename_into_place(stretch.file, path)
-        row = add_checkpoint(self._engine, self._ownership, path.name, stretch)
+        row = add_checkpoint(self._engine, self._ownership, stretch, self._place)
         self._ownership.run.checkpoints.append(row)
 
+    def _place(self, file: FinishedFile) -> Path:
+        """Rename a file to the first number that no file has; return its path."""
+        while True:
+            self._number += 1
+            path = self._folder / checkpoint_name(self._number)
+            if rename_into_place(file, path):
+                return path
 
-def rename_into_place(file: FinishedFile, path: Path) -> None:
-    """Give a finished file its name, on disk as well as in memory."""
+
+def rename_into_place(file: FinishedFile, path: Path) -> bool:
+    """Give a finished file its name, on disk as well as in memory; return False if it is taken.
+
+    Raises MachineError if the temporary name is not the file's any more.
+    """
     with disk_errors(path):
-        if path.exists():
-            raise MachineError(f"{path}: exists already")
-        file.temporary.rename(path)
+        _refuse_replaced(file, file.temporary)
+        if not _link(file.temporary, path):
+            return False
+        _refuse_replaced(file, path)
         sync_folder(path.parent)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Rename without replacing anything; return False if `path` exists."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        temporary.rename(path)
+    else:
+        temporary.unlink()
+    return True
+
+
+def _refuse_replaced(file: FinishedFile, path: Path) -> None:
+    found = path.stat()
+    if (found.st_dev, found.st_ino) != file.inode:
+        raise MachineError(f"{path}: another file has taken its place")
 
 
 def add_checkpoint(
-    engine: Engine, ownership: Ownership, name: str, stretch: FinishedStretch
+    engine: Engine,
+    ownership: Ownership,
+    stretch: FinishedStretch,
+    place: Callable[[FinishedFile], Path],
 ) -> Checkpoint:
-    """List a checkpoint whose file is in place under `name`; returns its row."""
-    row = Checkpoint(
+    """List a stretch whose file `place` gives its name; returns the row.
+
+    All of it is one transaction, whose write lock keeps other owners of this run out. Raises
+    MachineError if this process has lost the run, or a checkpoint has some of the positions.
+    """
+    with transaction(engine) as session:
+        show_alive(session, ownership)
+        _refuse_overlap(session, ownership, stretch.positions)
+        row = _row(ownership, place(stretch.file).name, stretch)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def _refuse_overlap(session: Session, ownership: Ownership, positions: range) -> None:
+    found = session.scalar(
+        select(Checkpoint.path).where(
+            Checkpoint.run_id == ownership.run.id,
+            Checkpoint.first_position < positions.stop,
+            Checkpoint.stop_position > positions.start,
+        )
+    )
+    if found is not None:
+        raise MachineError(
+            f"run {ownership.run.id}: {found} has positions of {positions.start} to "
+            f"{positions.stop} already"
+        )
+
+
+def _row(ownership: Ownership, name: str, stretch: FinishedStretch) -> Checkpoint:
+    return Checkpoint(
         run_id=ownership.run.id,
         attempt_id=ownership.attempt_id,
         path=name,
@@ -79,7 +152,3 @@ def add_checkpoint(
         esm2_config=ownership.run.esm2_config,
         committed_at=utc_now(),
     )
-    with transaction(engine) as session:
-        session.add(row)
-        session.execute(alive(ownership.attempt_id, row.committed_at))
-    return row

@@ -20,6 +20,7 @@ from lib.ledger.sqlite_file import (
     connect_read_only,
     database_path,
     error_fact,
+    leave_wal,
     refuse_strangers,
     sqlite_errors,
 )
@@ -153,15 +154,7 @@ def _choose_journal(path: Path) -> str:
             if error.sqlite_errorname != "SQLITE_IOERR_SHMMAP":
                 raise
             mode = None
-    return mode or _leave_wal(path)
-
-
-def _leave_wal(path: Path) -> str:
-    """Turn a database to a rollback journal where no memory can be shared."""
-    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # WAL shares no memory then
-        (mode,) = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
-        return str(mode)
+    return mode or leave_wal(path)
 
 
 def make_views(connection: Connection) -> None:

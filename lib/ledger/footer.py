@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schema.parquet import FOOTER_KEY
 
-__all__ = ["read_footer"]
+__all__ = ["footer_of", "read_footer"]
 
 
 def read_footer(path: Path) -> dict[str, Any]:
@@ -22,14 +23,22 @@ def read_footer(path: Path) -> dict[str, Any]:
     try:
         if path.is_symlink() or not path.is_file():
             raise ValueError("not a regular file" if path.exists() else "no such file")
-        metadata = pq.read_metadata(path).metadata or {}
-        written = metadata[FOOTER_KEY]
-    except KeyError:
-        raise ValueError("footer has no esm_ledger metadata") from None
+        metadata = pq.read_metadata(path).metadata
     except UnicodeDecodeError:  # a column's name, or what Arrow says of it
         raise ValueError("footer not readable: its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
+    return footer_of(metadata)
+
+
+def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Return what the ledger wrote, out of a Parquet file's key-value metadata.
+
+    Raises ValueError, in one line, if it wrote nothing or it is not readable.
+    """
+    written = (metadata or {}).get(FOOTER_KEY)
+    if written is None:
+        raise ValueError("footer has no esm_ledger metadata")
     try:
         content = json.loads(written)
     except (ValueError, RecursionError):  # brackets in brackets, a thousand deep

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import JSON, Engine, Update, delete, select, update
+from sqlalchemy import JSON, Engine, delete, func, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
@@ -30,12 +30,13 @@ from schema.tables import Attempt, Base, Checkpoint, Model, Run
 __all__ = [
     "AttemptFacts",
     "Ownership",
-    "alive",
     "beat",
     "create_run",
     "end_attempt",
+    "finish_run",
     "load_run",
     "own",
+    "show_alive",
     "start_attempt",
     "unfinished_runs",
 ]
@@ -158,20 +159,38 @@ def start_attempt(
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:
-    """Say that this attempt is alive."""
+    """Say that this attempt is alive; raises as `show_alive` does."""
     with transaction(engine) as session:
-        session.execute(alive(ownership.attempt_id, utc_now()))
+        show_alive(session, ownership)
 
 
-def alive(attempt_id: int, now: str) -> Update:
-    """Return the statement that says that an attempt is alive."""
-    return update(Attempt).where(Attempt.id == attempt_id).values(heartbeat_at=now)
+def show_alive(session: Session, ownership: Ownership) -> None:
+    """Write the time of the attempt's last sign of life.
+
+    Only the newest attempt at a run owns it, and only until it ends. Raises MachineError if
+    another process has taken the run over, as it can where a file lock does not reach.
+    """
+    run_id, attempt_id = ownership.run.id, ownership.attempt_id
+    newest = session.scalar(select(func.max(Attempt.id)).where(Attempt.run_id == run_id))
+    alive = (Attempt.id == attempt_id) & Attempt.ended_at.is_(None)
+    found = session.scalar(
+        update(Attempt).where(alive).values(heartbeat_at=utc_now()).returning(Attempt.id)
+    )
+    if newest != attempt_id or found is None:
+        raise MachineError(f"run {run_id}: attempt {attempt_id} has lost it to attempt {newest}")
+
+
+def finish_run(engine: Engine, ownership: Ownership) -> None:
+    """Record a run as finished by this attempt; raises as `show_alive` does."""
+    beat(engine, ownership)
+    end_attempt(engine, ownership, "finished", None)
 
 
 def end_attempt(engine: Engine, ownership: Ownership, outcome: str, error: str | None) -> None:
     """Record how this attempt ended, and with it the run: finished, interrupted or failed.
 
-    An attempt ends once: what happens after it has finished does not make it fail.
+    An attempt ends once: what happens after it has finished, or after another process has taken
+    the run over, changes nothing.
     """
     with transaction(engine) as session:
         now = utc_now()

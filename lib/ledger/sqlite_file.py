@@ -19,6 +19,7 @@ __all__ = [
     "connect_read_only",
     "database_path",
     "error_fact",
+    "leave_wal",
     "refuse_strangers",
     "schema_version",
     "sqlite_errors",
@@ -93,12 +94,42 @@ def schema_version(path: Path, *, may_write: bool = False) -> int | None:
         try:
             return _schema_version(path)
         except sqlite3.OperationalError as error:
-            # SQLite reports the same while another first start ends its change.
-            if not may_write or error.sqlite_errorname != "SQLITE_READONLY_ROLLBACK":
+            if not may_write or not _mended(path, error):
                 raise
-            with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
-                found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             return _schema_version(path)
+
+
+def _mended(path: Path, error: sqlite3.OperationalError) -> bool:
+    """Make a database readable that only a writer can open; return False if that is not the fault.
+
+    A change left by a killed process is rolled back. A database in WAL mode that lies where no
+    memory can be shared is turned to a rollback journal, if its header says that it is ours.
+    """
+    # SQLite reports the same while another first start ends its change.
+    if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as found:
+            found.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        return True
+    if error.sqlite_errorname == "SQLITE_IOERR_SHMMAP" and _header_application_id(path) == (
+        APPLICATION_ID
+    ):
+        leave_wal(path)
+        return True
+    return False
+
+
+def leave_wal(path: Path) -> str:
+    """Turn a database to a rollback journal where no memory can be shared; return its mode."""
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # WAL needs no shared memory then
+        (mode,) = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+        return str(mode)
+
+
+def _header_application_id(path: Path) -> int:
+    """Return what a SQLite file says of its owner (sqlite.org/fileformat2.html, 1.3)."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(72)[68:], "big")
 
 
 def _schema_version(path: Path) -> int | None:

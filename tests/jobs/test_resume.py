@@ -27,7 +27,7 @@ POINTS = [
     ("lib.ledger.commit.rename_into_place", "before", 2),
     ("lib.ledger.commit.rename_into_place", "after", 2),
     ("lib.ledger.commit.add_checkpoint", "after", 3),
-    ("lib.jobs.embedding.end_attempt", "before", 1),
+    ("lib.jobs.embedding.finish_run", "before", 1),
 ]
 
 
@@ -318,8 +318,12 @@ def test_recompute_damaged_drops_and_computes_again(
         assert f"checkpoint-{number:06d}.parquet" in refused.error
     answer = script("resume", "--run", "1", "--recompute-damaged")
     assert answer.status == 0, answer.err
-    for number in (2, 4, 5):
-        assert f"checkpoint-{number:06d}.parquet: dropped, to be computed again" in answer.err
+    for number in (2, 5):
+        name = f"checkpoint-{number:06d}.parquet"
+        kept = f".{name}.kept-1"
+        assert f"run 1: {name}: dropped, kept as {kept}, to be computed again" in answer.err
+        assert (folder / kept).exists()
+    assert "checkpoint-000004.parquet: dropped, to be computed again" in answer.err
     assert_same_bits(folder, place.output / "run-000002")
     assert script("validate", "--run", "1").status == 0
 
@@ -332,7 +336,7 @@ def test_recompute_killed_and_resumed_gives_the_same_bits(
         assert script("embed", *flags).status == 0
     folder = place.output / "run-000001"
     points = [
-        ("scripts.resume.clear_leftovers", "before", 1),
+        ("scripts.resume.adopt_leftovers", "before", 1),
         ("lib.ledger.commit.rename_into_place", "after", 1),
     ]
     for point in points:
@@ -344,16 +348,36 @@ def test_recompute_killed_and_resumed_gives_the_same_bits(
         assert_same_bits(folder, place.output / "run-000002")
 
 
-def test_leftovers_of_killed_work_are_removed_and_said(
+def test_recompute_killed_before_the_record_changes_is_asked_for_again(
     script: Script, place: Place, small_model: Path
 ) -> None:
     flags = embed_arguments(small_model, ["mean"])
+    for _ in range(2):
+        assert script("embed", *flags).status == 0
+    folder = place.output / "run-000001"
+    damage(folder / "checkpoint-000003.parquet", "altered")
+    flag = ["--run", "1", "--recompute-damaged"]
+    killed_at(place, ("scripts.resume.start_attempt", "before", 1), "resume", *flag)
+    assert script("resume", "--run", "1").error.endswith("checkpoint-000003.parquet: no such file")
+    assert script("resume", *flag).status == 0
+    assert_same_bits(folder, place.output / "run-000002")
+
+
+def test_a_file_that_a_kill_left_between_rename_and_commit_is_adopted(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = embed_arguments(small_model, ["mean", "per_tok"])
     killed_at(place, ("lib.ledger.commit.rename_into_place", "after", 2), "embed", *flags)
     stray = place.output / "run-000001" / "checkpoint-000002.parquet"
     mine = place.output / "run-000001" / "notes.txt"
     mine.write_text("a user's own")
-    assert stray.exists()
+    before = stray.read_bytes(), stray.stat().st_mtime_ns
     answer = script("resume")
     assert answer.status == 0
-    assert f"run 1: {stray.name}: not in the database, removed" in answer.err
+    assert f"run 1: {stray.name}: not in the database, verified and adopted" in answer.err
+    assert (stray.read_bytes(), stray.stat().st_mtime_ns) == before
     assert mine.read_text() == "a user's own"
+    mine.unlink()
+    assert script("embed", *flags).status == 0
+    assert_same_bits(place.output / "run-000001", place.output / "run-000002")
+    assert script("validate", "--run", "1").status == 0

@@ -24,7 +24,7 @@ def test_the_order_is_write_sync_rename_sync_folder_commit(
 ) -> None:
     done: list[str] = []
     added: list[str] = []
-    true_fsync, true_rename = os.fsync, Path.rename
+    true_fsync, true_link, true_unlink = os.fsync, os.link, Path.unlink
 
     def fsync(descriptor: int) -> None:
         target = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -33,19 +33,24 @@ def test_the_order_is_write_sync_rename_sync_folder_commit(
             done.append("sync folder" if target.is_dir() else f"sync {target.name} of {size} bytes")
         true_fsync(descriptor)
 
-    def rename(self: Path, target: Path) -> Path:
-        done.append(f"rename {self.name} to {target.name}")
-        return true_rename(self, target)
+    def link(source: Path, target: Path) -> None:
+        done.append(f"link {source.name} as {target.name}")
+        true_link(source, target)
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        done.append(f"unlink {self.name}")
+        true_unlink(self, missing_ok=missing_ok)
 
     def flush(session: Session, _context: object) -> None:
         added.extend(type(one).__name__ for one in session.new)
 
     def commit(_session: Session) -> None:
-        done.append(" ".join(["commit", *added]))
+        done.append(" ".join(["commit", *added[-1:]]))
         added.clear()
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(Path, "unlink", unlink)
     event.listen(Session, "after_flush", flush)
     event.listen(Session, "before_commit", commit)
     try:
@@ -55,10 +60,12 @@ def test_the_order_is_write_sync_rename_sync_folder_commit(
         event.remove(Session, "before_commit", commit)
     assert answer.status == 0, answer.err
     (file,) = (place.output / "run-000001").glob("checkpoint-*")
-    start = done.index(next(line for line in done if line.startswith("sync .checkpoint")))
-    assert done[start : start + 4] == [
-        f"sync .{file.name}.tmp of {file.stat().st_size} bytes",
-        f"rename .{file.name}.tmp to {file.name}",
+    temporary = ".attempt-1-0.parquet.tmp"
+    start = done.index(next(line for line in done if line.startswith("sync .attempt")))
+    assert done[start : start + 5] == [
+        f"sync {temporary} of {file.stat().st_size} bytes",
+        f"link {temporary} as {file.name}",
+        f"unlink {temporary}",
         "sync folder",
         "commit Checkpoint",
     ]
@@ -76,22 +83,25 @@ def test_the_kernel_sees_that_order_too(place: Place, small_model: Path, tmp_pat
         place.config,
     ]
     embed += ["--esm-model", small_model, "--input", SOME_PROTEINS]
-    files = [folder, folder / name, folder / f".{name}.tmp", log]
-    listed = "write,pwrite64,fsync,fdatasync,?rename,?renameat,?renameat2"
+    temporary = ".attempt-1-0.parquet.tmp"
+    files = [folder, folder / name, folder / temporary, log]
+    listed = "write,pwrite64,fsync,fdatasync,?link,?linkat,?unlink,?unlinkat"
     done = strace.run(embed, listed, files, tmp_path / "calls")
     assert done.returncode == 0, done.stderr
     steps: list[str] = []
     for call in strace.calls(tmp_path / "calls"):
-        (place_of_it,) = re.findall(r"<(.*?)>|\"(.*?)\"", call.text)[:1]
-        file = Path("".join(place_of_it)).name
+        # The first path by name, or else that of the descriptor.
+        paths = re.findall(r"\"(/.*?)\"", call.text) or re.findall(r"<(.*?)>", call.text)
+        file = Path(paths[0]).name
         step = f"{call.name.rstrip('at2')} {file}"
         if not steps or steps[-1] != step:
             steps.append(step)
-    start = steps.index(f"write .{name}.tmp")
-    assert steps[start : start + 6] == [
-        f"write .{name}.tmp",
-        f"fsync .{name}.tmp",
-        f"rename .{name}.tmp",
+    start = steps.index(f"write {temporary}")
+    assert steps[start : start + 7] == [
+        f"write {temporary}",
+        f"fsync {temporary}",
+        f"link {temporary}",
+        f"unlink {temporary}",
         "fsync run-000001",
         "pwrite64 runs.sqlite-wal",
         "fdatasync runs.sqlite-wal",
@@ -115,7 +125,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_committed(
     flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
     answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
     assert answer.status == 4
-    assert answer.error.endswith(".checkpoint-000003.parquet.tmp: No space left on device")
+    assert answer.error.endswith(".attempt-1-6.parquet.tmp: No space left on device")
     monkeypatch.undo()
     shown = script("history", "--run", "1", "--json").json
     assert shown["status"] == "failed"

@@ -1,0 +1,225 @@
+"""Upgrade and backup: if these fail, an older run database is lost, or a copy of one is not whole.
+
+tests/data/version_1 was made by version 0.1.0 (commit 4c02d44): a finished run, an interrupted one,
+and one without model metadata, with an untrained model of two layers.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.ledger.database import open_for_writing
+from schema.migrations.versions import v2
+from schema.version import SCHEMA_VERSION
+from tests import processes
+from tests.conftest import DATA, SOME_PROTEINS, Place, Script
+from tests.reference import read_run
+
+VERSION_1 = DATA / "version_1"
+
+
+@pytest.fixture
+def old(place: Place) -> Place:
+    """Put the version-1 database in its place, with its files."""
+    shutil.copytree(VERSION_1, place.folder, dirs_exist_ok=True)
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        # Paths were absolute on another machine.
+        connection.execute(
+            "UPDATE runs SET output_folder = replace(output_folder, '/tmp/v1', ?)",
+            [str(place.folder)],
+        )
+    return place
+
+
+def ask(path: Path, statement: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def here(place: Place) -> list[str | Path]:
+    return ["--esm-model", place.folder / "esm2_tiny.pt", "--input", SOME_PROTEINS]
+
+
+def test_an_older_database_is_refused_with_the_command_that_helps(
+    script: Script, old: Place
+) -> None:
+    before = old.database.read_bytes()
+    for name, *flags in (
+        ("history",),
+        ("resume",),
+        ("validate", "--run", "1"),
+        ("query", "select 1"),
+    ):
+        answer = script(name, *flags)
+        assert answer.status == 2
+        assert answer.error == (
+            f"database {old.database}: schema version 1, this program's is {SCHEMA_VERSION} "
+            "(make upgrade)"
+        )
+    assert old.database.read_bytes() == before
+
+
+def test_an_upgraded_database_continues_its_runs(script: Script, old: Place) -> None:
+    before = old.database.read_bytes()
+    answer = script("upgrade")
+    assert answer.status == 0, answer.err
+    backup = old.folder / "runs.sqlite.version-1"
+    assert answer.out == (
+        f"database {old.database}: schema version 1 brought to {SCHEMA_VERSION}, "
+        f"backup in {backup}\n"
+    )
+    assert ask(backup, "SELECT max(version) FROM schema_version") == [(1,)]
+    assert ask(backup, "SELECT * FROM runs") == ask_bytes(old.folder, before, "SELECT * FROM runs")
+    assert "already" in script("upgrade").out
+    assert script("validate", "--run", "1", *here(old)).status == 0
+    resumed = script("resume", "--run", "2", *here(old))
+    assert resumed.status == 0, resumed.err
+    finished = read_run(old.output / "run-000002")
+    whole = read_run(old.output / "run-000001")
+    assert sorted(finished) == sorted(whole) == list(range(15))
+    for record, row in whole.items():
+        assert np.array_equal(np.asarray(row["mean_2"]), np.asarray(finished[record]["mean_2"]))
+    assert script("validate", "--run", "2", *here(old)).status == 0
+
+
+def ask_bytes(folder: Path, content: bytes, statement: str) -> list[tuple[object, ...]]:
+    path = folder / "as-it-was.sqlite"
+    path.write_bytes(content)
+    return ask(path, statement)
+
+
+def test_an_upgrade_invents_no_metadata(script: Script, old: Place) -> None:
+    assert script("upgrade").status == 0
+    assert ask(old.database, "SELECT esm2_config, model_id FROM runs WHERE id = 3") == [
+        (None, None)
+    ]
+    answer = script("resume", "--run", "3", *here(old))
+    assert answer.status == 3
+    assert answer.error == "run 3: no model metadata (NULL)"
+    assert ask(old.database, "SELECT released, base_name, base_sha256 FROM models") == [
+        (0, None, None)
+    ]
+
+
+def test_a_released_file_is_proven_by_the_digest_on_record(script: Script, old: Place) -> None:
+    with closing(sqlite3.connect(old.database)) as connection, connection:
+        connection.execute("UPDATE models SET sha256 = ?", [v2._RELEASED[3]])
+    assert script("upgrade").status == 0
+    assert ask(old.database, "SELECT released FROM models") == [(1,)]
+
+
+def test_an_upgraded_database_has_the_tables_and_views_of_a_new_one(
+    script: Script, old: Place
+) -> None:
+    assert script("upgrade").status == 0
+    new = old.folder / "new.sqlite"
+    with open_for_writing(str(new)):
+        pass
+    statement = "SELECT name, sql FROM sqlite_schema WHERE type IN ('table', 'view') ORDER BY name"
+    for (name, sql), (expected_name, expected) in zip(
+        ask(old.database, statement), ask(new, statement), strict=True
+    ):
+        assert name == expected_name
+        if str(expected).startswith("CREATE VIEW"):
+            assert sql == expected
+    columns = "SELECT * FROM pragma_table_info('{}') ORDER BY name"
+    for (name,) in ask(new, "SELECT name FROM sqlite_schema WHERE type = 'table'"):
+        found = [row[1:] for row in ask(old.database, columns.format(name))]
+        assert found == [row[1:] for row in ask(new, columns.format(name))], name
+        if name != "schema_version":  # whose comments say more since there can be two rows
+            comments = comments_of(new, str(name))
+            assert comments_of(old.database, str(name)).items() >= comments.items(), name
+    assert ask(old.database, "PRAGMA foreign_key_check") == []
+
+
+def comments_of(path: Path, table: str) -> dict[str, str]:
+    ((sql,),) = ask(path, f"SELECT sql FROM sqlite_schema WHERE name = '{table}'")
+    return dict(re.findall(r"[\t,] ?(\w+) [A-Z][^/]*/\* (.*?) \*/", str(sql)))
+
+
+def test_an_upgrade_that_is_killed_changes_nothing(script: Script, old: Place) -> None:
+    before = ask(old.database, "SELECT name, sql FROM sqlite_schema")
+    killed = processes.run("upgrade", "--config", old.config, prepare=_die_before_the_views)
+    assert killed.status == -9
+    assert script("history").error.endswith("(make upgrade)")
+    (old.folder / "runs.sqlite.version-1").unlink()
+    assert ask(old.database, "SELECT name, sql FROM sqlite_schema") == before
+    assert script("upgrade").status == 0
+    assert script("history").status == 0
+
+
+def _die_before_the_views() -> None:
+    processes.at_call("lib.ledger.migration.make_views", 1, processes.die)
+
+
+def test_a_newer_or_foreign_database_is_not_upgraded(script: Script, place: Place) -> None:
+    with open_for_writing(str(place.database)):
+        pass
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        connection.execute(f"UPDATE schema_version SET version = {SCHEMA_VERSION + 1}")
+    answer = script("upgrade")
+    assert answer.status == 2
+    assert answer.error.endswith(
+        f"schema version {SCHEMA_VERSION + 1}, this program's is {SCHEMA_VERSION}"
+    )
+    place.database.unlink()
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    assert "another program's" in script("upgrade").error
+    place.database.unlink()
+    assert script("upgrade").error == f"database {place.database}: no such file"
+
+
+def test_a_backup_is_whole_while_a_run_goes_on(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    gate, to = place.folder / "gate", place.folder / "copy.sqlite"
+    flags: list[object] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags += ["--config", place.config, "--set", "output.checkpoint_records=3"]
+    flags += ["--set", "compute.tokens_per_pack=900"]
+
+    with processes.start("embed", *flags, prepare=Pause(gate)) as run:
+        run.wait_for("reached")
+        assert script("backup", "--to", to).status == 0
+        assert script("backup", "--to", to).error == f"{to}: exists already"
+        gate.touch()
+        assert run.end().status == 0
+    assert ask(to, "SELECT count(*) FROM checkpoints") == [(2,)]
+    assert ask(to, "PRAGMA integrity_check") == [("ok",)]
+    assert ask(to, "PRAGMA journal_mode") == [("delete",)]
+
+
+class Pause:
+    """Pauses embed.py at its third commit."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def __call__(self) -> None:
+        processes.stop_at("lib.ledger.commit.add_checkpoint", 3, self.gate)
+
+
+def test_after_a_kill_the_one_file_has_everything_that_was_committed(
+    place: Place, small_model: Path
+) -> None:
+    flags: list[object] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags += ["--config", place.config, "--set", "output.checkpoint_records=3"]
+    flags += ["--set", "compute.tokens_per_pack=900"]
+    assert processes.run("embed", *flags, prepare=_die_after_two).status == -9
+    alone = place.folder / "alone" / "runs.sqlite"
+    alone.parent.mkdir()
+    shutil.copy(place.database, alone)
+    assert ask(alone, "SELECT count(*) FROM checkpoints") == [(2,)]
+    assert ask(alone, "SELECT status FROM runs") == [("running",)]
+    assert ask(alone, "PRAGMA integrity_check") == [("ok",)]
+
+
+def _die_after_two() -> None:
+    processes.at_call("lib.ledger.commit.add_checkpoint", 2, processes.die, after=True)
