@@ -131,10 +131,10 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 # One thread each: processes that share two cores wait for each other's threads.
 .PHONY: test
 test: $(installed_dev) ## run the tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 .PHONY: torture
-torture: $(installed_dev) ## kill, starve and damage runs for 12 minutes; say what was tried and what was lost
+torture: $(installed_dev) ## kill, starve and damage runs some 500 times; say what was tried and what was lost
 	@$(python) -m tests.torture $(ARGS)
 
 .PHONY: lint

@@ -18,6 +18,8 @@ from lib.settings import DEFAULT_CONFIG
 from scripts.embed import main as embed
 from tests.conftest import ROOT, run_program
 
+# All programs read the one run.
+pytestmark = pytest.mark.xdist_group("reading")
 PAGE = (ROOT / "docs" / "reading.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 

@@ -22,6 +22,8 @@ from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT, run_program, users_environment
 from tests.reference import fasta
 
+# The commands run once, in their order, in one process of tests.
+pytestmark = pytest.mark.xdist_group("readme")
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.partition("  #")[0].strip()

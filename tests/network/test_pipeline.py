@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -223,8 +222,9 @@ class Forwards:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, int]] = []
         self.threads: dict[int, int] = {}
-        self.seconds: dict[int, float] = {}
-        true, lock = Network.forward, threading.Lock()
+        self.after: dict[int, tuple[str, int]] = {}  # what a sequence waits for as it begins
+        self._changed = threading.Condition()
+        true = Network.forward
 
         def forward(
             network: Network,
@@ -232,15 +232,23 @@ class Forwards:
             lengths: Sequence[int],
             *others: Any,  # noqa: ANN401
         ) -> Iterator[tuple[int, torch.Tensor]]:
-            with lock:
-                self.events.append(("begins", lengths[0]))
-                self.threads[lengths[0]] = torch.get_num_threads()
-            time.sleep(self.seconds.get(lengths[0], 0))
+            self.threads[lengths[0]] = torch.get_num_threads()
+            self.happens("begins", lengths[0])
+            if lengths[0] in self.after:
+                self._wait_for(self.after[lengths[0]])
             yield from true(network, tokens, lengths, *others)
-            with lock:
-                self.events.append(("ends", lengths[0]))
+            self.happens("ends", lengths[0])
 
         monkeypatch.setattr(Network, "forward", forward)
+
+    def happens(self, kind: str, residues: int) -> None:
+        with self._changed:
+            self.events.append((kind, residues))
+            self._changed.notify_all()
+
+    def _wait_for(self, event: tuple[str, int]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: event in self.events, timeout=120)
 
     def place(self, kind: str, residues: int) -> int:
         return self.events.index((kind, residues))
@@ -251,7 +259,7 @@ def test_two_packs_are_computed_at_once_and_come_out_in_order(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = Forwards(monkeypatch)
-    forwards.seconds[9] = 1.0
+    forwards.after[9] = ("ends", 7)
     packs = packs_of(9, 8, 7, 6)
     found = list(computed(loaded(small_model), packs, [MEAN], "float32"))
     assert [pack for pack, _ in found] == packs
@@ -301,8 +309,10 @@ def test_the_bits_do_not_depend_on_which_pack_is_ready_first(
     packs = packs_of(300, 200, 120, 60, 30)
     forwards = Forwards(monkeypatch)
     runs = []
-    for slow in (None, 300, 60):
-        forwards.seconds = {} if slow is None else {slow: 0.3}
+    slow: dict[int, tuple[str, int]]
+    for slow in ({}, {300: ("ends", 120)}, {60: ("ends", 30)}):
+        forwards.events.clear()
+        forwards.after = slow
         runs.append(list(computed(network, packs, [MEAN, VectorColumn("bos", 1)], "float32")))
     for other in runs[1:]:
         for (_, one), (_, again) in zip(runs[0], other, strict=True):
@@ -314,13 +324,16 @@ def test_a_pack_that_fails_is_told_after_those_before_it(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = Forwards(monkeypatch)
-    forwards.seconds[9] = 0.5
+    forwards.after[9] = ("fails", 8)
     true = vectors.needed_bytes
 
     def much_for_the_second(
         network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
     ) -> int:
-        return 1 << 60 if sequences[0].owners[0].id == "p1" else true(network, sequences, columns)
+        if sequences[0].owners[0].id != "p1":
+            return true(network, sequences, columns)
+        forwards.happens("fails", 8)
+        return 1 << 60
 
     monkeypatch.setattr(vectors, "needed_bytes", much_for_the_second)
     yielded = []
@@ -335,7 +348,7 @@ def test_after_a_stop_only_what_was_begun_is_yielded(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = Forwards(monkeypatch)
-    forwards.seconds = dict.fromkeys(range(20), 0.5)
+    forwards.after = {9: ("begins", 8), 8: ("begins", 9)}
 
     def stopped() -> bool:
         return len(forwards.events) >= 2

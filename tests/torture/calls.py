@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import signal
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,9 +44,8 @@ class _Kind:
         return Outcome(self.what, self.trials, happened, "; ".join(self.lost) or "nothing")
 
 
-def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
-    """Kill for so many seconds, the scripts in turn; nothing is tried without strace."""
-    until = time.monotonic() + seconds
+def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
+    """Kill each of the scripts once in each round; nothing is tried without strace."""
     what = "SIGKILL before a system call of "
     if not strace.is_there():
         return [Outcome(f"{what}any script", 0, "not tried: no strace", "nothing")]
@@ -60,7 +58,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         _Kind(f"{what}recomputing", "resume", recompute, lambda: _damaged(bench)),
     ]
     chance = random.Random(seed)
-    while not kinds[-1].trials or time.monotonic() < until:
+    for _ in range(rounds):
         for kind in kinds:
             _kill(bench, kind, chance)
     return [kind.outcome() for kind in kinds]

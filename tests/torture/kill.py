@@ -122,9 +122,8 @@ class _Kills:
         files[1].write_bytes(content)
 
 
-def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
-    """Kill for so many seconds, the kinds in turn."""
-    until = time.monotonic() + seconds
+def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
+    """Kill once of every kind in each round."""
     kills = _Kills(make_bench(folder / "kill"), seed)
     kinds = [
         (kills.first_start, _Tally("SIGKILL in embed.py, at each step in turn")),
@@ -134,7 +133,7 @@ def trials(folder: Path, seconds: float, seed: int) -> list[Outcome]:
         (kills.any_time, _Tally("SIGKILL in embed.py, at a random time")),
         (kills.within_a_write, _Tally("SIGXFSZ in embed.py, at a random byte of a file")),
     ]
-    while time.monotonic() < until:
+    for _ in range(rounds):
         for kill, tally in kinds:
             kill(tally)
             tally.trials += 1

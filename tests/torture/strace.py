@@ -7,7 +7,6 @@ file: strace stops at each of them and kills the process before the kernel does 
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import re
 import shutil
@@ -99,10 +98,7 @@ def _stopped_first(name: str, argv: Sequence[str]) -> int:
     # Where Yama lets only parents trace, a process may still allow it to anyone.
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
     os.kill(os.getpid(), signal.SIGSTOP)
-    status = script(name, argv)
-    # As at the end of a process: SQLite puts its log into the database when it is closed.
-    gc.collect()
-    return status
+    return script(name, argv)
 
 
 def _has_tracer(pid: int) -> bool:
