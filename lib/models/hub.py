@@ -47,8 +47,9 @@ def cached_model(name: str) -> Path | None:
     Raises SettingsError for a model that is not known on the Hub.
     """
     files = hub_files(name)
-    paths = [_cached(files, file) for file in _names(files)]
-    return None if None in paths or paths[0] is None else paths[0].parent
+    folder = _folder(files)
+    wanted = [*files.others, *(file.name for file in files.weights)]
+    return folder if all((folder / name).is_file() for name in wanted) else None
 
 
 def fetch_model(name: str, progress: Progress) -> Path:
@@ -60,39 +61,36 @@ def fetch_model(name: str, progress: Progress) -> Path:
     """
     files = hub_files(name)
     total = sum(file.bytes or 0 for file in files.weights)
-    before = 0
+    folder, before = _folder(files), 0
     for other in files.others:
         _fetch(files, other, None)
     for file in files.weights:
-        if _cached(files, file.name) is None:
-            path = _fetch(files, file.name, _teller(progress, before, total))
-            _verify(path, file, f"{hub_url(files)}/{file.name}")
+        if not (folder / file.name).is_file():
+            _fetch(files, file.name, _teller(progress, before, total))
+            _verify(folder / file.name, file, f"{hub_url(files)}/{file.name}")
         before += file.bytes or 0
         progress(before, total)
-    folder = cached_model(name)
-    if folder is None:
-        raise MachineError(f"{hub_url(files)}: another commit was answered")
     return folder
 
 
-def _names(files: HubFiles) -> list[str]:
-    return [*files.others, *(file.name for file in files.weights)]
+def _folder(files: HubFiles) -> Path:
+    """Return where the cache has the files of the commit."""
+    # Not by try_to_load_from_cache: a server that once answered another commit has left a reference
+    # there by which that commit's files would be found.
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = repo_folder_name(repo_id=files.repository, repo_type="model")
+    return hub_cache() / repository / "snapshots" / files.revision
 
 
-def _cached(files: HubFiles, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(files.repository, name, revision=files.revision)
-    return Path(path) if isinstance(path, str) else None
-
-
-def _fetch(files: HubFiles, name: str, bar: type[Any] | None) -> Path:
+def _fetch(files: HubFiles, name: str, bar: type[Any] | None) -> None:
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(f"{hub_url(files)}/{name}"):
-        return Path(
-            hf_hub_download(files.repository, name, revision=files.revision, tqdm_class=bar)
-        )
+    url = f"{hub_url(files)}/{name}"
+    with _hub_errors(url):
+        hf_hub_download(files.repository, name, revision=files.revision, tqdm_class=bar)
+    if not (_folder(files) / name).is_file():
+        raise MachineError(f"{url}: the server answered with another commit")
 
 
 def _verify(path: Path, published: PublishedFile, url: str) -> None:
