@@ -15,6 +15,7 @@ from lib.errors import MachineError, SettingsError
 
 __all__ = [
     "disk_errors",
+    "file_md5",
     "file_sha256",
     "files_stamp",
     "listing_sha256",
@@ -27,6 +28,13 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as `sha256sum` prints it; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_md5(path: Path) -> str:
+    """Return the MD5 of a file, as `md5sum` prints it; raises OSError."""
+    with path.open("rb") as file:
+        made = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        return made.hexdigest()
 
 
 def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:

@@ -3,7 +3,7 @@
 
 -- Which runs used the 650M model on this input?
 SELECT run, status, layers, started FROM run_history
-WHERE model LIKE 'esm2_t33_650M%' AND input LIKE '%/proteins.fasta';
+WHERE model = 'esm2_t33_650M_UR50D' AND released AND input LIKE '%/proteins.fasta';
 
 -- What is unfinished, and how far is it?
 SELECT run, status, percent, attempts, heartbeat FROM run_progress WHERE status <> 'finished';

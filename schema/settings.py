@@ -39,6 +39,7 @@ class ModelSettings:
 
     esm_model: str
     base_model: str | None
+    source: str
     weights_directory: str | None
     download_url: str
     repr_layers: list[int] | None
@@ -103,6 +104,9 @@ class ModelSchema(Schema):
 
     esm_model = fields.String(load_default="esm2_t36_3B_UR50D")
     base_model = fields.String(load_default=None, allow_none=True)
+    source = fields.String(
+        load_default="fair-esm", validate=validate.OneOf(["fair-esm", "huggingface"])
+    )
     weights_directory = fields.String(load_default=None, allow_none=True)
     download_url = fields.String(
         load_default="https://dl.fbaipublicfiles.com/fair-esm/models",

@@ -6,8 +6,13 @@ CREATE VIEW run_history AS
 SELECT
     -- number of the run
     runs.id AS run,
-    -- name of the model; (untrained) if scripts/make_model.py made it
-    models.name || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- name of the model; (not the released file) if its digest is not that of this name; (untrained) if scripts/make_model.py made it
+    models.name
+        || CASE WHEN NOT models.released AND models.name GLOB 'esm2_t*_UR50D'
+            THEN ' (not the released file)' ELSE '' END
+        || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- 1 if the digest of its weights is that of a published ESM-2 model; NULL if that is not known
+    models.released AS released,
     -- layers kept
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
     -- what is kept: mean, bos, per_tok, contacts
@@ -71,8 +76,11 @@ SELECT
     checkpoints.run_id AS run,
     -- its Parquet file, absolute
     runs.output_folder || '/' || checkpoints.path AS file,
-    -- name of the model, from its own metadata
-    checkpoints.esm2_config ->> 'name' AS model,
+    -- name of the model, from its own metadata; (not the released file) as in run_history
+    checkpoints.esm2_config ->> 'name'
+        || CASE WHEN NOT checkpoints.esm2_config ->> 'released'
+            AND checkpoints.esm2_config ->> 'name' GLOB 'esm2_t*_UR50D'
+            THEN ' (not the released file)' ELSE '' END AS model,
     -- SHA-256 of the weights, from its own metadata
     checkpoints.esm2_config ->> 'sha256' AS model_sha256,
     -- rows in the file
@@ -113,8 +121,13 @@ CREATE VIEW model_usage AS
 SELECT
     -- number of the model
     models.id AS model_id,
-    -- name of the model; (untrained) if scripts/make_model.py made it
-    models.name || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- name of the model; (not the released file) if its digest is not that of this name; (untrained) if scripts/make_model.py made it
+    models.name
+        || CASE WHEN NOT models.released AND models.name GLOB 'esm2_t*_UR50D'
+            THEN ' (not the released file)' ELSE '' END
+        || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
+    -- 1 if the digest of its weights is that of a published ESM-2 model; NULL if that is not known
+    models.released AS released,
     -- SHA-256 of the weights on disk
     models.sha256 AS sha256,
     -- runs that used it

@@ -3,8 +3,9 @@
     python scripts/detect.py --esm-model esm2_t33_650M_UR50D
     python scripts/detect.py --esm-model models/esm2_untrained_t6_8M.pt --json
 
-It reads no tensor data and downloads nothing; for a released name that is not on disk it shows the
-values of the catalog. Exit status: 0 detected, 2 refused.
+It downloads nothing; for a released name that is not on disk it shows the values of the catalog. It
+reads no tensor data, but takes the digest of weights whose shape and size are those of a published
+model. Exit status: 0 detected, 2 refused.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings_arguments(parser, "esm_model", "repr_layers")
     parsed = parser.parse_args(argv)
     detection = detect(load_settings(parsed.config, overrides(parsed)).model)
+    proof = detection.take_proof()
     if parsed.json:
-        print_json(detection_json(detection))
+        print_json(detection_json(detection, proof))
     else:
-        print_table(["property", "value", "source"], describe_detection(detection))
+        rows = describe_detection(detection, proof=proof)
+        print_table(["property", "value", "source"], rows)
     return 0
 
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a tr
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.bars import download_bar
 from lib.console.display import (
+    describe_proof,
     describe_start,
     describe_validation,
     describe_weights,
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
         model = load_model(settings, detection)
+        note(describe_proof(model.config))
         note(describe_start(model))
 
         # ---- On the record

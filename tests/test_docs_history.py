@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.catalog import RELEASED
 from lib.ledger.comments import view_comments
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
@@ -35,7 +36,7 @@ def model(name: str, layers: int, width: int, parameters: int) -> Model:
     return Model(
         name=name, num_layers=layers, hidden_dim=width, attention_heads=20, token_dropout=True,
         parameters=parameters, weights_format="fair-esm", dtype="float32", sha256=digest(name),
-        untrained=False,
+        untrained=False, released=name in RELEASED,
     )  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def eventful_database(
     url = str(folder / "runs.sqlite")
     with open_for_writing(url) as engine, transaction(engine) as session:
         change = session.connection().exec_driver_sql
-        change("UPDATE models SET name = 'esm2_t33_650M_UR50D', untrained = 0")
+        change("UPDATE models SET name = 'esm2_t33_650M_UR50D', untrained = 0, released = 1")
         change("INSERT INTO models (name, sha256) SELECT name, 'f00' FROM models")
         change("UPDATE runs SET model_id = 2, status = 'interrupted' WHERE id = 2")
         change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT' WHERE run_id = 2")

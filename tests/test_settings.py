@@ -45,6 +45,7 @@ WHOLE = ["nonsense", "1.5", "-1", "0", "1 2", "nan", "1e3", "9999999999999999999
 NONSENSE = {
     ("model", "esm_model"): ["~nosuchuser/model.pt"],
     ("model", "base_model"): ["~nosuchuser/base.pt"],
+    ("model", "source"): ["nonsense", "Hugging Face", "fair_esm", "fair-esm huggingface"],
     ("model", "weights_directory"): ["~nosuchuser/weights"],
     ("model", "download_url"): ["nonsense", "file:///etc/passwd", "ftp://a/b", "http:// a", "//a"],
     ("model", "repr_layers"): ["nonsense", "1.5", "1 last", "1;2", ",", "[1]"],
@@ -392,6 +393,7 @@ ANY_PATH = NAMES.map(lambda name: str(Path(f"/data/{name}/x"))).filter(
 VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("model", "esm_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
     ("model", "base_model"): ANY_PATH | st.sampled_from(sorted(RELEASED)),
+    ("model", "source"): st.sampled_from(["fair-esm", "huggingface"]),
     ("model", "weights_directory"): ANY_PATH,
     ("model", "download_url"): st.from_regex(r"https?://[a-z0-9./%]+", fullmatch=True),
     ("model", "repr_layers"): st.lists(st.integers(-49, 48), min_size=1, unique=True),

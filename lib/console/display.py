@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lib.catalog import shown_name
 from lib.jobs.loading import LoadedModel
 from lib.jobs.validation import RunAudit, Validation
 from lib.models.detection import Detection
 from lib.models.download import Offer
+from lib.models.released import Proof
 from lib.sequences.inventory import Inventory
 from lib.units import size
+from schema.esm2_config import ESM2Config
 from schema.tables import Run
 
 __all__ = [
     "describe_audit",
     "describe_detection",
     "describe_input",
+    "describe_proof",
     "describe_run",
     "describe_start",
     "describe_validation",
@@ -28,13 +32,21 @@ __all__ = [
 
 
 def describe_detection(
-    detection: Detection, sha256: str | None = None
+    detection: Detection, sha256: str | None = None, proof: Proof | None = None
 ) -> list[tuple[str, str, str]]:
-    """Return (property, value, source) rows of a detected model."""
-    rows = [("name", detection.name, str(detection.weights.path) if detection.weights else "")]
+    """Return (property, value, source) rows of a detected model.
+
+    sha256: its digest, if it is known. proof: whether it is a released model; without one, what
+    the sizes of its files tell.
+    """
+    proof = proof or detection.proof(sha256)
+    name = shown_name(detection.name, proof.released if proof else None)
+    rows = [("name", name, str(detection.weights.path) if detection.weights else "")]
     rows += [(key, _text(prop.value), prop.source) for key, prop in detection.properties.items()]
     if sha256 is not None:
         rows.append(("sha256", sha256, "file"))
+    if proof is not None:
+        rows.append(("released", str(proof), proof.model or ""))
     if detection.untrained:
         rows.append(("untrained", "yes", "untrained weights: the vectors mean nothing"))
     return rows
@@ -47,17 +59,27 @@ def describe_weights(detection: Detection, offer: Offer | None) -> str:
         return f"model {detection.name}: {detection.weights.path}"
     much = f"size unknown ({offer.why_not})" if offer.size is None else size(offer.size)
     return (
-        f"model {detection.name}: {offer.target.name} is not on disk, to download: {much} from "
+        f"model {detection.name}: {offer.name} is not on disk, to download: {much} from "
         f"{offer.url} to {offer.target}"
     )
 
 
-def detection_json(detection: Detection) -> dict[str, Any]:
+def describe_proof(config: ESM2Config) -> str:
+    """Return one line with the digest of loaded weights, and whether they are a released model."""
+    released = {True: "yes (by digest)", False: "no", None: "not known"}[config.released]
+    name = shown_name(config.name, config.released)
+    return f"model {name}: sha256 {config.sha256}, released: {released}"
+
+
+def detection_json(detection: Detection, proof: Proof | None) -> dict[str, Any]:
     """Return a detection as JSON: the value and source of every property."""
     return {
         "name": detection.name,
         "path": str(detection.weights.path) if detection.weights else None,
         "untrained": detection.untrained,
+        "released": None if proof is None else proof.released,
+        "released_name": None if proof is None else proof.model,
+        "released_by": None if proof is None else proof.by,
         "properties": {
             key: {"value": prop.value, "source": prop.source}
             for key, prop in detection.properties.items()
@@ -125,8 +147,8 @@ def describe_validation(validation: Validation) -> list[str]:
     config = validation.model.config
     untrained = " (untrained weights)" if config.untrained else ""
     lines = [
-        f"model {config.name}{untrained}: {config.num_layers} layers, hidden_dim "
-        f"{config.hidden_dim}, {config.parameters} parameters, sha256 {config.sha256}"
+        f"model {shown_name(config.name, config.released)}{untrained}: {config.num_layers} layers, "
+        f"hidden_dim {config.hidden_dim}, {config.parameters} parameters, sha256 {config.sha256}"
     ]
     if validation.inventory is not None:
         lines += describe_input(validation.inventory, validation.max_residues)

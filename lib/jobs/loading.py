@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from threading import Thread
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
 __all__ = ["LoadedModel", "load_model", "try_model"]
+
+Digest = TypeVar("Digest", str, str | None)
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
@@ -91,8 +94,11 @@ def _read(
     weights = detection.require_weights()
     try:
         digest = _beside(weights.sha256) if sha256 is None else None
+        md5 = _beside(detection.take_md5) if sha256 is None else None
         network = load_network(detection, device, dtype)
-        config = detection.config(digest.result() if digest else str(sha256))
+        config = detection.config(
+            digest.result() if digest else str(sha256), md5.result() if md5 else None
+        )
         weights.refuse_if_changed()
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
@@ -106,9 +112,9 @@ def _read(
     return config, network
 
 
-def _beside(work: Callable[[], str]) -> Future[str]:
+def _beside(work: Callable[[], Digest]) -> Future[Digest]:
     """Begin `work` in a daemon thread: a signal need not wait for the digest of a large file."""
-    future: Future[str] = Future()
+    future: Future[Digest] = Future()
 
     def run() -> None:
         try:

@@ -51,6 +51,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "run": str(run["run"]),
         "status": run["status"],
         "model": run["model"],
+        "released": {1: "yes", 0: "no"}.get(run["released"]),
         "layers": run["layers"],
         "include": run["include"],
         "input": run["input"],

@@ -41,6 +41,8 @@ __all__ = [
     "unfinished_runs",
 ]
 
+# Columns of `models` that follow from the digest, and that a row of an older version may lack.
+_KNOWN_LATER = ("released", "base_name", "base_sha256")
 _LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
 
 
@@ -284,12 +286,18 @@ def _check_types(run_id: int, row: Base) -> None:
 
 
 def _model(session: Session, config: ESM2Config) -> Model:
-    """Return the row of this model, made if it is new."""
+    """Return the row of this model, made if it is new.
+
+    What an older row does not know yet, as that the weights are released, is filled in.
+    """
     values = config.weights_snapshot()
+    later = {key: values.pop(key) for key in _KNOWN_LATER if key in values}
     found = session.scalar(select(Model).filter_by(**values))
     if found is not None:
+        for key, value in later.items():
+            setattr(found, key, value)
         return found
-    model = Model(**values)
+    model = Model(**values, **later)
     session.add(model)
     session.flush()
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lib.models.formats import find_weights, open_weights
 from lib.models.layers import choose_layers
 from lib.models.properties import CATALOG_ALONE, Property, catalog_shape, find_shape
 from lib.models.regression import Regression, read_regression, regression_path
+from lib.models.released import Proof, prove, refuse_false_name, take_md5
 from lib.models.trunk import check_trunk, trunk_dtype
 from lib.models.weights import Weights
 from schema.esm2_config import ESM2Config, ModelShape
@@ -86,13 +88,45 @@ class Detection:
             self.require_weights(), self.shape.num_layers, self.shape.attention_heads
         )
 
-    def config(self, sha256: str) -> ESM2Config:
-        """Return the ESM2Config of weights on disk whose digest is `sha256`."""
+    def proof(self, sha256: str | None = None, md5: str | None = None) -> Proof | None:
+        """Tell whether the weights are a released model; None as long as that is not known.
+
+        sha256, md5: digests of the weights, as far as they were taken; without them, the sizes of
+        the files may tell that the weights are not released. Raises WeightsError.
+        """
+        if self.weights is None:
+            return None
+        with _disk_errors(self.weights):
+            return prove(self.weights, self.shape, sha256, md5)
+
+    def take_proof(self) -> Proof | None:
+        """Tell whether the weights are a released model, by digests if nothing else can tell.
+
+        Returns None if the weights are not on disk. Raises WeightsError.
+        """
+        if self.weights is None:
+            return None
+        with _disk_errors(self.weights):
+            md5 = self.take_md5()
+            found = self.proof(md5=md5)
+            return found if found is not None else self.proof(self.weights.sha256(), md5)
+
+    def take_md5(self) -> str | None:
+        """Return the MD5 of weights that no SHA-256 can prove to be released; raises OSError."""
+        return take_md5(self.require_weights(), self.shape)
+
+    def config(self, sha256: str, md5: str | None = None) -> ESM2Config:
+        """Return the ESM2Config of weights on disk with these digests.
+
+        A released model has its released name, whatever its file is called. md5: what `take_md5`
+        returns.
+        """
         weights = self.require_weights()
+        proof = self.proof(sha256, md5)
         # A regression among the weights has no digest of its own: theirs covers it.
         regression_sha256 = self.regression.sha256 or sha256 if self.regression else None
         return ESM2Config(
-            name=self.name,
+            name=(proof and proof.model) or self.name,
             **asdict(self.shape),
             repr_layers=self.repr_layers,
             parameters=self.shape.parameters,
@@ -101,6 +135,7 @@ class Detection:
             sha256=sha256,
             untrained=self.untrained,
             contact_regression_sha256=regression_sha256,
+            released=None if proof is None else proof.released,
         )
 
     def _regression_place(self, weights: Weights) -> str:
@@ -158,12 +193,21 @@ def _from_weights(model: ModelSettings, path: Path) -> Detection:
     released = RELEASED.get(model.esm_model)
     shape, sources = find_shape(weights, model, released)
     check_trunk(weights, shape)
+    refuse_false_name(weights, shape)
     layers, sources["repr_layers"] = choose_layers(model.repr_layers, shape.num_layers, released)
     trunk_dtype(weights, shape)  # refuses a mixture of types, and types that ESM-2 does not have
     sources |= {"parameters": "tensor shapes", "weights_format": "file", "dtype": "tensors"}
     if released is None:
         return Detection(path.name.removesuffix(".pt"), weights, shape, layers, sources)
     return Detection(model.esm_model, weights, shape, layers, sources, model.esm_model)
+
+
+@contextmanager
+def _disk_errors(weights: Weights) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(f"{weights.path}: {error.strerror or error}") from None
 
 
 def _with_regression(detection: Detection) -> Detection:

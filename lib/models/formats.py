@@ -21,6 +21,7 @@ import torch
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.fair_esm_file import FairEsmFile
+from lib.models.hub import cached_model
 from lib.models.huggingface import HuggingFaceFolder
 from lib.models.weights import Weights
 from schema.settings import ModelSettings
@@ -73,6 +74,8 @@ def find_weights(model: ModelSettings) -> Path | None:
                 f"released names {', '.join(RELEASED)}"
             )
         return path
+    if model.source == "huggingface":
+        return cached_model(model.esm_model)
     folders = [Path(model.weights_directory)] if model.weights_directory else []
     for folder in [*folders, hub_checkpoints()]:
         path = folder / f"{model.esm_model}.pt"

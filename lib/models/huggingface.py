@@ -86,8 +86,14 @@ class HuggingFaceFolder:
 
         Raises OSError.
         """
+        return self.sha256_with({})
+
+    def sha256_with(self, digests: Mapping[str, str]) -> str:
+        """Return what `sha256` is if the files that `digests` names have these SHA-256."""
         paths = (self.path / _CONFIG, *self.files)
-        return listing_sha256((file_sha256(path), path.name) for path in paths)
+        return listing_sha256(
+            (digests.get(path.name) or file_sha256(path), path.name) for path in paths
+        )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as stored, in the order of the files."""

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lib.catalog import shown_name
 from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, new_path
@@ -175,7 +176,8 @@ def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
 
 def _properties(model: ESM2Config, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     return {
-        "name": model.name,
+        "name": shown_name(model.name, model.released),
+        "released": {True: "yes", False: "no", None: None}[model.released],
         "layers": count(model.num_layers),
         "width of a vector": count(model.hidden_dim),
         "attention heads": count(model.attention_heads),
@@ -199,6 +201,9 @@ def _warnings(
     kept, told = run.facts, []
     if run.model["untrained"]:
         told.append("Untrained weights: the vectors mean nothing.")
+    name, released = run.model["name"], run.model.get("released")
+    if shown_name(name, released) != name:
+        told.append(f"The weights have the name {name} and are not the released file.")
     status = detail.run.dictionaries()[0]["status"]
     if status != "finished":
         told.append(

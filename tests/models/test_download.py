@@ -6,6 +6,7 @@ where the network broke.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import shutil
@@ -19,23 +20,35 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.catalog import RELEASED
 from lib.console.bars import download_bar
 from lib.errors import MachineError
+from lib.files import file_sha256
 from lib.models.download import download_target, download_weights
+from lib.models.regression import regression_path
 from lib.models.untrained import make_model
 from lib.settings import load_settings
 from lib.units import size
+from tests.catalogs import release
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 
 NAME = "esm2_t6_8M_UR50D"
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the server has: untrained weights in the shape of the smallest release."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained weights in the shape of the smallest release, and their contact regression."""
     path = tmp_path_factory.mktemp("published") / f"{NAME}.pt"
     make_model(path, 6, 320, 20, dtype=torch.float16)
-    return path.read_bytes()
+    return path
+
+
+@pytest.fixture
+def published(made: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """What the server has: the untrained weights, as if they had been published."""
+    entry = release(made, shape=RELEASED[NAME].shape, regression=regression_path(made))
+    monkeypatch.setitem(RELEASED, NAME, entry)
+    return made.read_bytes()
 
 
 @dataclass
@@ -196,10 +209,9 @@ def embed_contacts(script: Script, place: Place, base: Path) -> Answer:
 
 
 def test_the_contact_regression_is_fetched_if_contacts_are_asked_for(
-    script: Script, place: Place, server: Server, tmp_path: Path
+    script: Script, place: Place, server: Server, made: Path, published: bytes
 ) -> None:
-    base = tmp_path / f"{NAME}.pt"
-    regression = make_model(base, 6, 320, 20)
+    base, regression = made, regression_path(made)
     server.body = regression.read_bytes()
     (place.folder / "weights").mkdir()
     shutil.copy(base, place.folder / "weights")
@@ -232,6 +244,23 @@ def test_what_is_no_contact_regression_is_not_kept(
     assert answer.status == 4
     assert answer.error.endswith("-contact-regression.pt: HTTP status 404 Not Found")
     assert [path.name for path in (place.folder / "weights").iterdir()] == [base.name]
+    assert not place.output.exists()
+
+
+def test_another_contact_regression_of_the_same_shape_is_refused_and_kept_aside(
+    script: Script, place: Place, server: Server, made: Path, published: bytes, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other.pt", 6, 320, 20, dtype=torch.float16, seed=1)
+    server.body = other.read_bytes()
+    answer = embed_contacts(script, place, made)
+    assert answer.status == 2
+    regression = regression_path(made)
+    digest, wanted = file_sha256(other), file_sha256(regression)
+    aside = place.folder / f"weights/{regression.stem}-not-released-{digest[:8]}.pt"
+    url = f"{server.url.removesuffix('/models')}/regression/{regression.name}"
+    fact = f"sha256 is {digest}, that of the published {regression.name} is {wanted}"
+    assert answer.error == f"{url}: {fact}; kept as {aside}"
+    assert aside.read_bytes() == server.body
     assert not place.output.exists()
 
 
@@ -345,6 +374,48 @@ def test_another_model_under_the_name_leaves_nothing_behind(
     assert told.endswith("num_layers is 2 by checkpoint metadata, 6 by catalog")
 
 
+def test_another_model_of_the_same_shape_is_refused_and_kept_aside(
+    script: Script, place: Place, server: Server, published: bytes, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.pt"
+    make_model(other, 6, 320, 20, dtype=torch.float16, seed=1)
+    server.body = other.read_bytes()
+    for _ in range(2):  # what was kept does not pass for the model the next time
+        answer = embed(script, place)
+        assert answer.status == 2
+        digest, wanted = file_sha256(other), hashlib.sha256(published).hexdigest()
+        aside = place.folder / f"weights/{NAME}-not-released-{digest[:8]}.pt"
+        fact = f"sha256 is {digest}, that of the published {NAME}.pt is {wanted}"
+        assert answer.error == f"{server.url}/{NAME}.pt: {fact}; kept as {aside}"
+        assert left_behind(place) == [aside]
+        assert aside.read_bytes() == server.body
+    assert not place.output.exists()
+    assert script("detect", "--json", "--esm-model", aside).json["released"] is False
+    server.body = published
+    assert embed(script, place).status == 0
+
+
+def test_a_download_is_compared_by_md5_where_no_sha256_is_known(
+    script: Script,
+    place: Place,
+    server: Server,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    entry = release(made, shape=RELEASED[NAME].shape, algorithm="md5")
+    monkeypatch.setitem(RELEASED, NAME, entry)
+    make_model(tmp_path / "other.pt", 6, 320, 20, dtype=torch.float16, seed=1)
+    server.body = (tmp_path / "other.pt").read_bytes()
+    answer = embed(script, place)
+    assert answer.status == 2
+    assert f"{NAME}.pt: md5 is {hashlib.md5(server.body).hexdigest()}, that of" in answer.error
+    server.body = made.read_bytes()
+    answer = embed(script, place)
+    assert answer.status == 0, answer.err
+    assert answer.err.count("released: yes") == 1
+
+
 def test_nobody_at_the_address_is_one_line(script: Script, place: Place, server: Server) -> None:
     place.set("model", "download_url", "http://127.0.0.1:1/models")
     told = failure(script, place, 4)
@@ -428,11 +499,18 @@ def test_a_broken_download_is_continued(
 
 
 def test_a_file_that_changed_meanwhile_is_begun_again(
-    script: Script, place: Place, server: Server, published: bytes, tmp_path: Path
+    script: Script,
+    place: Place,
+    server: Server,
+    published: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken(script, place, server, published)
-    make_model(tmp_path / "new.pt", 6, 320, 20, dtype=torch.float16, seed=1)
-    server.body, server.etag = (tmp_path / "new.pt").read_bytes(), '"two"'
+    new = tmp_path / f"{NAME}.pt"
+    make_model(new, 6, 320, 20, dtype=torch.float16, seed=1)
+    monkeypatch.setitem(RELEASED, NAME, release(new, shape=RELEASED[NAME].shape))
+    server.body, server.etag = new.read_bytes(), '"two"'
     assert embed(script, place).status == 0
     assert left_behind(place)[0].read_bytes() == server.body
 

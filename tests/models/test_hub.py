@@ -1,0 +1,293 @@
+"""Released models from the Hugging Face Hub, which a server on this machine plays.
+
+If these fail, `source = huggingface` takes other weights than the published ones, or needs a
+network for what is in the cache. The catalog is made up: an untrained folder stands where the
+published one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from lib.catalog import ReleasedModel
+from lib.models.untrained import make_folder
+from lib.units import size
+from tests import processes
+from tests.catalogs import put, release
+from tests.conftest import ROOT, Answer, Place
+
+NAME = "esm2_t6_8M_UR50D"
+COMMIT = "0" * 40
+WEIGHTS = "model.safetensors"
+# What may be set where the tests run, and would change what the library does.
+OF_THE_HUB = ("HF_", "HUGGING", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY")
+
+
+@dataclass
+class Hub:
+    """A server that answers HEAD and GET for one repository as the Hub does."""
+
+    url: str
+    files: dict[str, bytes]
+    asked: list[str] = field(default_factory=list)
+    status: int = 200
+    commit: str = COMMIT
+    short: int = 0  # bytes that a GET leaves out
+
+    @property
+    def address(self) -> str:
+        return f"{self.url}/facebook/untrained/resolve/{COMMIT}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained model that the Hub has."""
+    path = tmp_path_factory.mktemp("hub") / "folder"
+    make_folder(path, 2, 64, 4)
+    return path
+
+
+@pytest.fixture
+def entry(folder: Path, small_model: Path) -> ReleasedModel:
+    """What the catalog says of it."""
+    return release(small_model, folder)
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[Hub]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            content = self.answer()
+            self.wfile.write(content[: len(content) - told.short])
+
+        def answer(self) -> bytes:
+            if "/resolve/" in self.path:  # huggingface_hub also asks for things of its own
+                told.asked.append(f"{self.command} {self.path}")
+            name = self.path.removeprefix(f"/facebook/untrained/resolve/{COMMIT}/")
+            content = told.files.get(name)
+            if told.status != 200 or content is None:
+                self.send_error(404 if content is None else told.status)
+                return b""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(name.encode()).hexdigest()}"')
+            self.send_header("X-Repo-Commit", told.commit)
+            self.end_headers()
+            return content
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        told = Hub(f"http://127.0.0.1:{http.server_address[1]}", files)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield told
+        http.shutdown()
+        thread.join()
+
+
+@dataclass
+class Caller:
+    """Runs scripts with `source = huggingface`, the made-up catalog and a cache of their own."""
+
+    place: Place
+    hub: Hub
+    entry: ReleasedModel
+
+    @property
+    def cache(self) -> Path:
+        return self.place.folder / "hf_home/hub"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.cache / f"models--facebook--untrained/snapshots/{COMMIT}"
+
+    def __call__(self, script: str, *argv: object, **environment: str) -> Answer:
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(OF_THE_HUB)
+        }
+        hub = {"HF_HOME": str(self.place.folder / "hf_home"), "HF_ENDPOINT": self.hub.url}
+        return processes.run(
+            script,
+            *argv,
+            *("--config", self.place.config),
+            prepare=partial(put, NAME, self.entry),
+            folder=self.place.folder,
+            environment={**inherited, **hub, **environment},
+        )
+
+    def embed(self, *flags: str, **environment: str) -> Answer:
+        fasta = self.place.folder / "one.fasta"
+        fasta.write_text(">one\nMKTAYIAKQRQISFVKSHFSRQ\n")
+        return self("embed", "--json", "--esm-model", NAME, "--input", fasta, *flags, **environment)
+
+
+@pytest.fixture
+def call(place: Place, hub: Hub, entry: ReleasedModel) -> Caller:
+    place.set("model", "source", "huggingface")
+    return Caller(place, hub, entry)
+
+
+def test_a_released_name_is_fetched_at_its_commit_and_proven(call: Caller, hub: Hub) -> None:
+    answer = call.embed("--include", "mean", "contacts")
+    assert answer.status == 0, answer.err
+    model = answer.json["model"]
+    assert (model["name"], model["released"]) == (NAME, True)
+    assert model["weights_format"] == "huggingface"
+    wanted = [f"/facebook/untrained/resolve/{COMMIT}/{name}" for name in ("config.json", WEIGHTS)]
+    assert hub.asked == [f"{verb} {path}" for path in wanted for verb in ("HEAD", "GET")]
+    whole = size(len(hub.files[WEIGHTS]))
+    assert answer.err.splitlines()[0] == (
+        f"model {NAME}: facebook/untrained is not on disk, to download: {whole} from "
+        f"{hub.address} to {call.cache}"
+    )
+    assert f"{NAME}: {whole} of {whole}" in answer.err  # the bar
+    assert f"model {NAME}: sha256 {model['sha256']}, released: yes (by digest)" in answer.err
+
+
+def test_what_is_in_the_cache_needs_no_network(call: Caller, hub: Hub) -> None:
+    assert call.embed().status == 0
+    hub.asked.clear()
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
+        answer = call.embed(**environment)
+        assert answer.status == 0, answer.err
+        assert answer.json["model"]["released"] is True
+        assert answer.err.startswith(f"model {NAME}: {call.snapshot}\n")
+    assert hub.asked == []
+    detected = call("detect", "--json", "--esm-model", NAME, HF_HUB_OFFLINE="1").json
+    assert (detected["released"], detected["path"]) == (True, str(call.snapshot))
+
+
+def test_a_run_from_the_hub_is_resumed_offline(call: Caller) -> None:
+    assert call.embed().status == 0
+    next(call.place.output.glob("run-000001/*.parquet")).unlink()
+    answer = call("resume", "--run", "1", "--recompute-damaged", HF_HUB_OFFLINE="1")
+    assert answer.status == 0, answer.err
+
+
+def test_offline_and_not_in_the_cache_is_one_line(call: Caller, hub: Hub) -> None:
+    answer = call.embed(HF_HUB_OFFLINE="1")
+    assert answer.status == 4
+    fact = f"not in {call.cache}, and HF_HUB_OFFLINE is set"
+    assert answer.error == f"{hub.address}/config.json: {fact}"
+    assert hub.asked == []
+    assert call("detect", "--json", "--esm-model", NAME).json["path"] is None
+    answer = call("validate", "--esm-model", NAME)
+    assert answer.error == f"{NAME}: weights are not on disk (embed downloads them)"
+
+
+def test_nobody_at_the_address_is_one_line(call: Caller) -> None:
+    answer = call.embed(HF_ENDPOINT="http://127.0.0.1:1")
+    assert answer.status == 4
+    assert answer.error.startswith("http://127.0.0.1:1/facebook/untrained/resolve/")
+    assert answer.error.endswith("Connection refused")
+
+
+@pytest.mark.parametrize(
+    ("status", "missing", "fact"),
+    [
+        (403, "", "config.json: HTTP status 403 Forbidden"),
+        (200, WEIGHTS, f"{WEIGHTS}: HTTP status 404 Not Found"),
+    ],
+)
+def test_error_pages_are_one_line(
+    call: Caller, hub: Hub, status: int, missing: str, fact: str
+) -> None:
+    hub.status = status
+    hub.files.pop(missing, None)
+    answer = call.embed()
+    assert (answer.status, answer.error) == (4, f"{hub.address}/{fact}")
+
+
+def test_weights_with_another_digest_are_refused_and_kept_aside(
+    call: Caller, hub: Hub, tmp_path: Path
+) -> None:
+    published = hub.files[WEIGHTS]
+    make_folder(tmp_path / "other", 2, 64, 4, seed=1)
+    hub.files[WEIGHTS] = (tmp_path / f"other/{WEIGHTS}").read_bytes()
+    digest, wanted = (hashlib.sha256(one).hexdigest() for one in (hub.files[WEIGHTS], published))
+    for _ in range(2):  # what was kept does not pass for the model the next time
+        answer = call.embed()
+        assert answer.status == 2, answer.err
+        told, kept = answer.error.split("; kept as ")
+        fact = f"sha256 is {digest}, that of the published {WEIGHTS} is {wanted}"
+        assert told == f"{hub.address}/{WEIGHTS}: {fact}"
+        assert Path(kept).name == f"model-not-released-{digest[:8]}.safetensors"
+        assert Path(kept).read_bytes() == hub.files[WEIGHTS]
+        assert call.cache in Path(kept).parents
+        assert not (call.snapshot / WEIGHTS).is_symlink()
+    assert not call.place.output.exists()
+    hub.files[WEIGHTS] = published
+    assert call.embed().status == 0
+
+
+def test_other_weights_in_the_cache_are_shown_as_such(call: Caller, hub: Hub) -> None:
+    assert call.embed().status == 0
+    path = call.snapshot / WEIGHTS
+    path.unlink()  # a link; what another program put there
+    make_folder(call.place.folder / "other", 2, 64, 4, seed=1)
+    path.write_bytes((call.place.folder / f"other/{WEIGHTS}").read_bytes())
+    answer = call.embed()
+    assert answer.json["model"]["released"] is False
+    assert f"model {NAME} (not the released file): sha256 " in answer.err
+
+
+def test_a_body_that_breaks_off_leaves_no_weights(call: Caller, hub: Hub) -> None:
+    assert call.embed().status == 0
+    whole = len(hub.files[WEIGHTS])
+    for path in call.cache.rglob("*"):
+        if path.is_file() and path.stat().st_size == whole:
+            path.unlink()
+    hub.files = {**hub.files}
+    hub.short = 1000
+    answer = call.embed()
+    assert answer.status == 4, answer.err
+    assert answer.error.startswith(f"{hub.address}/{WEIGHTS}: ")
+    assert call("detect", "--json", "--esm-model", NAME).json["path"] is None
+
+
+def test_another_commit_is_refused(call: Caller, hub: Hub) -> None:
+    hub.commit = "1" * 40
+    answer = call.embed()
+    fact = "the server answered with another commit"
+    assert (answer.status, answer.error) == (4, f"{hub.address}/config.json: {fact}")
+    assert call("detect", "--json", "--esm-model", NAME).json["path"] is None
+    hub.commit = COMMIT
+    assert call.embed().status == 0
+
+
+def test_a_model_that_is_not_known_on_the_hub_is_refused(call: Caller) -> None:
+    call.entry = replace(call.entry, hub=None)
+    answer = call("detect", "--esm-model", NAME)
+    assert answer.status == 2
+    assert answer.error == f"[model] source = huggingface: no commit and digest known of {NAME}"
+
+
+def test_a_path_needs_no_hub(call: Caller, small_model: Path) -> None:
+    assert call("detect", "--json", "--esm-model", small_model).json["path"] == str(small_model)
+
+
+def test_scripts_that_need_no_hub_do_not_import_it() -> None:
+    scripts = "embed, detect, resume, validate, history, verify"
+    program = f"import sys; from scripts import {scripts}; print('huggingface_hub' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
