@@ -3,21 +3,24 @@
 If bytes after the first stream do not begin another stream, bz2.open, lzma.open and zstd.open
 treat them as the end of the file. In a file of several streams (pbzip2 and pixz write such files)
 one damaged byte can then silently lose the rest of the records; here it is an error.
+
+The digest of a `DigestedPath` is taken of the bytes that its reader gets, below the decompressor.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Protocol
 
 from backports import zstd
 
-__all__ = ["open_decompressed"]
+__all__ = ["DigestedPath", "open_decompressed"]
 
 _CHUNK = 1 << 17
 # No ordinary file needs a larger one, but a header can ask for 4 GiB before the first byte.
@@ -49,20 +52,76 @@ _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
 }
 
 
+class DigestedPath(PosixPath):
+    """The path of a file that is digested while `open_decompressed` has it read to its end."""
+
+    _file: _DigestedFile | None = None
+
+    def open_digested(self) -> io.BufferedReader:
+        """Open the file for one read of its bytes as stored; raises OSError."""
+        self._file = _DigestedFile(io.FileIO(self))
+        return io.BufferedReader(self._file, _CHUNK)
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the file the last read has got."""
+        return 0 if self._file is None else self._file.bytes_read
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the bytes of the last read.
+
+        Raises ValueError if it has not come to the end of the file.
+        """
+        if self._file is None or not self._file.ended:
+            raise ValueError(f"{self}: not read to its end")
+        return self._file.digest.hexdigest()
+
+
+class _DigestedFile(io.RawIOBase):
+    """A file whose bytes are digested, block by block, before they are handed out."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._block = memoryview(b"")
+        self.digest = hashlib.sha256()
+        self.bytes_read = 0
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if not self._block:
+            self._block = memoryview(self._file.read(_CHUNK))
+            self.digest.update(self._block)
+            self.bytes_read += len(self._block)
+            self.ended = not self._block
+        size = min(len(buffer), len(self._block))
+        buffer[:size] = self._block[:size]
+        self._block = self._block[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """Open a file, plain or compressed, to read its content.
+    """Open a file, plain or compressed, to read its content; it is opened once.
 
     Its suffix decides how, else its first bytes. Reading raises OSError, EOFError, LZMAError,
     ZstdError or zlib.error for a stream that is damaged, unfinished or followed by other bytes.
     """
+    file = path.open_digested() if isinstance(path, DigestedPath) else path.open("rb")
     kind = path.suffix
     if kind != ".gz" and kind not in _DECOMPRESSORS:
-        with path.open("rb") as file:
-            start = file.read(6)
+        start = file.peek(6)
         kind = next((k for magic, k in _BY_FIRST_BYTES.items() if start.startswith(magic)), "")
     if kind == ".gz":
-        return gzip.open(path, "rb")  # unlike the others, refuses what does not begin a stream
-    file = path.open("rb")
+        # Unlike the others, it refuses what does not begin a stream.
+        content = gzip.GzipFile(fileobj=file, mode="rb")
+        content.myfileobj = file  # type: ignore[assignment]  # closed with it, as by gzip.open
+        return content
     if kind in _DECOMPRESSORS:
         return io.BufferedReader(_Streams(file, _DECOMPRESSORS[kind]), _CHUNK)
     return file

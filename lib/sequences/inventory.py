@@ -1,7 +1,8 @@
 """Inventory: the whole input checked and counted before a model is loaded.
 
 `preflight` reads the file as a stream and remembers, for each record, only its embedded length and
-the first record with the same residues. `lib.sequences.windows` reads the file again for the work.
+the first record with the same residues. The digest of the input is taken of the bytes of this read;
+`lib.sequences.windows` reads the file again for the work and compares it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import InputError
+from lib.sequences.compression import DigestedPath
 from lib.sequences.digests import Digests
 from lib.sequences.entries import shortened
 from lib.sequences.records import (
     Owner,
     Record,
     input_path,
-    input_sha256,
     read_records,
+    read_same_records,
     refuse_if_changed,
 )
 from schema.settings import InputSettings
@@ -124,16 +126,17 @@ def preflight(rules: InputSettings) -> Inventory:
     changes meanwhile.
     """
     path = input_path(rules)
-    before = path.stat()
-    inventory = Inventory(path=path, bytes=before.st_size, sha256=input_sha256(rules))
+    before, file = path.stat(), DigestedPath(path)
+    inventory = Inventory(path=path, bytes=0, sha256="")
     sequences, ids, lengths = Digests(), Digests(), array("i")
     windows = _Windows()
-    for record in read_records(rules):
+    for record in read_records(rules, file):
         windows.add(record)
         sequences.add(record.residues)
         ids.add(record.id.encode())
         lengths.append(len(record.residues))
         _count(record, inventory)
+    inventory.bytes, inventory.sha256 = file.bytes_read, file.sha256()
     inventory.records = len(lengths)
     if not inventory.records:
         raise InputError(f"{path}: no records")
@@ -147,7 +150,7 @@ def preflight(rules: InputSettings) -> Inventory:
     inventory.sequences = len(inventory.lengths)
     inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
-    # The SHA-256 and the counts must be of the same file.
+    # A file that is still being written is refused now, not after the work.
     refuse_if_changed(path, before, path.stat())
     return inventory
 
@@ -196,7 +199,7 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     strayed = window_of[inventory.same_as] != window_of
     strays: dict[int, list[Owner]] = {}
     if strayed.any():
-        for record in read_records(rules):
+        for record in read_same_records(rules, inventory.sha256):
             if strayed[record.number]:
                 owner = Owner(record.number, record.id, record.description, record.length)
                 strays.setdefault(int(inventory.same_as[record.number]), []).append(owner)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lib.errors import InputError, MachineError
 from lib.sequences.alphabet import LETTERS
+from lib.sequences.compression import DigestedPath
 from lib.sequences.entries import Entry, read_entries, shortened
 from schema.settings import InputSettings
 
@@ -19,6 +20,7 @@ __all__ = [
     "input_path",
     "input_sha256",
     "read_records",
+    "read_same_records",
     "refuse_if_changed",
 ]
 
@@ -52,13 +54,25 @@ class Owner(NamedTuple):
     length: int
 
 
-def read_records(rules: InputSettings) -> Iterator[Record]:
+def read_records(rules: InputSettings, file: Path | None = None) -> Iterator[Record]:
     """Yield the records of [input] fasta in file order.
 
-    Raises InputError at the first entry that breaks the rules, and what `read_entries` raises.
+    file: the path of [input] fasta as a DigestedPath, if the read is to be digested. Raises
+    InputError at the first entry that breaks the rules, and what `read_entries` raises.
     """
-    for number, entry in enumerate(read_entries(input_path(rules))):
+    for number, entry in enumerate(read_entries(file or input_path(rules))):
         yield _apply_rules(number, entry, rules)
+
+
+def read_same_records(rules: InputSettings, sha256: str) -> Iterator[Record]:
+    """Yield the records of [input] fasta; raises InputError if its bytes have another digest.
+
+    The digest is known, and compared, after the last record.
+    """
+    file = DigestedPath(input_path(rules))
+    yield from read_records(rules, file)
+    if file.sha256() != sha256:
+        raise InputError(f"{file}: changed while it was being read")
 
 
 def input_path(rules: InputSettings) -> Path:
@@ -91,8 +105,12 @@ def input_sha256(rules: InputSettings) -> str:
 
 
 def refuse_if_changed(path: Path, before: os.stat_result, after: os.stat_result) -> None:
-    """Raise InputError if a file's size or modification time differ before and after reading."""
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    """Raise InputError unless it is one file, of one size and modification time, before and after.
+
+    Who alters a file can put all of these back: what is computed from it is compared by digest.
+    """
+    keys = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+    if any(getattr(before, key) != getattr(after, key) for key in keys):
         raise InputError(f"{path}: changed while it was being read")
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from lib.errors import InputError
 from lib.sequences.inventory import Inventory, WindowDigest, WindowSummary
-from lib.sequences.records import Owner, Record, read_records
+from lib.sequences.records import Owner, Record, read_same_records
 from schema.settings import InputSettings
 
 __all__ = ["Sequence", "Window", "read_windows"]
@@ -40,16 +40,17 @@ class Window:
 def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]:
     """Yield the windows of the plan, each checked to be what preflight read.
 
-    Raises InputError if the file has changed since.
+    Before the last one, the digest of the file's bytes is compared too. Raises InputError if the
+    file has changed since.
     """
-    records = read_records(rules)
+    records = read_same_records(rules, inventory.sha256)
     position = 0
     for summary in inventory.windows:
         sequences = _sequences(records, summary, inventory)
+        if summary.stop_record == inventory.records and next(records, None) is not None:
+            raise InputError(f"{inventory.path}: changed while it was being read")
         yield Window(position, sequences)
         position += len(sequences)
-    if next(records, None) is not None:
-        raise InputError(f"{inventory.path}: changed while it was being read")
 
 
 def _sequences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def rules(path: Path, **options: object) -> InputSettings:
 def read(path: Path, content: str | bytes, **options: object) -> list[Record]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return list(read_records(rules(path, **options)))
+
+
+def swap(path: Path, content: bytes) -> None:
+    """Write other content of the same size into a file, and put its modification time back."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def refusal(path: Path, content: str | bytes, **options: object) -> str:

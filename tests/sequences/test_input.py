@@ -39,10 +39,10 @@ def being_written(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     read = records.read_records
 
-    def read_while_it_grows(rules: InputSettings) -> Iterator[records.Record]:
-        yield from read(rules)
-        with path.open("ab") as file:
-            file.write(b">c\nMK\n")
+    def read_while_it_grows(rules: InputSettings, file: Path) -> Iterator[records.Record]:
+        yield from read(rules, file)
+        with path.open("ab") as end:
+            end.write(b">c\nMK\n")
 
     patch.setattr(inventories, "read_records", read_while_it_grows)
 

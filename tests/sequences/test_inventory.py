@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -9,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.sequences import digests
+from lib.sequences import digests, entries
+from lib.sequences.compression import DigestedPath, open_decompressed
 from lib.sequences.inventory import preflight
-from tests.conftest import Place, Script
-from tests.sequences.conftest import UNKNOWN, refusal, rules
+from tests.conftest import UNIPROT_PART, Place, Script
+from tests.sequences.conftest import COMPRESS, UNKNOWN, refusal, rules, swap
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\r\n \n"])
@@ -87,6 +91,71 @@ def test_repeated_ids_are_kept_if_asked(path: Path) -> None:
 def test_ids_that_differ_in_case_are_not_repeated(path: Path) -> None:
     path.write_text(">a\nMK\n>A\nMKT\n>é\nGG\n>\u0065\u0301\nGGG\n")
     assert preflight(rules(path)).records == 4
+
+
+# ---- The digest
+
+
+@pytest.mark.parametrize("kind", [None, *COMPRESS])
+def test_the_digest_is_of_the_bytes_that_were_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    """The file is swapped as it is opened for parsing, size and mtime put back.
+
+    When the digest was taken in a read before, it was that of the other content.
+    """
+    path = tmp_path / "a.fasta"
+    one, other = same_size(COMPRESS[kind] if kind else bytes)
+    path.write_bytes(one)
+
+    def swapped_as_it_is_opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
+        swap(path, other)
+        return open_decompressed(file)
+
+    monkeypatch.setattr(entries, "open_decompressed", swapped_as_it_is_opened)
+    inventory = preflight(rules(path))
+    assert inventory.residues == 8 + 3
+    assert inventory.sha256 == hashlib.sha256(other).hexdigest()
+    assert inventory.bytes == len(other)
+
+
+def same_size(compress: Callable[[bytes], bytes]) -> tuple[bytes, bytes]:
+    """Two files of two and of three residues in their second record, compressed to one size."""
+    files: dict[int, dict[int, bytes]] = {2: {}, 3: {}}
+    for tail in range(40):
+        for residues in (2, 3):
+            header = b">b " + bytes(range(97, 97 + tail % 20)) + b"x" * (tail // 20)
+            content = compress(b">a\nMKTAYIAK\n" + header + b"\n" + b"GYW"[:residues] + b"\n")
+            files[residues][len(content)] = content
+    size = min(files[2].keys() & files[3].keys())
+    return files[2][size], files[3][size]
+
+
+@pytest.mark.parametrize("kind", [None, *COMPRESS])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_digest_is_that_of_the_stored_file(
+    tmp_path: Path, kind: str | None, named: bool
+) -> None:
+    path = tmp_path / (f"a.fasta.{kind}" if named else "a.fasta")
+    content = UNIPROT_PART.read_bytes()
+    # Several streams, the last of them behind a block that was read at once.
+    half = len(content) // 2
+    parts = [content[:half], content[half:]]
+    path.write_bytes(b"".join(COMPRESS[kind](part) if kind else part for part in parts))
+    inventory = preflight(rules(path))
+    assert inventory.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert inventory.bytes == path.stat().st_size
+
+
+def test_a_file_that_was_not_read_to_its_end_has_no_digest(path: Path) -> None:
+    path.write_text(">a\nMK\n")
+    file = DigestedPath(path)
+    with pytest.raises(ValueError, match="not read to its end"):
+        file.sha256()
+    with file.open_digested() as opened:
+        opened.read(2)
+    with pytest.raises(ValueError, match="not read to its end"):
+        file.sha256()
 
 
 # ---- Memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.sequences import digests
+from lib.sequences import digests, records
 from lib.sequences import inventory as inventories
 from lib.sequences.inventory import Inventory, preflight
+from lib.sequences.records import Record
 from lib.sequences.windows import Window, read_windows
-from tests.sequences.conftest import SEQUENCES, rules
+from tests.sequences.conftest import COMPRESS, SEQUENCES, rules, swap
 
 
 @pytest.fixture
@@ -151,3 +153,53 @@ def test_windows_before_the_change_are_delivered(path: Path) -> None:
     assert [ids for _, ids in owners(next(windows))] == [["b", "d"], ["c"], ["a"]]
     with pytest.raises(InputError):
         next(windows)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("kind", [None, *COMPRESS])
+def test_other_bytes_are_refused_though_the_records_are_the_same(
+    path: Path, kind: str | None
+) -> None:
+    """A comment is swapped between the two reads, size and mtime put back.
+
+    When only records were compared, all windows were delivered under the digest of other bytes.
+    """
+    compress = COMPRESS[kind] if kind else bytes
+    content = ">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n; {}\n"
+    one, *others = (compress(content.format(i).encode()) for i in range(9))
+    other = next(file for file in others if len(file) == len(one))
+    path.write_bytes(one)
+    inventory = preflight(rules(path))
+    swap(path, other)
+    windows = read_windows(rules(path), inventory)
+    assert [ids for _, ids in owners(next(windows))] == [["b", "d"], ["c"], ["a"]]
+    with pytest.raises(InputError, match=r"fasta: changed while it was being read$"):
+        next(windows)
+    swap(path, one)
+    assert len(list(read_windows(rules(path), inventory))) == 2
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_repeats_in_later_windows_are_read_from_the_same_bytes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is swapped while preflight reads the repeats, and put back afterwards.
+
+    The record at 3 got the vectors under another id, and no digest told.
+    """
+    content = b">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n"
+    path.write_bytes(content)
+    read: Callable[..., Iterator[Record]] = records.read_records
+    reads = []
+
+    def swapped_the_second_time(*args: object) -> Iterator[Record]:
+        reads.append(args)
+        swap(path, content.replace(b">d", b">x") if len(reads) == 2 else content)
+        yield from read(*args)
+        swap(path, content)
+
+    monkeypatch.setattr(records, "read_records", swapped_the_second_time)
+    monkeypatch.setattr(inventories, "read_records", swapped_the_second_time)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        preflight(rules(path))
+    assert len(reads) == 2
