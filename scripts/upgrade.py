@@ -3,9 +3,9 @@
     python scripts/upgrade.py
     python scripts/upgrade.py --database runs.sqlite
 
-Runs, checkpoints and files stay as they are; what an older version did not record stays empty. Exit
-status: 0 upgraded, or of this version already; 2 no such database, or newer; 4 disk or database
-failed.
+Runs, checkpoints and files stay as they are; what an older version did not record stays empty.
+Exit status: 0 upgraded, or of this version already, 2 no such database, or a newer one, 4 disk or
+database failed.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ ROWS = {
     ),
     "a path out of the folder": (
         "UPDATE checkpoints SET path = '../../etc/passwd' WHERE first_position > 0",
-        "is no checkpoint's name",
+        "is not a checkpoint's name",
     ),
 }
 

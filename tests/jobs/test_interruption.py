@@ -112,7 +112,7 @@ def test_a_second_process_is_refused_while_the_first_lives(
 def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(
     script: Script, place: Place, small_model: Path
 ) -> None:
-    with stopped(place, small_model, "lib.models.weights.file_sha256", 1) as process:
+    with stopped(place, small_model, "lib.models.fair_esm_file.file_sha256", 1) as process:
         process.send_signal(signal.SIGINT)
         answer = process.end()  # though the digest would have no end
     assert answer.status == 130
