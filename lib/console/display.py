@@ -35,6 +35,8 @@ def describe_detection(
     rows += [(key, _text(prop.value), prop.source) for key, prop in detection.properties.items()]
     if sha256 is not None:
         rows.append(("sha256", sha256, "file"))
+        if detection.base_name is not None:
+            rows.append(("base_sha256", detection.require_weights().unadapted.sha256(), "file"))
     if detection.untrained:
         rows.append(("untrained", "yes", "untrained weights: the vectors mean nothing"))
     return rows
