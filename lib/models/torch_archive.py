@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickletools
 import re
 import warnings
 import zipfile
@@ -15,13 +14,12 @@ import torch
 
 from lib.errors import LedgerError, WeightsError
 from lib.models.held_file import HeldFile
+from lib.models.pickle_program import RefusedPickleError, check_pickle
 from lib.models.weights import TensorInfo
 
 __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Arguments of GLOBAL opcodes: torch's unpickler reaches a name in no other way.
-_MADE_BY_LENGTH = {"__builtin__ bytearray", "builtins bytearray", "torch Tensor"}
 # The head that may share its memory with the embedding, by fair-esm's and transformers' names.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
 
@@ -54,22 +52,32 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
 def _refuse_bombs(file: HeldFile) -> None:
     """Refuse an archive that could take any amount of memory before its tensors are counted.
 
-    torch's own allow-list includes types that are made from a length, and its reader inflates
-    compressed members.
+    torch's own allow-list includes functions that make as much as they are asked for, and its
+    reader inflates compressed members.
     """
-    path = file.path
     with zipfile.ZipFile(file.open_path) as archive:
-        for member in archive.infolist():
+        members = archive.infolist()
+        for member in members:
             if member.compress_type != zipfile.ZIP_STORED:
-                raise WeightsError(f"{path}: member {member.filename} is compressed")
+                raise WeightsError(f"{file.path}: member {member.filename} is compressed")
+        for member in members:
             if member.filename.endswith("data.pkl"):
-                for _, argument, _ in pickletools.genops(archive.read(member)):
-                    if argument in _MADE_BY_LENGTH:
-                        name = str(argument).replace(" ", ".")
-                        raise WeightsError(
-                            f"{path}: refused: its pickle asks for {name}, which is not in the "
-                            "allow-list"
-                        )
+                folder = member.filename.removesuffix("data.pkl") + "data/"
+                storages = {
+                    one.filename.removeprefix(folder): min(one.file_size, file.size)
+                    for one in members
+                    if one.filename.startswith(folder)
+                }
+                _check_pickle(archive.read(member), storages, file.path)
+
+
+def _check_pickle(content: bytes, storages: Mapping[str, int], path: Path) -> None:
+    try:
+        check_pickle(content, storages)
+    except RefusedPickleError as error:
+        raise WeightsError(f"{path}: refused: {error}") from None
+    except (IndexError, KeyError, ValueError):
+        raise WeightsError(f"{path}: refused: its pickle is broken") from None
 
 
 def _unpickling_fact(message: str) -> str:
