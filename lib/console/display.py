@@ -45,6 +45,8 @@ def describe_detection(
     rows += [(key, _text(prop.value), prop.source) for key, prop in detection.properties.items()]
     if sha256 is not None:
         rows.append(("sha256", sha256, "file"))
+        if detection.base_name is not None:
+            rows.append(("base_sha256", detection.require_weights().unadapted.sha256(), "file"))
     if proof is not None:
         rows.append(("released", str(proof), proof.model or ""))
     if detection.untrained:

@@ -63,6 +63,15 @@ class AdaptedWeights:
         """The base."""
         return self.base
 
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Those of the base: an adapter with a key that is not known is refused."""
+        return self.base.unknown_keys
+
+    def stored_name(self, name: str) -> str:
+        """Return what the base calls a tensor, or would call it."""
+        return self.base.stored_name(name)
+
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if files of base or adapter are not those whose metadata was read."""
         self.base.refuse_if_changed()
@@ -115,10 +124,10 @@ def _check_fit(
     changed = base.tensors.get(name)
     if changed is None:
         raise WeightsError(
-            f"{adapter.file}: tensor {stored} does not fit any module of {base.path}"
+            f"{adapter.file.path}: tensor {stored} does not fit any module of {base.path}"
         )
     if changed.shape != shape:
         raise WeightsError(
-            f"{adapter.file}: tensor {stored} belongs to a matrix or vector of shape {shape}, "
+            f"{adapter.file.path}: tensor {stored} belongs to a matrix or vector of shape {shape}, "
             f"{name} of {base.path} has {changed.shape}"
         )

@@ -15,10 +15,10 @@ from typing import Any
 
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
-from lib.files import file_sha256, files_stamp
+from lib.models.held_file import HeldFile
 from lib.models.tensor_file import stored_tensors
-from lib.models.tensor_names import fair_esm_name
-from lib.models.weights import Stamp, TensorInfo, read_json, refuse_if_restamped
+from lib.models.tensor_names import fair_esm_name, is_of_trunk
+from lib.models.weights import TensorInfo, read_json
 from schema.settings import ModelSettings
 
 __all__ = ["Adapter", "base_settings", "is_adapter", "read_adapter", "refuse_contact_head"]
@@ -69,20 +69,21 @@ class Adapter:
     """
 
     folder: Path
-    file: Path
+    config: HeldFile
+    file: HeldFile
     base_name: str | None
     factors: Mapping[str, tuple[str, str, float]]
     replacements: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
-    stamp: Stamp
 
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if the files are not those whose metadata was read."""
-        refuse_if_restamped(self.folder, self.stamp, _stamp(self.folder, self.file))
+        self.config.refuse_if_changed()
+        self.file.refuse_if_changed()
 
     def digests(self) -> list[tuple[str, str]]:
         """Return (SHA-256, name) of the configuration and of the tensors; raises OSError."""
-        return [(file_sha256(path), path.name) for path in (self.folder / _CONFIG, self.file)]
+        return [(file.sha256(), file.path.name) for file in (self.config, self.file)]
 
 
 def is_adapter(path: Path) -> bool:
@@ -98,21 +99,20 @@ def read_adapter(folder: Path) -> Adapter:
     stored = [folder / name for name in _FILES if (folder / name).is_file()]
     if not stored:
         raise WeightsError(f"{folder}: {_CONFIG} without {' or '.join(_FILES)}")
-    file = stored[0]
-    stamp = _stamp(folder, file)
-    config = read_json(folder / _CONFIG)
+    config_file, file = HeldFile(folder / _CONFIG), HeldFile(stored[0])
+    config = read_json(config_file)
     _refuse_other_kinds(config, folder)
     tensors = stored_tensors(file)
-    pairs, replacements = _sorted_out(tensors, config.get("modules_to_save") or [], file)
+    pairs, replacements = _sorted_out(tensors, config.get("modules_to_save") or [], file.path)
     factors = {
-        fair_esm_name(f"{module}.weight"): _factor(config, module, pair, tensors, file)
+        fair_esm_name(f"{module}.weight"): _factor(config, module, pair, tensors, file.path)
         for module, pair in pairs.items()
     }
     if not factors and not replacements:
-        raise WeightsError(f"{file}: holds no tensor of an embedding trunk")
+        raise WeightsError(f"{file.path}: holds no tensor of an embedding trunk")
     base = config.get("base_model_name_or_path")
     base_name = str(base) if base else None
-    return Adapter(folder, file, base_name, factors, replacements, tensors, stamp)
+    return Adapter(folder, config_file, file, base_name, factors, replacements, tensors)
 
 
 def refuse_contact_head(adapter: Adapter) -> None:
@@ -120,7 +120,7 @@ def refuse_contact_head(adapter: Adapter) -> None:
     for name in adapter.tensors:
         if ".contact_head." in name:
             raise WeightsError(
-                f"{adapter.file}: tensor {name} belongs to a contact head of the adapter's own"
+                f"{adapter.file.path}: tensor {name} belongs to a contact head of the adapter's own"
             )
 
 
@@ -200,8 +200,9 @@ def _sorted_out(
 
 def _is_of_a_head(module: str, saved: list[Any]) -> bool:
     """Return whether a tensor belongs to a head: a known one, or a saved module off the trunk."""
-    first = module.removeprefix("esm.").partition(".")[0]
-    return first in _HEADS or (first in saved and first not in ("esm", "encoder", "embeddings"))
+    name = fair_esm_name(module)
+    first = name.partition(".")[0]
+    return first in _HEADS or (first in saved and not is_of_trunk(name))
 
 
 def _factor(
@@ -271,7 +272,3 @@ def _exists(path: Path) -> bool:
 
 def _last_part(name: str) -> str:
     return Path(name).name.removesuffix(".pt")
-
-
-def _stamp(folder: Path, file: Path) -> Stamp:
-    return files_stamp((folder / _CONFIG, file))

@@ -37,8 +37,9 @@ class Detection:
     `weights` is None for a released name that is not on disk; the shape is then the catalog's.
     `repr_layers` are the layers to keep, in the order asked for, all in 0 … num_layers. `sources`
     says of every property where its value comes from, in the order in which they are shown.
-    `released` is the released model that this is, or that it adapts. `regression` is set if
-    contacts are to be predicted and the contact regression is on disk.
+    `released` is the released model that this is, or that it adapts, `base_name` the name of the
+    model that it adapts. `regression` is set if contacts are to be predicted and the contact
+    regression is on disk.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Detection:
     sources: Mapping[str, str]
     released: str | None = None
     regression: Regression | None = None
+    base_name: str | None = None
 
     @property
     def properties(self) -> dict[str, Property]:
@@ -63,6 +65,7 @@ class Detection:
                 "weights_format": self.weights.format,
                 "dtype": trunk_dtype(self.weights, self.shape),
                 "base": str(self.weights.unadapted.path),
+                "unknown_keys": self.weights.unknown_keys,
                 "contact_regression": self._regression_place(self.weights),
             }
         return {key: Property(values[key], source) for key, source in self.sources.items()}
@@ -119,7 +122,8 @@ class Detection:
         """Return the ESM2Config of weights on disk with these digests.
 
         A released model has its released name, whatever its file is called. md5: what `take_md5`
-        returns.
+        returns. Raises OSError if the digest of an adapter's base is not known yet and cannot be
+        taken.
         """
         weights = self.require_weights()
         proof = self.proof(sha256, md5)
@@ -136,6 +140,8 @@ class Detection:
             untrained=self.untrained,
             contact_regression_sha256=regression_sha256,
             released=None if proof is None else proof.released,
+            base_name=self.base_name,
+            base_sha256=weights.unadapted.sha256() if self.base_name is not None else None,
         )
 
     def _regression_place(self, weights: Weights) -> str:
@@ -172,10 +178,11 @@ def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
         raise WeightsError(f"{adapter.folder}: its base {path} is an adapter itself")
     base = _from_catalog(of_base) if path is None else _from_weights(of_base, path)
     name = adapter.folder.resolve().name
+    adapted = replace(base, name=name, base_name=base.name)
     if base.weights is None:
-        return replace(base, name=name)
+        return adapted
     weights = lay_over(base.weights, adapter)
-    return replace(base, name=name, weights=weights, sources={**base.sources, "base": source})
+    return replace(adapted, weights=weights, sources={**base.sources, "base": source})
 
 
 def _from_catalog(model: ModelSettings) -> Detection:
@@ -197,6 +204,8 @@ def _from_weights(model: ModelSettings, path: Path) -> Detection:
     layers, sources["repr_layers"] = choose_layers(model.repr_layers, shape.num_layers, released)
     trunk_dtype(weights, shape)  # refuses a mixture of types, and types that ESM-2 does not have
     sources |= {"parameters": "tensor shapes", "weights_format": "file", "dtype": "tensors"}
+    if weights.unknown_keys:
+        sources["unknown_keys"] = "config.json"
     if released is None:
         return Detection(path.name.removesuffix(".pt"), weights, shape, layers, sources)
     return Detection(model.esm_model, weights, shape, layers, sources, model.esm_model)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 
 from lib.errors import WeightsError
-from lib.files import file_sha256
+from lib.models.held_file import HeldFile
 from lib.models.regression import regression_path
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
-from lib.models.weights import Stamp, TensorInfo, Weights, refuse_if_restamped, stamp_of
+from lib.models.weights import TensorInfo, Weights
 
 __all__ = ["FairEsmFile"]
 
@@ -36,14 +36,19 @@ _CFG_WORDS = {
 
 @dataclass(frozen=True)
 class FairEsmFile:
-    """Weights in fair-esm's format, of which only metadata has been read."""
+    """Weights in fair-esm's format, of which only metadata has been read.
 
-    path: Path
+    stored: the names that the file gives to its tensors, by names without prefix.
+    """
+
+    file: HeldFile
     metadata: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
+    stored: Mapping[str, str]
     untrained: bool
-    stamp: Stamp
     format: ClassVar[str] = "fair-esm"
+    # fair-esm reads no more of cfg than what is read here.
+    unknown_keys: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -53,15 +58,21 @@ class FairEsmFile:
     @classmethod
     def open(cls, path: Path) -> FairEsmFile:
         """Read the metadata; raises WeightsError if the file does not hold an ESM-2 model."""
-        stamp = stamp_of([path])
-        archive = load_archive(path)
+        file = HeldFile(path)
+        archive = load_archive(file)
         state = _state_dict(archive, path)
-        _refuse_relatives(archive, state, path)
+        stored = _without_prefixes(state, path)
+        _refuse_relatives(archive, stored, path)
         cfg = _cfg(archive)
         metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
-        tensors = {name: tensor_info(name, tensor, path) for name, tensor in state.items()}
-        refuse_inflated(state, path)
-        return cls(path, metadata, tensors, cfg.get("untrained") is True, stamp)
+        tensors = {name: tensor_info(name, state[key], path) for name, key in stored.items()}
+        refuse_inflated({name: state[key] for name, key in stored.items()}, file)
+        return cls(file, metadata, tensors, stored, cfg.get("untrained") is True)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
 
     @property
     def regression_file(self) -> Path:
@@ -73,19 +84,24 @@ class FairEsmFile:
         """These weights."""
         return self
 
+    def stored_name(self, name: str) -> str:
+        """Return what the file calls a tensor, or would call it, with the prefix of its trunk."""
+        trunk = next((one for one in self.stored if one.startswith(("layers.", "embed_"))), "")
+        return self.stored.get(name, self.stored.get(trunk, "").removesuffix(trunk) + name)
+
     def refuse_if_changed(self) -> None:
         """Raise WeightsError if the file is no longer the one whose metadata was read."""
-        refuse_if_restamped(self.path, self.stamp, stamp_of([self.path]))
+        self.file.refuse_if_changed()
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file, as `sha256sum` prints it; raises OSError."""
-        return file_sha256(self.path)
+        return self.file.sha256()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as stored; the tensors are views of a mapping of the file."""
-        state = _state_dict(load_archive(self.path), self.path)
+        state = _state_dict(load_archive(self.file), self.path)
         for name in names:
-            yield name, state[name]
+            yield name, state[self.stored[name]]
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
@@ -97,18 +113,29 @@ def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _state_dict(archive: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of an archive, or of one that is a state dict itself."""
+    """Return the tensors of an archive, or of one that is a state dict itself, by stored name."""
     state = archive.get("model", archive)
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: its 'model' is a {type(state).__name__}, not a state dict")
     tensors = {
-        _PREFIX.sub("", name): value
+        name: value
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
     if not tensors:
         raise WeightsError(f"{path}: holds no tensors")
     return tensors
+
+
+def _without_prefixes(state: Iterable[str], path: Path) -> dict[str, str]:
+    """Return stored names by the names without prefix, of which there may be no two."""
+    stored: dict[str, str] = {}
+    for key in state:
+        name = _PREFIX.sub("", key)
+        if name in stored:
+            raise WeightsError(f"{path}: two tensors are {name}: {stored[name]} and {key}")
+        stored[name] = key
+    return stored
 
 
 def _refuse_relatives(archive: Mapping[str, Any], state: Iterable[str], path: Path) -> None:

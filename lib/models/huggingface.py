@@ -1,57 +1,64 @@
 """Hugging Face's format: a folder with config.json and weights under transformers' names.
 
 The weights are model.safetensors or pytorch_model.bin, as a single file or as shards with an
-index. If a folder has both, safetensors are read, as transformers does.
+index. Where a folder has several of these, the one that transformers reads is read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from lib.errors import WeightsError
-from lib.files import file_sha256, listing_sha256
-from lib.models.tensor_file import read_stored, stored_tensors
-from lib.models.tensor_names import fair_esm_name
-from lib.models.weights import (
-    Stamp,
-    TensorInfo,
-    Weights,
-    read_json,
-    refuse_if_restamped,
-    stamp_of,
+from lib.files import listing_sha256
+from lib.models.held_file import HeldFile
+from lib.models.huggingface_config import (
+    metadata,
+    refuse_other_models,
+    refuse_other_rotary,
+    unknown_keys,
 )
+from lib.models.tensor_file import read_stored, stored_tensors
+from lib.models.tensor_names import fair_esm_name, hugging_face_name, is_of_trunk
+from lib.models.weights import TensorInfo, Weights, read_json
 
 __all__ = ["HuggingFaceFolder"]
 
 _CONFIG = "config.json"
-# What transformers calls the properties, in config.json.
-_CONFIG_WORDS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_dim": "hidden_size",
-    "attention_heads": "num_attention_heads",
-    "token_dropout": "token_dropout",
-}
-_LAYER_NORM_EPS = 1e-5
+_ROTARY = "self_attn.rot_emb.inv_freq"
+# Rotary frequencies of all layers, by what fair_esm_name makes of transformers' names.
+_SHARED_ROTARY = (f"layers.*.{_ROTARY}", "rot_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A stored tensor: its file, and its name there."""
+
+    file: HeldFile
+    name: str
+    info: TensorInfo
 
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
     """Weights in Hugging Face's format, of which only metadata has been read.
 
-    files: those that hold the tensors, in the order in which they are read.
+    files: those that hold the tensors, in the order in which they are read. stored: the tensors
+    by fair-esm's names; rotary frequencies that are stored once stand for every layer.
     """
 
     path: Path
-    files: tuple[Path, ...]
+    config: HeldFile
+    files: tuple[HeldFile, ...]
     metadata: Mapping[str, object]
-    tensors: Mapping[str, TensorInfo]
+    stored: Mapping[str, _Stored]
     untrained: bool
-    stamp: Stamp
+    unknown_keys: tuple[str, ...]
     format: ClassVar[str] = "huggingface"
     # The contact regression is among the tensors.
     regression_file: ClassVar[None] = None
@@ -64,22 +71,43 @@ class HuggingFaceFolder:
     @classmethod
     def open(cls, path: Path) -> HuggingFaceFolder:
         """Read the metadata; raises WeightsError if the folder does not hold an ESM-2 model."""
-        stamp = stamp_of(sorted(path.iterdir()))
-        config = read_json(path / _CONFIG)
-        _refuse_other_models(config, path)
-        files = _weight_files(path)
-        metadata = {key: config[word] for key, word in _CONFIG_WORDS.items() if word in config}
-        untrained = config.get("untrained") is True
-        return cls(path, files, metadata, _tensors(files), untrained, stamp)
+        config_file = HeldFile(path / _CONFIG)
+        config = read_json(config_file)
+        refuse_other_models(config, path)
+        files = tuple(map(HeldFile, _weight_files(path)))
+        stored = _with_rotary_of_every_layer(_without_heads(_stored_in(files)), path)
+        if not any(name.endswith(_ROTARY) for name in stored):
+            refuse_other_rotary(config, path)
+        untrained, unknown = config.get("untrained") is True, unknown_keys(config)
+        return cls(path, config_file, files, metadata(config), stored, untrained, unknown)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor, but for heads that lie beside the trunk."""
+        return {name: stored.info for name, stored in self.stored.items()}
 
     @property
     def unadapted(self) -> Weights:
         """These weights."""
         return self
 
+    def stored_name(self, name: str) -> str:
+        """Return what the file calls a tensor, or would call it by the look of the others."""
+        if name in self.stored:
+            return self.stored[name].name
+        others = [stored.name for stored in self.stored.values()]
+        told = hugging_face_name(name)
+        if not any(other.startswith("esm.") for other in others):
+            told = told.removeprefix("esm.")
+        if any(other.endswith("LayerNorm.gamma") for other in others):
+            told = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", told)
+            told = re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", told)
+        return told
+
     def refuse_if_changed(self) -> None:
-        """Raise WeightsError if a file of the folder was written, replaced, added or removed."""
-        refuse_if_restamped(self.path, self.stamp, stamp_of(sorted(self.path.iterdir())))
+        """Raise WeightsError if config.json or a file of weights was written to or replaced."""
+        for file in (self.config, *self.files):
+            file.refuse_if_changed()
 
     def sha256(self) -> str:
         """Return the SHA-256 of what `sha256sum` prints for config.json and the files of weights.
@@ -90,63 +118,83 @@ class HuggingFaceFolder:
 
     def sha256_with(self, digests: Mapping[str, str]) -> str:
         """Return what `sha256` is if the files that `digests` names have these SHA-256."""
-        paths = (self.path / _CONFIG, *self.files)
+        files = (self.config, *self.files)
         return listing_sha256(
-            (digests.get(path.name) or file_sha256(path), path.name) for path in paths
+            (digests.get(file.path.name) or file.sha256(), file.path.name) for file in files
         )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as stored, in the order of the files."""
-        wanted = set(names)
+        wanted: dict[tuple[HeldFile, str], list[str]] = {}
+        for name in names:
+            stored = self.stored[name]
+            wanted.setdefault((stored.file, stored.name), []).append(name)
         for file in self.files:
-            for stored, tensor in read_stored(file, lambda stored: fair_esm_name(stored) in wanted):
-                yield fair_esm_name(stored), tensor
+            here = {key: known for (held, key), known in wanted.items() if held is file}
+            for key, tensor in read_stored(file, here.__contains__):
+                for name in here[key]:
+                    yield name, tensor
 
 
-def _refuse_other_models(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a config.json that describes another architecture than that of ESM-2."""
-    if config.get("model_type") != "esm":
-        raise WeightsError(f"{folder}: model_type {config.get('model_type')!r}, not 'esm'")
-    if config.get("is_folding_model"):
-        raise WeightsError(f"{folder}: an ESMFold model (is_folding_model), not ESM-2")
-    if config.get("position_embedding_type") != "rotary":
-        raise WeightsError(
-            f"{folder}: position_embedding_type {config.get('position_embedding_type')!r}: "
-            "ESM-2 has 'rotary'"
-        )
-    if config.get("emb_layer_norm_before"):
-        raise WeightsError(f"{folder}: emb_layer_norm_before is set: ESM-1b or ESM-1v, not ESM-2")
-    eps = config.get("layer_norm_eps", _LAYER_NORM_EPS)
-    if eps != _LAYER_NORM_EPS:
-        raise WeightsError(f"{folder}: layer_norm_eps {eps!r}: ESM-2 has {_LAYER_NORM_EPS!r}")
-
-
-def _tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
+def _stored_in(files: Iterable[HeldFile]) -> dict[str, _Stored]:
+    tensors: dict[str, _Stored] = {}
     for file in files:
-        for stored, info in stored_tensors(file).items():
-            name = fair_esm_name(stored)
+        for key, info in stored_tensors(file).items():
+            name = fair_esm_name(key)
             if name in tensors:
-                raise WeightsError(f"{file}: two tensors are {name}, the second is {stored}")
-            tensors[name] = info
+                raise WeightsError(f"{file.path}: two tensors are {name}, the second is {key}")
+            tensors[name] = _Stored(file, key, info)
     return tensors
 
 
+def _without_heads(stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
+    """Leave out heads: what has no `esm.` before its name where the trunk has."""
+    embedding = stored.get("embed_tokens.weight")
+    if embedding is None or not embedding.name.startswith("esm."):
+        return dict(stored)
+    return {
+        name: tensor
+        for name, tensor in stored.items()
+        if tensor.name.startswith("esm.") or is_of_trunk(name)
+    }
+
+
+def _with_rotary_of_every_layer(stored: dict[str, _Stored], folder: Path) -> dict[str, _Stored]:
+    """Put rotary frequencies that are stored once in the place of those of every layer.
+
+    Raises WeightsError if other frequencies are stored beside them.
+    """
+    rotary = [name for name in stored if name.endswith("rot_emb.inv_freq")]
+    shared = [name for name in rotary if name in _SHARED_ROTARY]
+    if not shared:
+        return stored
+    if len(rotary) > 1:
+        other = next(name for name in rotary if name != shared[0])
+        raise WeightsError(
+            f"{folder}: two tensors are rotary frequencies: {stored[shared[0]].name} and "
+            f"{stored[other].name}"
+        )
+    once = stored.pop(shared[0])
+    numbered = (re.match(r"layers\.(\d+)\.", name) for name in stored)
+    layers = sorted({int(match[1]) for match in numbered if match})
+    return stored | {f"layers.{layer}.{_ROTARY}": once for layer in layers}
+
+
 def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of weights to read: the shards that an index names, or the single one."""
+    """Return the files of weights to read, of which transformers takes the first that is there."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            return _shards(folder, index, Path(single).suffix)
         if (folder / single).is_file():
             return (folder / single,)
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _shards(folder, index, Path(single).suffix)
     raise WeightsError(
         f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards"
     )
 
 
 def _shards(folder: Path, index: Path, suffix: str) -> tuple[Path, ...]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(HeldFile(index)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{index}: no weight_map")
     names = sorted({str(name) for name in weight_map.values()})

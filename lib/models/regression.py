@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import WeightsError
-from lib.files import file_sha256
+from lib.models.held_file import HeldFile
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
 from lib.models.weights import Weights
 
@@ -63,8 +63,8 @@ def read_regression_file(path: Path, layers: int, heads: int) -> Regression:
 
     Raises as `read_regression` does, and if the file changes meanwhile.
     """
-    sha256 = _digest(path)
-    state = load_archive(path).get("model")
+    file = HeldFile(path)
+    state = load_archive(file).get("model")
     tensors = state if isinstance(state, dict) else {}
     found = {
         name: tensor
@@ -75,18 +75,13 @@ def read_regression_file(path: Path, layers: int, heads: int) -> Regression:
         if name not in found:
             raise WeightsError(f"{path}: no tensor {name}")
         tensor_info(name, found[name], path)
-    refuse_inflated(found, path)
-    regression = _checked(found, path, layers, heads, sha256)
-    if _digest(path) != sha256:
-        raise WeightsError(f"{path}: changed while it was being read")
-    return regression
-
-
-def _digest(path: Path) -> str:
+    refuse_inflated(found, file)
     try:
-        return file_sha256(path)
+        regression = _checked(found, path, layers, heads, file.sha256())
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from None
+    file.refuse_if_changed()
+    return regression
 
 
 def _checked(

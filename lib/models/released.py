@@ -109,10 +109,12 @@ def _prove_file(
 def _prove_folder(
     weights: HuggingFaceFolder, name: str, hub: HubFiles | None, sha256: str | None
 ) -> Proof | None:
-    if hub is None or [file.name for file in weights.files] != [one.name for one in hub.weights]:
+    if hub is None or [file.path.name for file in weights.files] != [
+        one.name for one in hub.weights
+    ]:
         return Proof(None, "files")
     pairs = zip(weights.files, hub.weights, strict=True)
-    if not all(_sized(file.stat().st_size, published) for file, published in pairs):
+    if not all(_sized(file.size, published) for file, published in pairs):
         return Proof(None, "size")
     if sha256 is None:
         return None

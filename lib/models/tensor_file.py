@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lib.errors import WeightsError
+from lib.models.held_file import HeldFile
 from lib.models.tensor_names import fair_esm_name
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
 from lib.models.weights import TensorInfo
@@ -18,22 +18,24 @@ __all__ = ["read_stored", "stored_tensors"]
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def stored_tensors(file: Path) -> dict[str, TensorInfo]:
+def stored_tensors(file: HeldFile) -> dict[str, TensorInfo]:
     """Return type and shape of every tensor of a .safetensors or .bin file, by stored name.
 
     Raises WeightsError for a file that is neither.
     """
-    if file.suffix == ".safetensors":
+    if file.path.suffix == ".safetensors":
         return _in_safetensors(file)
     state = _state_dict(file)
     refuse_inflated({fair_esm_name(name): tensor for name, tensor in state.items()}, file)
-    return {name: tensor_info(name, tensor, file) for name, tensor in state.items()}
+    return {name: tensor_info(name, tensor, file.path) for name, tensor in state.items()}
 
 
-def read_stored(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_stored(
+    file: HeldFile, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (stored name, tensor) for every name in the file that is `wanted`."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
+    if file.path.suffix == ".safetensors":
+        with safe_open(file.open_path, framework="pt") as opened:
             for stored in filter(wanted, opened.keys()):
                 yield stored, opened.get_tensor(stored)
     else:
@@ -41,9 +43,9 @@ def read_stored(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
         yield from ((stored, state[stored]) for stored in filter(wanted, state))
 
 
-def _in_safetensors(file: Path) -> dict[str, TensorInfo]:
+def _in_safetensors(file: HeldFile) -> dict[str, TensorInfo]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file.open_path, framework="pt") as opened:
             # The handle cannot be iterated over.
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
@@ -53,15 +55,15 @@ def _in_safetensors(file: Path) -> dict[str, TensorInfo]:
                 for name, part in parts.items()
             }
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: {' '.join(str(error).split())}") from None
+        raise WeightsError(f"{file.path}: {' '.join(str(error).split())}") from None
 
 
-def _state_dict(file: Path) -> dict[str, torch.Tensor]:
+def _state_dict(file: HeldFile) -> dict[str, torch.Tensor]:
     tensors = {
         name: value
         for name, value in load_archive(file).items()
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
     if not tensors:
-        raise WeightsError(f"{file}: holds no tensors")
+        raise WeightsError(f"{file.path}: holds no tensors")
     return tensors

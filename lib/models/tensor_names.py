@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["fair_esm_name", "hugging_face_name"]
+__all__ = ["fair_esm_name", "hugging_face_name", "is_of_trunk"]
 
 _TO_FAIR_ESM = [
     (r"^esm\.", ""),
+    (r"(^|\.)LayerNorm\.gamma$", r"\1LayerNorm.weight"),
+    (r"(^|\.)LayerNorm\.beta$", r"\1LayerNorm.bias"),
+    # From 5.6 on, the frequencies of all layers are one tensor: of the model in its state dict, of
+    # a layer `*` where transformers saves it.
+    (r"^rotary_embeddings\.inv_freq$", "rot_emb.inv_freq"),
     (r"^embeddings\.word_embeddings\.", "embed_tokens."),
     (r"^encoder\.emb_layer_norm_after\.", "emb_layer_norm_after."),
     (r"^encoder\.layer\.", "layers."),
@@ -38,6 +43,18 @@ _TO_HUGGING_FACE = [
     (r"\.fc2\.", ".output.dense."),
     (r"\.final_layer_norm\.", ".LayerNorm."),
 ]
+# First parts of names, by fair-esm and by transformers, where they do not belong to a head.
+_TRUNK = {
+    "embed_tokens",
+    "embeddings",
+    "emb_layer_norm_after",
+    "emb_layer_norm_before",
+    "encoder",
+    "esm",
+    "layers",
+    "rot_emb",
+    "rotary_embeddings",
+}
 
 
 def fair_esm_name(stored: str) -> str:
@@ -48,6 +65,11 @@ def fair_esm_name(stored: str) -> str:
 def hugging_face_name(name: str) -> str:
     """Return the name that transformers' EsmForMaskedLM gives to fair-esm's tensor `name`."""
     return _renamed(name, _TO_HUGGING_FACE)
+
+
+def is_of_trunk(name: str) -> bool:
+    """Return whether `fair_esm_name` gives this name to a part of the trunk, known or not."""
+    return name.partition(".")[0] in _TRUNK
 
 
 def _renamed(name: str, replacements: list[tuple[str, str]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickletools
 import re
 import warnings
 import zipfile
@@ -14,32 +13,31 @@ from typing import Any
 import torch
 
 from lib.errors import LedgerError, WeightsError
+from lib.models.held_file import HeldFile
+from lib.models.pickle_program import RefusedPickleError, check_pickle
 from lib.models.weights import TensorInfo
 
 __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Arguments of GLOBAL opcodes: torch's unpickler reaches a name in no other way.
-_MADE_BY_LENGTH = {"__builtin__ bytearray", "builtins bytearray", "torch Tensor"}
 # The head that may share its memory with the embedding, by fair-esm's and transformers' names.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
 
 
-def load_archive(path: Path) -> dict[str, Any]:
-    """Map the dictionary that torch.save wrote to `path`.
+def load_archive(file: HeldFile) -> dict[str, Any]:
+    """Map the dictionary that torch.save wrote to a file.
 
     Raises WeightsError if the file holds anything else, and if its pickle asks for any name other
     than argparse.Namespace and those of tensors.
     """
+    path, opened = file.path, file.open_path
     try:
-        if not path.is_file():
-            raise WeightsError(f"{path}: neither a file nor a folder")
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(opened):
             raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
-        _refuse_bombs(path)
+        _refuse_bombs(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # a hostile pickle can make torch warn about itself
-            archive = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            archive = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
     except (LedgerError, MemoryError):
         raise
     except OSError as error:
@@ -51,24 +49,35 @@ def load_archive(path: Path) -> dict[str, Any]:
     return archive
 
 
-def _refuse_bombs(path: Path) -> None:
+def _refuse_bombs(file: HeldFile) -> None:
     """Refuse an archive that could take any amount of memory before its tensors are counted.
 
-    torch's own allow-list includes types that are made from a length, and its reader inflates
-    compressed members.
+    torch's own allow-list includes functions that make as much as they are asked for, and its
+    reader inflates compressed members.
     """
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
+    with zipfile.ZipFile(file.open_path) as archive:
+        members = archive.infolist()
+        for member in members:
             if member.compress_type != zipfile.ZIP_STORED:
-                raise WeightsError(f"{path}: member {member.filename} is compressed")
+                raise WeightsError(f"{file.path}: member {member.filename} is compressed")
+        for member in members:
             if member.filename.endswith("data.pkl"):
-                for _, argument, _ in pickletools.genops(archive.read(member)):
-                    if argument in _MADE_BY_LENGTH:
-                        name = str(argument).replace(" ", ".")
-                        raise WeightsError(
-                            f"{path}: refused: its pickle asks for {name}, which is not in the "
-                            "allow-list"
-                        )
+                folder = member.filename.removesuffix("data.pkl") + "data/"
+                storages = {
+                    one.filename.removeprefix(folder): min(one.file_size, file.size)
+                    for one in members
+                    if one.filename.startswith(folder)
+                }
+                _check_pickle(archive.read(member), storages, file.path)
+
+
+def _check_pickle(content: bytes, storages: Mapping[str, int], path: Path) -> None:
+    try:
+        check_pickle(content, storages)
+    except RefusedPickleError as error:
+        raise WeightsError(f"{path}: refused: {error}") from None
+    except (IndexError, KeyError, ValueError):
+        raise WeightsError(f"{path}: refused: its pickle is broken") from None
 
 
 def _unpickling_fact(message: str) -> str:
@@ -93,7 +102,7 @@ def tensor_info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
     return TensorInfo(dtype, tuple(tensor.shape))
 
 
-def refuse_inflated(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def refuse_inflated(tensors: Mapping[str, torch.Tensor], file: HeldFile) -> None:
     """Refuse tensors that claim more bytes than the file has; a tied head is not counted."""
     counted = dict(tensors)
     embedding = counted.get("embed_tokens.weight")
@@ -102,6 +111,5 @@ def refuse_inflated(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
             del counted[name]
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
-    held = path.stat().st_size
-    if claimed > held:
-        raise WeightsError(f"{path}: tensors claim {claimed} bytes, the file has {held}")
+    if claimed > file.size:
+        raise WeightsError(f"{file.path}: tensors claim {claimed} bytes, the file has {file.size}")

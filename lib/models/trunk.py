@@ -11,6 +11,13 @@ from schema.esm2_config import ModelShape
 __all__ = ["check_trunk", "shape_in_tensors", "trunk_dtype"]
 
 _FAR_MORE_LAYERS_THAN_ANY_ESM2 = 1000
+_ROTARY = re.compile(r"layers\.\d+\.self_attn\.rot_emb\.inv_freq")
+# Heads, which work on the vectors of the last layer, and tables that rotary positions do without.
+_BESIDE_THE_TRUNK = re.compile(
+    r"(classifier|lm_head|pooler|qa_outputs|score)\..+"
+    r"|contact_head\.regression\.(weight|bias)"
+    r"|embeddings\.(position_ids|position_embeddings\.weight)"
+)
 
 
 def shape_in_tensors(weights: Weights) -> dict[str, int]:
@@ -33,7 +40,7 @@ def shape_in_tensors(weights: Weights) -> dict[str, int]:
 
 
 def check_trunk(weights: Weights, shape: ModelShape) -> None:
-    """Raise WeightsError unless every tensor of the trunk is there, in its shape."""
+    """Raise WeightsError unless every tensor of the trunk is there, in its shape, and no other."""
     if not shape.has_even_heads:
         raise WeightsError(
             f"hidden_dim {shape.hidden_dim} does not divide into {shape.attention_heads} heads "
@@ -42,14 +49,37 @@ def check_trunk(weights: Weights, shape: ModelShape) -> None:
     expected = shape.trunk_shapes()
     missing = [name for name in expected if name not in weights.tensors]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise WeightsError(f"{weights.path}: tensor {missing[0]}{more} missing")
+        raise WeightsError(f"{weights.path}: tensor {_listed(weights, missing)} missing")
     for name, dimensions in expected.items():
         if weights.tensors[name].shape != dimensions:
             raise WeightsError(
-                f"{weights.path}: tensor {name} has shape {weights.tensors[name].shape}, "
-                f"an ESM-2 of hidden_dim {shape.hidden_dim} has {dimensions}"
+                f"{weights.path}: tensor {weights.stored_name(name)} has shape "
+                f"{weights.tensors[name].shape}, an ESM-2 of hidden_dim {shape.hidden_dim} has "
+                f"{dimensions}"
             )
+    _refuse_unused(weights, shape)
+
+
+def _refuse_unused(weights: Weights, shape: ModelShape) -> None:
+    """Raise WeightsError for tensors that the network would leave out of a vector."""
+    rotary = [name for name in weights.tensors if _ROTARY.fullmatch(name)]
+    if len(rotary) not in (0, shape.num_layers):
+        raise WeightsError(
+            f"{weights.path}: {len(rotary)} of {shape.num_layers} layers have a tensor "
+            "rot_emb.inv_freq"
+        )
+    others = weights.tensors.keys() - shape.trunk_shapes().keys() - {*rotary}
+    unused = sorted(name for name in others if not _BESIDE_THE_TRUNK.fullmatch(name))
+    if unused:
+        raise WeightsError(
+            f"{weights.path}: tensor {_listed(weights, unused)} not part of an ESM-2 model"
+        )
+
+
+def _listed(weights: Weights, names: list[str]) -> str:
+    """Return the first name as it is stored, and how many follow."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{weights.stored_name(names[0])}{more}"
 
 
 def trunk_dtype(weights: Weights, shape: ModelShape) -> str:
@@ -69,7 +99,8 @@ def trunk_dtype(weights: Weights, shape: ModelShape) -> str:
 def _hidden_dim(weights: Weights) -> int:
     embedding = weights.tensors.get("embed_tokens.weight")
     if embedding is None:
-        raise WeightsError(f"{weights.path}: no tensor embed_tokens.weight: not an ESM-2 model")
+        name = weights.stored_name("embed_tokens.weight")
+        raise WeightsError(f"{weights.path}: no tensor {name}: not an ESM-2 model")
     if len(embedding.shape) != 2 or 0 in embedding.shape:
         raise WeightsError(f"{weights.path}: embed_tokens.weight has shape {embedding.shape}")
     return embedding.shape[1]

@@ -14,11 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from lib.errors import WeightsError
-from lib.files import files_stamp
+from lib.models.held_file import HeldFile
 
-__all__ = ["Stamp", "TensorInfo", "Weights", "read_json", "refuse_if_restamped", "stamp_of"]
-
-Stamp = tuple[object, ...]  # of files, as lib.files.files_stamp returns it
+__all__ = ["TensorInfo", "Weights", "read_json"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,18 @@ class Weights(Protocol):
     def unadapted(self) -> Weights:
         """These weights, or the base of adapted ones."""
 
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Keys of the configuration of which it is not known whether they change a vector."""
+
+    def stored_name(self, name: str) -> str:
+        """Return what the file calls a tensor, or would call it if it is not there."""
+
     def refuse_if_changed(self) -> None:
-        """Raise WeightsError if the files are no longer those whose metadata was read."""
+        """Raise WeightsError unless the files are still those whose metadata was read.
+
+        To be called after the tensors are in memory, and before anything is made of them.
+        """
 
     def sha256(self) -> str:
         """Return the digest of everything on disk that can change a vector; raises OSError."""
@@ -79,27 +87,14 @@ class Weights(Protocol):
         """
 
 
-def stamp_of(files: Iterable[Path]) -> Stamp:
-    """Return what changes when one of `files` is written, replaced or removed."""
-    return files_stamp(file for file in files if file.is_file())
-
-
-def refuse_if_restamped(path: Path, before: Stamp, now: Stamp) -> None:
-    """Raise WeightsError if the files that make up the weights at `path` have another stamp."""
-    if now != before:
-        raise WeightsError(f"{path}: changed while it was being read")
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(file: HeldFile) -> dict[str, Any]:
     """Return the object in a JSON file; raises WeightsError if the file holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
+        content = json.loads(file.open_path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}") from None
+        raise WeightsError(f"{file.path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise WeightsError(f"{path}: not JSON") from None
+        raise WeightsError(f"{file.path}: not JSON") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: not a JSON object")
+        raise WeightsError(f"{file.path}: not a JSON object")
     return content

@@ -346,6 +346,34 @@ def test_a_run_is_only_continued_with_the_very_adapter(
     assert resumed(script, copy).status == 0
 
 
+def test_the_base_is_in_snapshot_database_and_footer(
+    script: Script, place: Place, adapter: Path, small_model: Path
+) -> None:
+    """Before, nothing on record said which model an adapter had changed."""
+    answer = script("embed", "--esm-model", adapter, "--input", SOME_PROTEINS, "--json")
+    assert answer.status == 0, answer.err
+    base = ("esm2_small", open_weights(small_model).sha256())
+    snapshot = answer.json["model"]
+    assert (snapshot["base_name"], snapshot["base_sha256"]) == base
+    (file,) = place.output.rglob("*.parquet")
+    assert all(word.encode() in file.read_bytes() for word in base)
+    query = "select base_name, base_sha256 from models"
+    assert script("query", query, "--json").json == [{"base_name": base[0], "base_sha256": base[1]}]
+    assert f"base_sha256      {base[1]}" in resumed(script, adapter).err
+
+
+def test_a_base_that_was_renamed_is_the_same_base(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    path = save_adapter(place.folder / "lora", None, TENSORS)
+    place.set("model", "base_model", small_model)
+    assert script("embed", "--esm-model", path, "--input", SOME_PROTEINS).status == 0
+    renamed = place.folder / "renamed.pt"
+    renamed.write_bytes(small_model.read_bytes())
+    answer = script("resume", "--run", "1", "--set", f"model.base_model={renamed}")
+    assert answer.status == 0, answer.err
+
+
 # ---- PEFT itself
 
 

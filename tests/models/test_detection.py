@@ -452,7 +452,7 @@ def test_a_missing_layer_is_refused(
 ) -> None:
     path = save(cut(three_layers, f"layers.{layer}."), note="no cfg")
     told = refusal(WeightsError, place, path, **{**ALL_FOUR, "num_layers": "3"})
-    assert told == f"tensor layers.{layer}.self_attn.q_proj.weight and 15 more missing"
+    assert told == f"tensor {TRUNK}layers.{layer}.self_attn.q_proj.weight and 15 more missing"
 
 
 def test_a_missing_last_layer_is_refused(
@@ -467,14 +467,42 @@ def test_a_missing_tensor_is_refused_by_name(
     place: Place, save: Save, state: State, name: str
 ) -> None:
     told = refusal(WeightsError, place, save(cut(state, TRUNK + name)))
-    assert told == f"tensor {name} missing"
+    assert told == f"tensor {TRUNK}{name} missing"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{TRUNK}layers.0.self_attn.q_proj.lora_A",
+        f"{TRUNK}layers.1.self_attn.bias_k",
+        f"{TRUNK}emb_layer_norm_before.weight",
+        "encoder.adapter.weight",
+    ],
+)
+def test_an_unknown_tensor_is_refused_by_name(
+    place: Place, save: Save, state: State, archive: dict[str, Any], name: str
+) -> None:
+    """As fair-esm does; before, it was ignored."""
+    state[name] = torch.ones(2)
+    told = refusal(WeightsError, place, save(state, cfg=archive["cfg"]))
+    assert told == f"tensor {name} not part of an ESM-2 model"
+
+
+def test_two_tensors_of_one_name_are_refused(
+    place: Place, save: Save, state: State, archive: dict[str, Any]
+) -> None:
+    """Before, the second one counted."""
+    state["encoder.layers.0.fc1.bias"] = torch.ones(256)
+    told = refusal(WeightsError, place, save(state, cfg=archive["cfg"]))
+    name = "layers.0.fc1.bias"
+    assert told == f"two tensors are {name}: {TRUNK}{name} and encoder.{name}"
 
 
 def test_missing_token_embedding_or_layers_are_refused(
     place: Place, save: Save, state: State
 ) -> None:
     told = refusal(WeightsError, place, save(cut(state, "embed_tokens")))
-    assert told == "no tensor embed_tokens.weight: not an ESM-2 model"
+    assert told == f"no tensor {TRUNK}embed_tokens.weight: not an ESM-2 model"
     told = refusal(WeightsError, place, save(cut(state, "layers.")))
     assert told == "no tensors layers.N.*: not an ESM-2 model"
 
@@ -482,8 +510,8 @@ def test_missing_token_embedding_or_layers_are_refused(
 def test_a_tensor_of_another_shape_is_refused(place: Place, save: Save, state: State) -> None:
     state[f"{TRUNK}layers.1.fc1.weight"] = torch.ones(64, 256)
     told = refusal(WeightsError, place, save(state))
-    fact = "tensor layers.1.fc1.weight has shape (64, 256), an ESM-2 of hidden_dim 64 has (256, 64)"
-    assert told == fact
+    fact = "layers.1.fc1.weight has shape (64, 256), an ESM-2 of hidden_dim 64 has (256, 64)"
+    assert told == f"tensor {TRUNK}{fact}"
 
 
 @pytest.mark.parametrize("shape", [(64,), (33, 0), (0, 64), (3, 3, 3)])

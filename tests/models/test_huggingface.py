@@ -18,7 +18,7 @@ from lib.models.formats import open_weights
 from lib.models.tensor_names import fair_esm_name, hugging_face_name
 from lib.models.untrained import make_folder, make_model
 from lib.sequences.alphabet import tokenise
-from tests.conftest import Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.models.test_weights import SEQUENCE, found, hidden, load, refusal
 from tests.reference import worst_residue_error
 
@@ -178,10 +178,186 @@ def test_two_tensors_of_one_name_are_refused(folder: Path) -> None:
     assert told.startswith("two tensors are emb_layer_norm_after.bias, the second ")
 
 
-def test_another_epsilon_is_refused(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
-    assert refusal(folder) == "layer_norm_eps 1e-12: ESM-2 has 1e-05"
+# ---- config.json: what can change a vector is used, or refused with its value
+
+ABSENT = object()
+
+
+def configured(folder: Path, changes: Mapping[str, object]) -> Path:
+    """Change keys of config.json; one that is ABSENT is removed."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        ("layer_norm_eps", 1e-12, "1e-12: ESM-2 has 1e-05"),
+        ("layer_norm_eps", ABSENT, "is absent, which means 1e-12: ESM-2 has 1e-05"),
+        ("layer_norm_eps", None, "None: ESM-2 has 1e-05"),
+        ("layer_norm_eps", "1e-5", "'1e-5': ESM-2 has 1e-05"),
+        ("is_decoder", True, "True: attention to earlier residues only, not ESM-2"),
+        ("add_cross_attention", True, "True: more layers, not ESM-2"),
+        ("pruned_heads", {"0": [1]}, "{'0': [1]}: fewer heads, not ESM-2"),
+        (
+            "quantization_config",
+            {"quant_method": "gptq"},
+            "{'quant_method': 'gptq'}: other numbers than the tensors hold, not ESM-2",
+        ),
+        (
+            "per_layer_config",
+            {"0": {"layer_norm_eps": 0.01}},
+            "{'0': {'layer_norm_eps': 0.01}}: other layers than ESM-2 has, not ESM-2",
+        ),
+        (
+            "mask_token_id",
+            4,
+            "4 with token_dropout: a token that sequences hold; ESM-2 has 32",
+        ),
+        (
+            "mask_token_id",
+            2,
+            "2 with token_dropout: a token that sequences hold; ESM-2 has 32",
+        ),
+        ("mask_token_id", ABSENT, "None with token_dropout"),
+        ("mask_token_id", True, "True with token_dropout"),
+    ],
+)
+def test_a_key_that_changes_vectors_is_refused_with_its_value(
+    folder: Path, key: str, value: object, fact: str
+) -> None:
+    """Before, only layer_norm_eps was looked at, and not where it was absent."""
+    assert refusal(configured(folder, {key: value})) == f"{key} {fact}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "relu"),
+        ("mask_token_id", 31),
+        ("pad_token_id", 5),
+        ("is_causal", False),
+        ("rope_theta", 500.0),  # where frequencies are stored, they count
+        ("head_dim", 8),
+        ("rope_parameters", {"rope_theta": 500.0, "rope_type": "default"}),
+        ("max_position_embeddings", 8),
+        ("dtype", "float16"),
+        ("layer_norm_eps", 0.00001),
+    ],
+)
+def test_a_key_that_changes_nothing_changes_nothing(
+    folder: Path, small_model: Path, key: str, value: object
+) -> None:
+    assert same_vectors(configured(folder, {key: value}), small_model)
+    assert "unknown_keys" not in found(folder).properties
+
+
+def test_without_a_word_of_token_dropout_there_is_none(folder: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "without", 2, 64, 4, token_dropout=False)
+    absent = {"token_dropout": ABSENT, "mask_token_id": ABSENT}
+    assert same_vectors(configured(folder, absent), tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        ("rope_theta", 500.0, "500.0 without a tensor inv_freq: ESM-2 has 10000"),
+        ("rope_theta", None, "None without a tensor inv_freq: ESM-2 has 10000"),
+        (
+            "head_dim",
+            8,
+            "8 without a tensor inv_freq: ESM-2 has hidden_size / num_attention_heads",
+        ),
+        (
+            "head_dim",
+            "16",
+            "'16' without a tensor inv_freq: ESM-2 has hidden_size / num_attention_heads",
+        ),
+    ],
+)
+def test_frequencies_that_no_tensor_holds_are_those_of_esm2(
+    folder: Path, small_model: Path, key: str, value: object, fact: str
+) -> None:
+    """Before, these keys were ignored."""
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "inv_freq" not in name}
+    save_file(kept, folder / "model.safetensors")
+    assert same_vectors(configured(folder, {"head_dim": 16, "rope_theta": 10000}), small_model)
+    assert refusal(configured(folder, {key: value})) == f"{key} {fact}"
+
+
+def test_unknown_keys_are_named_once_and_the_digest_covers_them(
+    script: Script, folder: Path
+) -> None:
+    """Before, nothing was said of them."""
+    before = open_weights(folder).sha256()
+    configured(folder, {"rope_style": "spiral", "attention_sinks": None})
+    rows = script("detect", "--esm-model", folder).out.splitlines()
+    assert [row.split() for row in rows if "rope_style" in row] == [
+        ["unknown_keys", "attention_sinks", "rope_style", "config.json"]
+    ]
+    answer = script("embed", "--esm-model", folder, "--input", SOME_PROTEINS)
+    assert answer.status == 0, answer.err
+    assert answer.err.count("rope_style") == 1
+    assert open_weights(folder).sha256() != before
+
+
+# ---- Tensors: used, known to lie beside the trunk, or refused by name
+
+
+def with_tensors(folder: Path, added: Mapping[str, torch.Tensor], removed: str = "\0") -> Path:
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if removed not in name}
+    save_file(kept | dict(added), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "esm.encoder.layer.0.attention.self.query.lora_A.weight",
+        "esm.encoder.layer.1.attention.self.distance_embedding.weight",
+        "esm.embeddings.layer_norm.weight",
+        "esm.adapter.weight",
+        "encoder.layer.0.adapter.weight",
+        "esm.encoder.layer.0.output.dense.weight_scale",
+    ],
+)
+def test_an_unknown_tensor_of_the_trunk_is_refused_by_name(folder: Path, name: str) -> None:
+    """Before, it was ignored."""
+    told = refusal(with_tensors(folder, {name: torch.ones(2)}))
+    assert told == f"tensor {name} not part of an ESM-2 model"
+
+
+def test_tables_and_heads_beside_the_trunk_change_nothing(folder: Path, small_model: Path) -> None:
+    beside = (
+        "esm.embeddings.position_ids",
+        "esm.embeddings.position_embeddings.weight",
+        "esm.pooler.dense.weight",
+        "classifier.weight",
+        "qa_outputs.bias",
+        "my_own_head.0.weight",
+    )
+    tensors = {name: torch.ones(2, dtype=torch.int64) for name in beside}
+    assert same_vectors(with_tensors(folder, tensors), small_model)
+
+
+FREQUENCIES = "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
+
+
+def test_frequencies_of_all_layers_and_of_one_are_refused(folder: Path) -> None:
+    """Before, those of all layers were ignored."""
+    told = refusal(with_tensors(folder, {"esm.rotary_embeddings.inv_freq": torch.ones(8)}))
+    names = f"esm.rotary_embeddings.inv_freq and {FREQUENCIES.format(0)}"
+    assert told == f"two tensors are rotary frequencies: {names}"
+
+
+def test_frequencies_of_some_layers_are_refused(folder: Path) -> None:
+    """Before, those of one layer stood for all; versions of transformers differ in this."""
+    told = refusal(with_tensors(folder, {}, removed=FREQUENCIES.format(0)))
+    assert told == "1 of 2 layers have a tensor rot_emb.inv_freq"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -209,24 +209,119 @@ def refused_apart(*paths: Path) -> list[str]:
     return said[::2]
 
 
-MADE_BY_LENGTH = {
-    "builtins.bytearray": b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR.",
-    "__builtin__.bytearray": b"c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.",
-    "torch.Tensor": b"ctorch\nTensor\n(J\xff\xff\xff\x7ftR.",
+def reduced(name: str, *arguments: bytes) -> bytes:
+    """The pickle of a call, by opcodes."""
+    return b"c" + name.replace(" ", "\n").encode() + b"\n(" + b"".join(arguments) + b"tR"
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+HUGE = b"J\xff\xff\xff\x7f"
+ENCODE_AGAIN = b"h\x00h\x01" + text("hex") + b"\x86Rq\x01"
+OF_ONE = HUGE + b"\x85K\x01\x85"  # shape and strides of a long vector
+
+
+def storage(elements: bytes, kind: str = "torch FloatStorage", key: str = "0") -> bytes:
+    name = b"c" + kind.replace(" ", "\n").encode() + b"\n"
+    return b"(" + text("storage") + name + text(key) + text("cpu") + elements + b"tQ"
+
+
+def tensor(storage: bytes, shape: bytes) -> bytes:
+    ordered = b"ccollections\nOrderedDict\n)R"
+    return reduced("torch._utils _rebuild_tensor_v2", storage, b"K\x00", shape, b"\x89", ordered)
+
+
+# What asks for memory, and the fact with which it is refused.
+ASKING = {
+    "bytearray": (reduced("builtins bytearray", HUGE), "bytearray"),
+    "bytearray of Python 2": (reduced("__builtin__ bytearray", HUGE), "bytearray"),
+    "Tensor": (reduced("torch Tensor", HUGE), "torch.Tensor"),
+    "FloatTensor": (reduced("torch FloatTensor", HUGE), "torch.FloatTensor"),
+    "storage": (reduced("torch.storage UntypedStorage", HUGE), "torch.storage.UntypedStorage"),
+    "counter": (reduced("collections Counter", text("aaaa")), "collections.Counter"),
+    "encoding": (
+        b"c_codecs\nencode\nq\x00"
+        + text("a" * 64)
+        + text("latin1")
+        + b"\x86Rq\x01"
+        + ENCODE_AGAIN * 24,
+        "_codecs.encode",
+    ),
+    "type": (
+        reduced("torch._tensor _rebuild_from_type_v2", b"ctorch\nFloatTensor\n", b"N", b"N", b"N"),
+        "torch._tensor._rebuild_from_type_v2",
+    ),
 }
+# Of small_model, storage 0 is the embedding: 33 x 64 numbers of 4 bytes.
+BEYOND = {
+    "a storage": (
+        tensor(storage(HUGE), OF_ONE),
+        "asks for a storage '0' of 2147483647 x 4 bytes, the archive has 8448",
+    ),
+    "a storage that is not there": (
+        tensor(storage(b"K\x01", key="no"), OF_ONE),
+        "asks for a storage 'no' of 1 x 4 bytes, the archive has 0",
+    ),
+    "a tensor": (
+        tensor(storage(b"K\x04"), OF_ONE),
+        "has a tensor of shape (2147483647,) in a storage of 16 bytes",
+    ),
+    "the state of a tensor": (
+        tensor(storage(b"K\x04"), b"K\x04\x85K\x01\x85") + b"(" + storage(b"K\x04") + b"tb",
+        "restores the state of torch._utils._rebuild_tensor_v2",
+    ),
+    "copies of a set": (
+        b"]q\x00(" + b"K\x01" * 1000 + b"e" + (b"cbuiltins\nset\nh\x00\x85R" * 200),
+        "copies more than its ",
+    ),
+    "a set of a wide tensor": (
+        reduced("builtins set", tensor(storage(b"K\x04"), HUGE + b"\x85K\x00\x85")),
+        "copies more than its ",
+    ),
+}
+
+
+def asking(source: Path, folder: Path, pickles: Mapping[str, bytes]) -> list[Path]:
+    return [
+        rewritten(source, folder / f"{name}.pt", data=b"\x80\x02" + pickled + b".")
+        for name, pickled in pickles.items()
+    ]
 
 
 def test_pickles_that_ask_for_memory_are_refused_before_they_get_it(
     tmp_path: Path, small_model: Path
 ) -> None:
-    paths = [
-        rewritten(small_model, tmp_path / f"{name}.pt", data=b"\x80\x02" + pickled)
-        for name, pickled in MADE_BY_LENGTH.items()
-    ]
+    """Before, only bytearray and Tensor were refused for it; 'encoding' took 2 GB."""
+    paths = asking(small_model, tmp_path, {key: pickled for key, (pickled, _) in ASKING.items()})
     assert refused_apart(*paths) == [
         f"refused: its pickle asks for {name}, which is not in the allow-list"
-        for name in MADE_BY_LENGTH
+        for _, name in ASKING.values()
     ]
+
+
+def test_pickles_that_go_beyond_their_archive_are_refused_before_they_get_memory(
+    tmp_path: Path, small_model: Path
+) -> None:
+    paths = asking(small_model, tmp_path, {key: pickled for key, (pickled, _) in BEYOND.items()})
+    for told, (_, fact) in zip(refused_apart(*paths), BEYOND.values(), strict=True):
+        assert told.startswith(f"refused: its pickle {fact}")
+
+
+def test_what_a_configuration_may_hold_is_read(tmp_path: Path, small_model: Path) -> None:
+    """Sets, bytes, parameters and shapes: the pickle asks for nothing but what is in it."""
+    archive = load(small_model)
+    archive["cfg"]["model"].extras = [
+        {"a", "b"}, b"\x00\xff bytes", torch.Size([2, 3]), torch.device("cpu"), torch.float16,
+        1.5, 2**70, None, (1, 2, 3, 4),
+    ]  # fmt: skip
+    archive["model"] = {
+        name: torch.nn.Parameter(value) if value.is_floating_point() else value
+        for name, value in archive["model"].items()
+    }
+    torch.save(archive, tmp_path / "m.pt")
+    assert found(tmp_path / "m.pt").shape == found(small_model).shape
 
 
 def test_compressed_archives_are_refused_before_they_are_inflated(tmp_path: Path) -> None:
@@ -444,12 +539,14 @@ def save_changed(source: Path, target: Path, changes: Mapping[str, torch.Tensor]
     return target
 
 
+NOT_WHOLE = "tensor embed_tokens.weight is not stored whole (strided or sparse)"
+
+
 def test_expanded_tensors_are_refused(tmp_path: Path) -> None:
     huge = {TRUNK + name: torch.ones(1).expand(shape) for name, shape in shapes(40, 8192)}
     torch.save({"model": huge}, tmp_path / "bomb.pt")
     assert (tmp_path / "bomb.pt").stat().st_size < 1_000_000
-    fact = "tensor embed_tokens.weight is not stored whole (strided or sparse)"
-    assert refused_apart(tmp_path / "bomb.pt") == [fact]
+    assert refused_apart(tmp_path / "bomb.pt") == [NOT_WHOLE]
 
 
 def test_counts_and_shapes_beyond_reason_are_refused_before_memory_is_asked_for(
@@ -515,21 +612,24 @@ def test_the_one_tied_pair_of_every_release_is_no_bomb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("tensor", "fact"),
     [
-        torch.ones(33, 64).to_sparse(),
-        torch.ones(64, 33).t(),
-        torch.ones(33, 64, device="meta"),
-        torch.ones(33, 128)[:, ::2],
+        (
+            torch.ones(33, 64).to_sparse(),
+            "refused: its pickle asks for torch.serialization._get_layout, which is not in the "
+            "allow-list",
+        ),
+        (torch.ones(64, 33).t(), NOT_WHOLE),
+        (torch.ones(33, 64, device="meta"), NOT_WHOLE),
+        (torch.ones(33, 128)[:, ::2], NOT_WHOLE),
     ],
     ids=["sparse", "transposed", "meta", "strided"],
 )
 def test_tensors_that_are_not_stored_whole_are_refused(
-    tmp_path: Path, small_model: Path, tensor: torch.Tensor
+    tmp_path: Path, small_model: Path, tensor: torch.Tensor, fact: str
 ) -> None:
     path = save_changed(small_model, tmp_path / "m.pt", {"embed_tokens.weight": tensor})
-    told = refusal(path)
-    assert told == "tensor embed_tokens.weight is not stored whole (strided or sparse)"
+    assert refusal(path) == fact
 
 
 def retyped(source: Path, target: Path, dtype: torch.dtype, part: str = "") -> Path:
@@ -691,6 +791,8 @@ def write_config(folder: Path, **changes: object) -> None:
         "token_dropout": True,
         "position_embedding_type": "rotary",
         "emb_layer_norm_before": False,
+        "layer_norm_eps": 1e-5,
+        "mask_token_id": 32,
         "is_folding_model": False,
         "vocab_size": 33,
         **changes,
@@ -865,4 +967,4 @@ def test_a_missing_shard_is_missing_tensors(sharded: Path) -> None:
     listed = json.loads(index.read_text())["weight_map"]
     kept = {name: file for name, file in listed.items() if "00001" in file}
     index.write_text(json.dumps({"weight_map": kept}))
-    assert re.match(r"tensor layers\.\S+ and \d+ more missing", refusal(sharded))
+    assert re.match(r"tensor esm\.encoder\.layer\.\S+ and \d+ more missing", refusal(sharded))

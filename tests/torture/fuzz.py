@@ -253,6 +253,8 @@ def _folder_writer(model: Path, folder: Path, part: str) -> Callable[[Path, rand
         "hidden_size": 16,
         "num_attention_heads": 2,
         "token_dropout": True,
+        "mask_token_id": 32,
+        "layer_norm_eps": 1e-5,
     }
     said = json.dumps(config).encode()
 
