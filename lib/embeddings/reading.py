@@ -19,7 +19,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,11 +27,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
-from lib.files import disk_errors, file_sha256, new_path
-from lib.ledger.footer import read_footer
+from lib.files import new_path
 from lib.ledger.history import query
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
@@ -42,24 +40,17 @@ __all__ = ["RunEmbeddings", "open_run", "values"]
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    bytes: int
-    sha256: str
-
-
 def open_run(
     database: str | Path, run: int, *, partial: bool = False, verify: bool = False
 ) -> RunEmbeddings:
     """Open a run of a run database (a SQLite path or URL) for reading.
 
     Every file that the database lists must exist, have the listed size, and name the run in its
-    footer; with `verify` its SHA-256 must also be the listed one. `partial` opens an unfinished
-    run with the records that it has.
+    footer; with `verify` its SHA-256 must also be the listed one. Whatever is read later is read
+    from the same files, or refused. `partial` opens an unfinished run with the records that it has.
 
     Raises SettingsError if the run does not exist or is not finished, IdentityRefusedError if a
-    file differs from what the database lists.
+    file differs from what the database lists, now or when it is read.
     """
     url = str(database)
     found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
@@ -82,10 +73,8 @@ def open_run(
             f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
         )
     folder = Path(facts["output_folder"])
-    files = [_File(folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
-    for file in files:
-        _check_file(file, facts, verify=verify)
-    return RunEmbeddings(facts, files)
+    files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
+    return RunEmbeddings(facts, [verified_file(file, digest=verify) for file in files])
 
 
 class RunEmbeddings:
@@ -95,7 +84,7 @@ class RunEmbeddings:
     records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
-    def __init__(self, facts: dict[str, Any], files: list[_File]) -> None:
+    def __init__(self, facts: dict[str, Any], files: list[VerifiedFile]) -> None:
         self.facts = facts
         self._files = files
         numbers, places = _find_records(files)
@@ -232,9 +221,8 @@ class RunEmbeddings:
         if position == len(self) or self.records[position] != record:
             raise SettingsError(f"run {self.facts['id']}: no record {record}")
         file, group, row = (int(one) for one in self._places[position])
-        path = self._files[file].path
-        with disk_errors(path), _open(path) as parquet:
-            table = parquet.read_row_group(group, columns=[*map(str, columns)])
+        with self._files[file].opened() as checkpoint:
+            table = checkpoint.read(group, [*map(str, columns)])
         return {column: values(table.column(str(column)).slice(row, 1)) for column in columns}
 
     def stored(
@@ -246,9 +234,9 @@ class RunEmbeddings:
         """
         names = [*map(str, columns)]
         for file in self._files:
-            with disk_errors(file.path), _open(file.path) as parquet:
-                for group in range(parquet.num_row_groups):
-                    table = parquet.read_row_group(group, columns=["record", *names])
+            with file.opened() as checkpoint:
+                for group in checkpoint.row_groups:
+                    table = checkpoint.read(group, ["record", *names])
                     numbers = table.column("record").to_numpy()
                     yield np.searchsorted(self.records, numbers), table.select(names)
 
@@ -285,10 +273,6 @@ def _pooled(kind: str) -> str:
     return kind
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, page_checksum_verification=True)
-
-
 def _write_at(file: BinaryIO, row: Array, offset: int) -> None:
     """Write a row at an offset; writing through a memory map would raise SIGBUS on a full disk."""
     left = memoryview(row.tobytes())
@@ -297,35 +281,15 @@ def _write_at(file: BinaryIO, row: Array, offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def _check_file(file: _File, facts: dict[str, Any], *, verify: bool) -> None:
-    """Refuse a checkpoint that differs from what the database lists; reads only its footer."""
-    place = f"run {facts['id']}: {file.path}"
-    if file.path.is_symlink() or not file.path.is_file():
-        raise IdentityRefusedError(f"{place}: no such regular file")
-    size = file.path.stat().st_size
-    if size != file.bytes:
-        raise IdentityRefusedError(f"{place}: {size} bytes, {file.bytes} in the database")
-    with disk_errors(file.path):
-        if verify and file_sha256(file.path) != file.sha256:
-            raise IdentityRefusedError(f"{place}: sha256 differs from the database")
-    try:
-        identity = read_footer(file.path).get("identity")
-    except ValueError as error:
-        raise IdentityRefusedError(f"{place}: {error}") from None
-    if not isinstance(identity, dict):
-        raise IdentityRefusedError(f"{place}: footer has no identity")
-    for key in ("uuid", "esm2_config", "input_sha256"):
-        if identity.get(key) != facts[key]:
-            raise IdentityRefusedError(f"{place}: {key} in its footer differs from the database")
-
-
-def _find_records(files: list[_File]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+def _find_records(
+    files: list[VerifiedFile],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Return (N,) record numbers in the order on disk, and (N, 3) file, row group and row."""
     numbers, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int32)]
     for i, file in enumerate(files):
-        with disk_errors(file.path), _open(file.path) as parquet:
-            for group in range(parquet.num_row_groups):
-                found = parquet.read_row_group(group, columns=["record"]).column(0).to_numpy()
+        with file.opened() as checkpoint:
+            for group in checkpoint.row_groups:
+                found = checkpoint.read(group, ["record"]).column(0).to_numpy()
                 place = np.empty((len(found), 3), np.int32)
                 place[:, 0], place[:, 1], place[:, 2] = i, group, np.arange(len(found))
                 numbers.append(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,15 +15,16 @@ from schema.parquet import FOOTER_KEY
 __all__ = ["footer_of", "read_footer"]
 
 
-def read_footer(path: Path) -> dict[str, Any]:
+def read_footer(path: Path, file: BinaryIO | None = None) -> dict[str, Any]:
     """Return what the ledger wrote into a checkpoint's footer; no column is read.
 
-    Raises ValueError, in one line, for a file that is no checkpoint or not readable.
+    file: the regular file at `path`, if it is open already; it stays open. Raises ValueError, in
+    one line, for a file that is no checkpoint or not readable.
     """
     try:
-        if path.is_symlink() or not path.is_file():
+        if file is None and (path.is_symlink() or not path.is_file()):
             raise ValueError("not a regular file" if path.exists() else "no such file")
-        metadata = pq.read_metadata(path).metadata
+        metadata = pq.read_metadata(path if file is None else file).metadata
     except UnicodeDecodeError:  # a column's name, or what Arrow says of it
         raise ValueError("footer not readable: its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lib.embeddings import RunEmbeddings, open_run
+from lib.embeddings import export as exports
 from lib.errors import IdentityRefusedError, SettingsError
+from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
+from schema.parquet import FOOTER_KEY
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, read_run, write_fasta
 
@@ -127,6 +135,169 @@ def test_files_that_are_not_what_the_database_lists_are_refused(
     second.unlink()
     with pytest.raises(IdentityRefusedError, match="no such regular file"):
         open_run(place.database, 1)
+
+
+# ---- A file that changes after it was checked
+
+
+def altered(file: Path, place: Place) -> bytes:
+    """Other content for a checkpoint file: one value of each mean differs, size and footer do not.
+
+    The file is first written as the other content is, and listed so, so that the sizes are equal.
+    """
+    table, footer = pq.read_table(file), pq.read_metadata(file).metadata
+    means = np.array(table["mean_2"].to_pylist(), np.float32)
+    versions: list[bytes] = []
+    for first in (means[:, 0], means[:, 0] + 1):
+        changed = pa.FixedSizeListArray.from_arrays(
+            np.column_stack([first, means[:, 1:]]).astype(np.float32).ravel(), means.shape[1]
+        )
+        column = table.schema.get_field_index("mean_2")
+        version = table.set_column(column, table.schema.field(column), changed)
+        sink = pa.BufferOutputStream()
+        schema = table.schema.with_metadata({FOOTER_KEY: footer[FOOTER_KEY]})
+        pq.write_table(version.cast(schema), sink, compression="none", use_dictionary=False)
+        versions.append(sink.getvalue().to_pybytes())
+    good, other = versions
+    assert len(good) == len(other)
+    file.write_bytes(good)
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
+        session.connection().exec_driver_sql(
+            f"UPDATE checkpoints SET bytes = {len(good)}, sha256 = '{file_sha256(file)}' "
+            f"WHERE path = '{file.name}'"
+        )
+    return other
+
+
+def written_in_place(file: Path, content: bytes) -> None:
+    before = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def renamed_over(file: Path, content: bytes) -> None:
+    before = file.stat()
+    other = file.with_name("other")
+    other.write_bytes(content)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.rename(file)
+
+
+READS: dict[str, Callable[[RunEmbeddings], object]] = {
+    "matrix": lambda run: run.matrix(),
+    "residues": lambda run: [run.residues(record, 0) for record in run.records.tolist()],
+    "table": lambda run: run.table("id"),
+    "stored": lambda run: [*run.stored("mean_2")],
+}
+
+
+@pytest.mark.parametrize("swap", [written_in_place, renamed_over])
+@pytest.mark.parametrize("read", READS)
+def test_a_file_swapped_after_it_was_verified_is_not_read(
+    embedded: Runs, place: Place, swap: Callable[[Path, bytes], None], read: str
+) -> None:
+    """Size and mtime are those of the file that was verified; it used to be read all the same."""
+    file = embedded[1] / "checkpoint-000001.parquet"
+    other = altered(file, place)
+    run = open_run(place.database, 1, verify=True)
+    READS[read](run)
+    swap(file, other)
+    with pytest.raises(IdentityRefusedError) as caught:
+        READS[read](run)
+    assert str(caught.value) == f"run 1: {file}: changed since it was checked"
+
+
+@pytest.mark.parametrize("swap", [written_in_place, renamed_over])
+def test_a_file_swapped_between_digest_and_footer_is_not_read(
+    embedded: Runs,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    swap: Callable[[Path, bytes], None],
+) -> None:
+    """Its rows used to be read as those that were verified."""
+    file = embedded[1] / "checkpoint-000001.parquet"
+    other = altered(file, place)
+    sha256 = file_sha256(file)
+    digested: Any = hashlib.file_digest
+
+    def swapped_once_digested(opened: BinaryIO, name: str) -> Any:  # noqa: ANN401
+        digest = digested(opened, name)
+        if digest.hexdigest() == sha256:
+            swap(file, other)
+        return digest
+
+    monkeypatch.setattr(hashlib, "file_digest", swapped_once_digested)
+    with pytest.raises(IdentityRefusedError, match=f"{file}: changed since it was checked"):
+        open_run(place.database, 1, verify=True)
+
+
+def test_a_file_that_is_rewritten_while_it_is_read_is_not_delivered(
+    embedded: Runs, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = embedded[1] / "checkpoint-000001.parquet"
+    other = altered(file, place)
+    run = open_run(place.database, 1, verify=True)
+    read = pq.ParquetFile.read_row_group
+
+    def rewritten_before_it_is_read(parquet: Any, *args: Any, **named: Any) -> object:  # noqa: ANN401
+        written_in_place(file, other)
+        return read(parquet, *args, **named)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", rewritten_before_it_is_read)
+    with pytest.raises(IdentityRefusedError, match=f"{file}: changed since it was checked"):
+        run.matrix()
+
+
+@pytest.mark.parametrize(
+    ("replace", "fact"),
+    [
+        (lambda file: file.unlink(), "no such regular file"),
+        (lambda file: (file.rename(file.with_name("moved")), file.symlink_to("moved")), "no such"),
+        (
+            lambda file: (file.unlink(), subprocess.run(["mkfifo", file], check=True)),
+            "no such regular file",
+        ),
+        (lambda file: (file.unlink(), file.mkdir()), "no such regular file"),
+    ],
+    ids=["gone", "a link", "a FIFO", "a folder"],
+)
+def test_what_is_no_file_any_more_is_refused(
+    embedded: Runs, replace: Callable[[Path], object], fact: str
+) -> None:
+    run, folder = embedded
+    file = folder / "checkpoint-000002.parquet"
+    replace(file)
+    with pytest.raises(IdentityRefusedError, match=f"{file}: {fact}"):
+        run.matrix()
+
+
+def test_no_file_is_kept_open(embedded: Runs, place: Place) -> None:
+    """A run can have more files than a process may open."""
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    run = open_run(place.database, 1, verify=True)
+    assert len(list(descriptors.iterdir())) == before
+    for _rows, _table in run.stored("mean_2"):
+        assert len(list(descriptors.iterdir())) == before + 1
+    assert len(list(descriptors.iterdir())) == before
+
+
+def test_an_export_of_a_swapped_file_leaves_nothing(
+    embedded: Runs, place: Place, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = embedded[1] / "checkpoint-000001.parquet"
+    other = altered(file, place)
+    export = exports.export
+
+    def swapped_before_it_is_exported(*args: Any) -> None:  # noqa: ANN401
+        renamed_over(file, other)
+        export(*args)
+
+    monkeypatch.setattr("scripts.export.export", swapped_before_it_is_exported)
+    to = place.folder / "out"
+    answer = script("export", "--run", "1", "--format", "npy", "--to", to, "--verify")
+    assert (answer.status, answer.error) == (3, f"run 1: {file}: changed since it was checked")
+    assert not [path for path in place.folder.iterdir() if "out" in path.name]
 
 
 def test_another_runs_file_of_the_same_name_is_refused(

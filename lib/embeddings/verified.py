@@ -1,0 +1,147 @@
+"""Verified files: checkpoint files read only as long as they are those that were checked.
+
+A run can have more files than a process may hold open. So each is opened once to be checked, footer
+and digest through one descriptor, and opened again to be read; it is then refused unless device,
+inode, size, mtime and ctime are still those of the descriptor that was checked. Nobody can put a
+ctime back without setting the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.errors import IdentityRefusedError
+from lib.files import disk_errors
+from lib.ledger.footer import read_footer
+
+__all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
+
+Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A checkpoint file as the database lists it; `run`: the row of its run, by column."""
+
+    run: Mapping[str, Any]
+    path: Path
+    bytes: int
+    sha256: str
+
+    @property
+    def place(self) -> str:
+        """The run and the path, as an error names them."""
+        return f"run {self.run['id']}: {self.path}"
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A checkpoint file that is what the database lists; `stamp` is that of what was checked."""
+
+    listed: ListedFile
+    stamp: Stamp
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenedFile]:
+        """Open the file to read its rows.
+
+        Raises IdentityRefusedError if it is not the file that was checked, MachineError if the disk
+        fails.
+        """
+        with _opened(self.listed) as file:
+            self.refuse_if_changed(file)
+            yield OpenedFile(self, file)
+
+    def refuse_if_changed(self, file: BufferedReader) -> None:
+        """Raise IdentityRefusedError unless an opened file is the one that was checked, as it was.
+
+        A file that changes while it is read is refused by another call after that.
+        """
+        if _stamp(file) != self.stamp:
+            raise IdentityRefusedError(f"{self.listed.place}: changed since it was checked")
+
+
+class OpenedFile:
+    """The rows of a checkpoint file, read through the descriptor that was compared."""
+
+    def __init__(self, verified: VerifiedFile, file: BufferedReader) -> None:
+        self._verified, self._file = verified, file
+        self._parquet = pq.ParquetFile(file, page_checksum_verification=True)
+
+    @property
+    def row_groups(self) -> range:
+        """The numbers of the row groups."""
+        return range(self._parquet.num_row_groups)
+
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Return columns of a row group.
+
+        Raises IdentityRefusedError if the file has changed meanwhile.
+        """
+        table = self._parquet.read_row_group(group, columns=[*columns])
+        self._verified.refuse_if_changed(self._file)
+        return table
+
+
+def verified_file(listed: ListedFile, *, digest: bool) -> VerifiedFile:
+    """Check that a file has the listed size and names its run in the footer; no row is read.
+
+    digest: whether its SHA-256 is to be compared too. Raises IdentityRefusedError at the first
+    difference, MachineError if the disk fails.
+    """
+    with _opened(listed) as file:
+        verified = VerifiedFile(listed, _stamp(file))
+        size = verified.stamp[2]
+        if size != listed.bytes:
+            raise IdentityRefusedError(
+                f"{listed.place}: {size} bytes, {listed.bytes} in the database"
+            )
+        if digest and hashlib.file_digest(file, "sha256").hexdigest() != listed.sha256:
+            raise IdentityRefusedError(f"{listed.place}: sha256 differs from the database")
+        _check_footer(listed, file)
+        verified.refuse_if_changed(file)
+    return verified
+
+
+def _check_footer(listed: ListedFile, file: BufferedReader) -> None:
+    try:
+        identity = read_footer(listed.path, file).get("identity")
+    except ValueError as error:
+        raise IdentityRefusedError(f"{listed.place}: {error}") from None
+    if not isinstance(identity, dict):
+        raise IdentityRefusedError(f"{listed.place}: footer has no identity")
+    for key in ("uuid", "esm2_config", "input_sha256"):
+        if identity.get(key) != listed.run[key]:
+            raise IdentityRefusedError(
+                f"{listed.place}: {key} in its footer differs from the database"
+            )
+
+
+@contextmanager
+def _opened(listed: ListedFile) -> Iterator[BufferedReader]:
+    """Open a regular file, not a link; errors of the system and of Arrow become a MachineError."""
+    with disk_errors(listed.path):
+        # Opening a FIFO would wait for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        if listed.path.is_symlink() or not listed.path.is_file():
+            raise IdentityRefusedError(f"{listed.place}: no such regular file")
+        with os.fdopen(os.open(listed.path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise IdentityRefusedError(f"{listed.place}: no such regular file")
+            yield file
+
+
+def _stamp(file: BufferedReader) -> Stamp:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
