@@ -128,10 +128,10 @@ demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins
 	@$(python) scripts/embed.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta $(output)
 	@$(python) scripts/history.py $(config)
 
-# One thread each: processes that share two cores wait for each other's threads.
+# One thread each, and none that waits actively: processes share the cores.
 .PHONY: test
 test: $(installed_dev) ## run the tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 .PHONY: torture
 torture: $(installed_dev) ## kill, starve and damage runs some 500 times; say what was tried and what was lost

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from lib.console.program import guarded
 from lib.ledger.sqlite_file import connect_read_only
@@ -65,6 +66,14 @@ def run_program(folder: Path, program: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """Undo `compute.threads` of scripts that ran in this process: more threads wait for others."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -248,6 +248,10 @@ def _forks() -> ForkServerContext:
 def _obey(work: Work, order: _Order, streams: tuple[Connection, Connection]) -> None:
     """Become the process that was asked for, and do its work."""
     signal.alarm(MOST_SECONDS)  # what hangs is ended, and told by its status
+    # As from a terminal, though the tests may run in the background and ignore signals.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_DFL)
     for number, stream in enumerate(streams, start=1):
         os.dup2(stream.fileno(), number)
         stream.close()

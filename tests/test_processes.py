@@ -1,0 +1,121 @@
+"""Processes: if these fail, tests of kills and signals try something else than a user's process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.conftest import ROOT, Place
+from tests.processes import run_function, start_function
+
+
+def print_beginning() -> None:
+    """Print what a process begins with."""
+    tasks = len(list(Path("/proc/self/task").iterdir()))
+    print(threading.active_count(), tasks, "torch" in sys.modules, len(sys.argv))
+
+
+def print_surroundings() -> None:
+    print(Path.cwd(), dict(os.environ), signal.getsignal(signal.SIGINT), sep="\n")
+
+
+def write_to_both() -> None:
+    print("ün", end="")
+    print("zwei", file=sys.stderr)
+
+
+def leave(status: object) -> None:
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def wait_for_ever() -> None:
+    processes.pause(Path("/nowhere/gate"))
+
+
+def fail() -> None:
+    raise KeyError("lost")
+
+
+def test_a_process_begins_with_one_thread_and_torch_imported() -> None:
+    assert run_function(print_beginning, "one", "two").out == "1 1 True 3\n"
+
+
+def test_output_and_status_are_told_apart() -> None:
+    answer = run_function(write_to_both)
+    assert (answer.status, answer.out, answer.err) == (0, "ün", "zwei\n")
+    assert [run_function(partial(leave, status)).status for status in (None, 0, 3)] == [0, 0, 3]
+    failed = run_function(fail)
+    assert failed.status == 1
+    assert failed.err.endswith("KeyError: 'lost'\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_nobody_handles_is_told_as_the_end(number: signal.Signals) -> None:
+    with start_function(wait_for_ever) as process:
+        process.wait_for("reached")
+        process.send_signal(number)
+        assert process.end().status == -number
+
+
+def test_a_process_that_is_left_is_killed() -> None:
+    with start_function(wait_for_ever) as process:
+        process.wait_for("reached")
+        pid = process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_what_is_waited_for_and_does_not_come_is_said_with_what_came() -> None:
+    with (
+        start_function(write_to_both) as process,
+        pytest.raises(AssertionError, match="ended without 'reached': zwei"),
+    ):
+        process.wait_for("reached")
+
+
+def test_folder_environment_and_handlers_are_as_on_the_command_line(place: Place) -> None:
+    order = processes._Order(["python"], place.folder, {"ONLY": "this"})
+    process = processes.Process(print_surroundings, order, processes.PIPE, processes.PIPE)
+    with process:
+        folder, environment, handler = process.end().out.splitlines()
+    assert folder == str(place.folder)
+    assert environment == "{'ONLY': 'this'}"
+    assert "default_int_handler" in handler
+
+
+def test_a_script_is_the_main_module(place: Place) -> None:
+    """The part of a script under `if __name__ == "__main__"` runs, here its exit status."""
+    for answer in (place.run("history"), place.run_afresh("history")):
+        assert (answer.status, answer.out) == (2, "")
+        assert answer.error == f"database {place.database}: no such file"
+
+
+def test_a_function_is_patched_before_or_after_its_nth_call() -> None:
+    for after, expected in ((False, ["1", "here", "2", "3"]), (True, ["1", "2", "here", "3"])):
+        assert run_function(partial(count_calls, after)).out.split() == expected
+
+
+def count_calls(after: bool) -> None:
+    target = "tests.test_processes.print_number"
+    processes.at_call(target, 2, partial(print, "here"), after=after)
+    module = sys.modules["tests.test_processes"]
+    for number in (1, 2, 3):
+        module.print_number(number)
+
+
+def print_number(number: int) -> None:
+    print(number)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "scripts").glob("[!_]*.py")])
+def test_every_script_starts_with_a_python_of_its_own(place: Place, name: str) -> None:
+    answer = place.run_afresh(name, "--help")
+    assert answer.status == 0, answer.err
+    assert answer.out.startswith("usage: ")
