@@ -118,12 +118,12 @@ def _ends_within_a_transaction(log: bytes) -> bool:
 
 
 def _keep_half_a_run(bench: Bench) -> None:
-    """Keep a run that was killed between its second file's rename and its row."""
+    """Keep a run that was killed between its second file's new name and its row."""
     bench.fresh()
     calls = _calls(bench, "embed", bench.embed)
-    renames = [i for i, call in enumerate(calls) if call.name.startswith("rename")]
+    named = [i for i, call in enumerate(calls) if call.name.startswith("link")]
     bench.fresh()
-    _traced(bench, "embed", bench.embed, calls[renames[1] + 1])
+    _traced(bench, "embed", bench.embed, calls[named[1] + 1])
     bench.keep("half")
 
 

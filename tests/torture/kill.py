@@ -108,9 +108,9 @@ class _Kills:
             self.bench.fresh()
             self._watched("embed", self.bench.embed, 0)
             moments = self._moments.read_text().splitlines()
-            renames = [i for i, text in enumerate(moments, start=1) if text == "after rename"]
+            named = [i for i, text in enumerate(moments, start=1) if text == "after link"]
             self.bench.fresh()
-            self._watched("embed", self.bench.embed, renames[1])
+            self._watched("embed", self.bench.embed, named[1])
             self.bench.keep("half")
         self.bench.fresh("half")
 

@@ -37,6 +37,7 @@ configure_mappers()
 # Before and after each of these is a moment. (os.fsync is told apart by what it syncs.)
 _STEPS = [
     ("os", "", "fsync"),
+    ("os", "", "link"),
     ("pathlib", "Path", "rename"),
     ("pathlib", "Path", "mkdir"),
     ("pathlib", "Path", "unlink"),

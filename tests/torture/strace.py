@@ -21,8 +21,8 @@ from pathlib import Path
 from tests.torture.process import finished, script, start
 
 # Those that change a file or make it durable; names that an architecture lacks have a `?`.
-_CALLS = "?open,openat,?rename,?renameat,?renameat2,?unlink,unlinkat,?mkdir,mkdirat,write,pwrite64,"
-_CALLS += "writev,pwritev,fsync,fdatasync,ftruncate,fallocate,flock"
+_CALLS = "?open,openat,?link,linkat,?rename,?renameat,?renameat2,?unlink,unlinkat,?mkdir,mkdirat,"
+_CALLS += "write,pwrite64,writev,pwritev,fsync,fdatasync,ftruncate,fallocate,flock"
 _LINE = re.compile(r"(\d+) +(\w+)\((.*)")
 _PR_SET_PTRACER = 0x59616D61
 
