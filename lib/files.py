@@ -1,4 +1,4 @@
-"""Files: digests, change stamps, and new files that appear complete or not at all."""
+"""Files: digests, and new files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ __all__ = [
     "disk_errors",
     "file_md5",
     "file_sha256",
-    "files_stamp",
     "listing_sha256",
     "new_path",
     "sync_folder",
@@ -43,12 +42,6 @@ def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
     for digest, name in entries:
         listing.update(f"{digest}  {name}\n".encode())
     return listing.hexdigest()
-
-
-def files_stamp(files: Iterable[Path]) -> tuple[object, ...]:
-    """Return a value that changes when one of `files` is written or replaced; raises OSError."""
-    found = [(file.name, file.stat()) for file in files]
-    return tuple((name, is_.st_ino, is_.st_size, is_.st_mtime_ns) for name, is_ in found)
 
 
 def sync_folder(folder: Path) -> None:

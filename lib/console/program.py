@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lib.console.output import note
-from lib.errors import LedgerError
+from lib.errors import LedgerError, SettingsError
 
 __all__ = ["guarded", "run_script"]
 
@@ -24,11 +24,18 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     An error that a user can cause becomes one line on stderr and its status.
     """
     try:
+        _refuse_other_than_utf8(sys.argv[1:] if argv is None else argv)
         status = main(argv)
         sys.stdout.flush()
     except LedgerError as error:
         note(f"error: {error}")
         return error.exit_status
+    except UnicodeEncodeError as error:
+        # Python reads what is not UTF-8 in a name of a file as half a letter, which cannot be
+        # stored: here from another place than the command line, as the current folder.
+        name = error.object[max(0, error.start - 100) : error.end + 100]
+        note(f"error: {name!a}: not UTF-8")
+        return SettingsError.exit_status
     except KeyboardInterrupt:
         note("error: SIGINT: interrupted")
         return 130
@@ -44,3 +51,12 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         note("error: out of memory")
         return 4
     return status
+
+
+def _refuse_other_than_utf8(argv: Sequence[str]) -> None:
+    """Raise SettingsError for an argument that no database or JSON file can hold."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"argument {argument!a}: not UTF-8") from None

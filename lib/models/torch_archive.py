@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
+import weakref
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The head that may share its memory with the embedding, by fair-esm's and transformers' names.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
+# A file is loaded again for every few tensors; its pickle is followed once.
+_FOLLOWED: weakref.WeakSet[HeldFile] = weakref.WeakSet()
 
 
 def load_archive(file: HeldFile) -> dict[str, Any]:
@@ -34,7 +37,9 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     try:
         if not zipfile.is_zipfile(opened):
             raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
-        _refuse_bombs(file)
+        if file not in _FOLLOWED:
+            _refuse_bombs(file)
+            _FOLLOWED.add(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # a hostile pickle can make torch warn about itself
             archive = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
