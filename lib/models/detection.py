@@ -37,9 +37,10 @@ class Detection:
     `weights` is None for a released name that is not on disk; the shape is then the catalog's.
     `repr_layers` are the layers to keep, in the order asked for, all in 0 … num_layers. `sources`
     says of every property where its value comes from, in the order in which they are shown.
-    `released` is the released model that this is, or that it adapts, `base_name` the name of the
-    model that it adapts. `regression` is set if contacts are to be predicted and the contact
-    regression is on disk.
+    `released` is the released name by which the settings call these weights or their base; `proof`
+    tells whether they are what the name says. `base_name` is the name of the model that an adapter
+    changes. `regression` is set if contacts are to be predicted and the contact regression is on
+    disk.
     """
 
     name: str

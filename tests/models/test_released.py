@@ -1,6 +1,7 @@
 """Released models are proven by digest: if these fail, any file with the right name passes for one.
 
-The catalogs are made up: untrained models stand where the published files do.
+The catalogs are made up: untrained models stand where the published files do. Before, no
+digest was asked: a file passed by its name, and a download by its shape.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from lib.ledger.questions import questions
 from lib.models.untrained import make_folder, make_model
+from schema.migrations.versions import v2
 from tests.catalogs import release
 from tests.conftest import Answer, Place, Script
 
@@ -76,6 +78,11 @@ def test_the_catalog_has_the_published_sizes_and_digests() -> None:
     weights = [file for hub in hubs for file in hub.weights]
     assert [[f.name, str(f.bytes), f.digest] for f in weights] == lines(HUB)
     assert {file.algorithm for file in [*beside, *weights]} == {"sha256"}
+
+
+def test_the_migration_proves_by_the_digests_of_the_catalog() -> None:
+    files = [model.file for model in RELEASED.values()]
+    assert tuple(f.digest for f in files if f.algorithm == "sha256") == v2._RELEASED
 
 
 @pytest.fixture
