@@ -5,7 +5,9 @@ On a share whose locks reach one host only, a run can have two owners. The newes
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import socket
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -18,6 +20,7 @@ from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import assert_same_bits
 
 QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 # Before the second commit; and within it, when its file is about to get its name.
 MOMENTS = ["lib.ledger.commit.add_checkpoint", "lib.jobs.stretches.CheckpointWriter.finish"]
 
@@ -45,6 +48,45 @@ def test_an_owner_that_has_lost_its_run_commits_nothing_more(
     assert script("validate", "--run", "1").status == 0
     assert script("embed", *flags).status == 0
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
+
+
+def on_host(name: str, then: processes.Work | None = None) -> None:
+    """Move this process to a host of its own: other network and name, the same files."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUTS | CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    socket.sethostname(name)
+    if then is not None:
+        then()
+
+
+@pytest.mark.parametrize("locks_reach", [True, False], ids=["locks", "no locks"])
+def test_two_hosts_that_share_a_folder(
+    script: Script, place: Place, small_model: Path, locks_reach: bool
+) -> None:
+    if processes.run_function(partial(on_host, "trial")).status != 0:
+        pytest.skip("this process may not make namespaces")
+    gate = place.folder / "gate"
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, *QUICK]
+    first = partial(on_host, "host-a", partial(processes.stop_at, MOMENTS[0], 2, gate))
+    with processes.start("embed", *flags, "--config", place.config, prepare=first) as there:
+        there.wait_for("reached")
+        owner = f"process {there.pid} on host-a"
+        if not locks_reach:  # as on a share where each host has locks of its own
+            (place.output / "run-000001" / ".lock").unlink()
+        here = processes.run("resume", "--config", place.config, prepare=partial(on_host, "host-b"))
+        gate.touch()
+        ended = there.end()
+    if locks_reach:
+        assert here.status == 4
+        assert here.error.startswith(f"run 1: owned by {owner} since ")
+        assert ended.status == 0
+    else:
+        assert here.status == 0, here.err
+        assert ended.error == "run 1: attempt 1 has lost it to attempt 2"
+    hosts = [one["host"] for one in script("history", "--run", "1", "--json").json["attempts"]]
+    assert hosts == (["host-a"] if locks_reach else ["host-a", "host-b"])
+    assert script("validate", "--run", "1").status == 0
 
 
 def test_a_file_that_another_has_put_in_the_place_of_ours_is_not_committed(
