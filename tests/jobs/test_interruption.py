@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.errors import MachineError
 from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.processes import Process
@@ -112,14 +113,14 @@ def test_a_second_process_is_refused_while_the_first_lives(
 def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(
     script: Script, place: Place, small_model: Path
 ) -> None:
-    with stopped(place, small_model, "lib.models.fair_esm_file.file_sha256", 1) as process:
+    with stopped(place, small_model, "lib.models.held_file.HeldFile.sha256", 1) as process:
         process.send_signal(signal.SIGINT)
         answer = process.end()  # though the digest would have no end
     assert answer.status == 130
     assert answer.error == "SIGINT: interrupted"
 
 
-def test_a_folder_in_a_checkpoints_place_leaves_no_attempt_open(
+def test_a_folder_in_a_checkpoints_place_is_kept_aside_with_what_is_in_it(
     script: Script, place: Place, small_model: Path
 ) -> None:
     flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
@@ -130,12 +131,31 @@ def test_a_folder_in_a_checkpoints_place_leaves_no_attempt_open(
     file.mkdir()
     (file / "notes.txt").write_text("a user's own")
     answer = script("resume", "--run", "1", "--recompute-damaged")
-    assert answer.status == 4
-    assert answer.error == f"{file}: Directory not empty"
+    assert answer.status == 0, answer.err
+    kept = file.with_name(f".{file.name}.kept-1")
+    assert f"{file.name}: dropped, kept as {kept.name}, to be computed again" in answer.err
+    assert (kept / "notes.txt").read_text() == "a user's own"
+    detail = script("history", "--run", "1", "--json").json
+    assert [one["outcome"] for one in detail["attempts"]] == ["finished", "finished"]
+
+
+def test_an_attempt_that_fails_before_its_work_is_not_left_open(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    begun = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
+    assert begun.status == 0
+    (place.output / "run-000001" / "checkpoint-000002.parquet").unlink()
+
+    def fails(*_: object) -> None:
+        raise MachineError("the disk fails")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.resume.adopt_leftovers", fails)
+        answer = script("resume", "--run", "1", "--recompute-damaged")
+    assert (answer.status, answer.error) == (4, "the disk fails")
     detail = script("history", "--run", "1", "--json").json
     assert [one["outcome"] for one in detail["attempts"]] == ["finished", "failed"]
     assert detail["status"] == "failed"
-    assert (file / "notes.txt").read_text() == "a user's own"
-    (file / "notes.txt").unlink()
     assert script("resume", "--run", "1").status == 0
     assert script("validate", "--run", "1").status == 0
