@@ -1,14 +1,18 @@
-"""Compute a random sample of a run again with fair-esm in float32, and compare.
+"""Compute a sample of a run again with fair-esm, transformers or PEFT in float32, and compare.
 
     python scripts/verify.py --run 1
     python scripts/verify.py --run 1 --sample 100 --seed 7
     python scripts/verify.py --run 1 --esm-model /new/place/esm2_t33_650M_UR50D.pt
 
 First it checks identity as resume.py does: the rows and files of the run, the given weights and the
-given input, by their digests. Then it prints the worst and median error and cosine of every column
-beside the bounds for the precision of the run. The same seed draws the same records. Exit status: 0
-within the bounds, 1 outside, 2 nothing to verify or weights or input not found, 3 identity refused,
-4 disk, database or memory failed.
+given input, by their digests. The library of the weights' format computes: fair-esm for a .pt file,
+transformers for a Hugging Face folder, PEFT for an adapter. Where it is not installed, fair-esm
+computes with tensors that this program reads, and the output says so.
+
+It prints the worst and median error and cosine of every column beside the bounds for the precision
+of the run. The same seed draws the same records; the longest, the shortest, a truncated one and two
+that share a sequence are always among them. Exit status: 0 within the bounds, 1 outside, 2 nothing
+to verify or weights or input not found, 3 identity refused, 4 disk, database or memory failed.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
     parser.add_argument(
-        "--sample", type=int, default=20, metavar="N", help="records to compute (default 20)"
+        "--sample", type=int, default=20, metavar="N", help="records to draw (default 20)"
     )
     parser.add_argument(
         "--seed", type=int, help="seed of the sample (default: a new one every time)"

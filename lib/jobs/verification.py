@@ -1,8 +1,7 @@
-"""Verification: a sample of a run, computed again by fair-esm and compared with what is kept."""
+"""Verification: a sample of a run, computed again by another library and compared with it."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,15 @@ import torch
 from lib.embeddings.reading import open_run
 from lib.errors import MachineError, SettingsError
 from lib.jobs.admission import admit
-from lib.jobs.fair_esm import FairEsm, Reference
+from lib.jobs.fair_esm import Answer, needed_bytes
+from lib.jobs.references import ChosenReference, choose_reference
+from lib.jobs.sample import Sample, SampledRecord, draw_sample
 from lib.ledger.database import open_for_reading
 from lib.ledger.runs import load_run
+from lib.models.detection import Detection
 from lib.network.device import use_threads
 from lib.network.memory import available_bytes, ran_out
-from lib.sequences.inventory import Inventory
 from lib.sequences.windows import read_windows
-from lib.settings import Settings
 from schema.parquet import VectorColumn, vector_columns
 from schema.tables import Run
 
@@ -44,7 +44,7 @@ Array = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a column of a run is to fair-esm.
+    """How near a column of a run is to the reference.
 
     `compared` counts vectors, or contacts; errors are relative L2 errors of vectors or absolute
     errors of contacts; cosines are None for contacts, their bound where only errors are bounded.
@@ -89,12 +89,14 @@ class Agreement:
 class Verification:
     """What a verification found.
 
-    records: positions in the FASTA of what was computed again; `left_out` tells of records that
-    were drawn but do not fit into memory.
+    reference: the library that computed, and its version. records: positions in the FASTA of what
+    was computed again; `left_out` tells of records that were drawn but do not fit into memory.
     """
 
     run: Run
     seed: int
+    reference: ChosenReference
+    sample: Sample
     records: list[int]
     left_out: list[str]
     agreements: list[Agreement]
@@ -111,8 +113,8 @@ class Verification:
         verdict = f"{outside} outside the bounds" if outside else "within the bounds"
         return (
             f"run {self.run.id}: {verdict} of {self.run.precision}; {len(self.records)} of "
-            f"{self.run.records_total} records computed again by fair-esm in float32 "
-            f"(seed {self.seed}){untrained}"
+            f"{self.run.records_total} records computed again by {self.reference.describe()} in "
+            f"float32 (seed {self.seed}){untrained}"
         )
 
     def json(self) -> dict[str, Any]:
@@ -123,7 +125,11 @@ class Verification:
             "precision": self.run.precision,
             "untrained": bool((self.run.esm2_config or {}).get("untrained")),
             "seed": self.seed,
+            "reference": self.reference.libraries,
+            "own_reader": self.reference.own_reader,
             "records": self.records,
+            "drawn": self.sample.drawn,
+            "always": self.sample.always,
             "left_out": self.left_out,
             "columns": [
                 {key: _finite(value) for key, value in vars(one).items()} | {"good": one.good}
@@ -150,12 +156,13 @@ def verify_run(
     seed: int,
     say: Callable[[str], None],
 ) -> Verification:
-    """Compute `sample` records of a run, drawn by `seed`, again and compare them.
+    """Compute `sample` records of a run, drawn by `seed`, again and compare every column of them.
 
-    overrides: "section.option" to text, for what lies elsewhere now. All that resuming the run
-    would check is checked first: rows, files, weights and input by digest. `say` is told what is
-    about to be computed, and what is left out. Raises IdentityRefusedError at the first
-    difference, SettingsError if there is nothing to compare, MachineError for memory.
+    Beside them always go the longest, the shortest, a truncated record, and two that share their
+    sequence. overrides: "section.option" to text, for what lies elsewhere now. All that resuming
+    the run would check is checked first: rows, files, weights and input by digest. `say` is told
+    what is about to be computed by what, and what is left out. Raises IdentityRefusedError at the
+    first difference, SettingsError if there is nothing to compare, MachineError for memory.
     """
     if sample < 1:
         raise SettingsError(f"sample {sample}: less than one record")
@@ -165,74 +172,63 @@ def verify_run(
     finally:
         engine.dispose()
     admission = admit(run, overrides, recompute_damaged=False)
-    kept = open_run(url, run_id, partial=True)
-    there = kept.records.tolist()
-    if not there:
+    kept = open_run(url, run_id, partial=True, verify=True)
+    if not len(kept):
         raise SettingsError(f"run {run_id}: no record is done")
-    drawn = sorted(random.Random(seed).sample(there, min(sample, len(there))))
     use_threads(admission.settings.compute)
-    reference = FairEsm(admission.detection)
-    sequences = _sequences(admission.settings, admission.inventory, drawn)
-    left_out = [*_too_large(sequences, reference)]
+    windows = read_windows(admission.settings.input, admission.inventory)
+    drawn = draw_sample(windows, kept.records, sample, seed)
+    reference = choose_reference(admission.detection)
+    records = dict(drawn.records)
+    left_out = [*_too_large(records, admission.detection, reference.libraries)]
     for line in left_out:
         say(f"left out: {line}")
-    records = [record for record in drawn if record in sequences]
     if not records:
         raise MachineError(f"run {run_id}: no drawn record fits into memory: {left_out[0]}")
-    say(f"run {run_id}: {len(records)} records go through fair-esm (seed {seed})")
+    say(f"run {run_id}: {len(records)} records go through {reference.describe()} (seed {seed})")
     columns = vector_columns(run.include, run.repr_layers)
     found: dict[VectorColumn, list[_Compared]] = {column: [] for column in columns}
-    for record in records:
-        name, residues = sequences[record]
-        truth = _reference(reference, record, name, residues, run.repr_layers)
-        for column, vectors in kept.row(record, *columns).items():
+    for number, record in records.items():
+        truth = _answer(reference, record, run)
+        for column, vectors in kept.row(number, *columns).items():
             errors, cosines = _compare(column, vectors, truth)
-            found[column].append(_Compared(record, name, errors, cosines))
+            found[column].append(_Compared(number, record.id, errors, cosines))
     agreements = [_agreement(run, column, compared) for column, compared in found.items()]
-    return Verification(run, seed, records, left_out, agreements)
+    return Verification(run, seed, reference, drawn, [*records], left_out, agreements)
 
 
-def _sequences(
-    settings: Settings, inventory: Inventory, records: Sequence[int]
-) -> dict[int, tuple[str, str]]:
-    """Return (id, residues as they are embedded) by record."""
-    wanted = set(records)
-    return {
-        owner.number: (owner.id, sequence.residues.decode())
-        for window in read_windows(settings.input, inventory)
-        for sequence in window.sequences
-        for owner in sequence.owners
-        if owner.number in wanted
-    }
-
-
-def _too_large(sequences: dict[int, tuple[str, str]], reference: FairEsm) -> Iterator[str]:
+def _too_large(
+    records: dict[int, SampledRecord], detection: Detection, libraries: str
+) -> Iterator[str]:
     """Take out what does not fit into memory; yield a line on each."""
     available = available_bytes(torch.device("cpu"))
-    for record, (name, residues) in sorted(sequences.items()):
-        needed = reference.needed_bytes(len(residues))
+    contacts = detection.regression is not None
+    for record in [*records.values()]:
+        residues = len(record.residues)
+        needed = needed_bytes(detection.shape, residues, contacts=contacts)
         if available is not None and needed > available:
-            del sequences[record]
+            del records[record.number]
             yield (
-                f"record {record} ({name}): {len(residues)} residues need {needed / 1e9:.1f} GB "
-                f"of memory in fair-esm, {available / 1e9:.1f} GB are available"
+                f"record {record.number} ({record.id}): {residues} residues need "
+                f"{needed / 1e9:.1f} GB of memory in {libraries}, {available / 1e9:.1f} GB are "
+                "available"
             )
 
 
-def _reference(
-    reference: FairEsm, record: int, name: str, residues: str, layers: Sequence[int]
-) -> Reference:
+def _answer(reference: ChosenReference, record: SampledRecord, run: Run) -> Answer:
+    contacts = "contacts" in run.include
     try:
-        return reference.compute(residues, layers)
+        return reference.model.compute(record.residues, run.repr_layers, contacts=contacts)
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
         raise MachineError(
-            f"record {record} ({name}): out of memory in fair-esm for {len(residues)} residues"
+            f"record {record.number} ({record.id}): out of memory in {reference.libraries} for "
+            f"{len(record.residues)} residues"
         ) from None
 
 
-def _compare(column: VectorColumn, kept: Array, truth: Reference) -> tuple[Array, Array]:
+def _compare(column: VectorColumn, kept: Array, truth: Answer) -> tuple[Array, Array]:
     """Return errors and cosines of a column of one record; kept: flat, as it was written."""
     if column.layer is None:
         assert truth.contacts is not None
