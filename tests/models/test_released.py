@@ -249,7 +249,7 @@ def test_a_path_of_another_size_is_not_released_and_no_digest_is_taken(
     def refuse(*_: object) -> str:
         raise AssertionError("a digest was taken")
 
-    monkeypatch.setattr("lib.models.fair_esm_file.file_sha256", refuse)
+    monkeypatch.setattr("lib.models.held_file.HeldFile.sha256", refuse)
     monkeypatch.setattr("lib.models.released.file_md5", refuse)
     assert row(script, longer) == ["released", "no", "(size)"]
     with pytest.raises(AssertionError, match="a digest was taken"):
