@@ -4,7 +4,7 @@ If bytes after the first stream do not begin another stream, bz2.open, lzma.open
 treat them as the end of the file. In a file of several streams (pbzip2 and pixz write such files)
 one damaged byte can then silently lose the rest of the records; here it is an error.
 
-The digest of a `DigestedPath` is taken of the bytes that its reader gets, below the decompressor.
+A `DigestedRead` takes the digest of the bytes that its reader gets, below the decompressor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import hashlib
 import io
 import lzma
 from collections.abc import Callable
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Protocol
 
 from backports import zstd
 
-__all__ = ["DigestedPath", "open_decompressed"]
+__all__ = ["DigestedRead", "open_decompressed"]
 
 _CHUNK = 1 << 17
 # No ordinary file needs a larger one, but a header can ask for 4 GiB before the first byte.
@@ -52,14 +52,16 @@ _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
 }
 
 
-class DigestedPath(PosixPath):
-    """The path of a file that is digested while `open_decompressed` has it read to its end."""
+class DigestedRead:
+    """One read of a file, to its end, of which the digest is wanted."""
 
-    _file: _DigestedFile | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: _DigestedFile | None = None
 
-    def open_digested(self) -> io.BufferedReader:
-        """Open the file for one read of its bytes as stored; raises OSError."""
-        self._file = _DigestedFile(io.FileIO(self))
+    def open(self) -> io.BufferedReader:
+        """Open the file for a read of its bytes as stored; raises OSError."""
+        self._file = _DigestedFile(io.FileIO(self.path))
         return io.BufferedReader(self._file, _CHUNK)
 
     @property
@@ -73,7 +75,7 @@ class DigestedPath(PosixPath):
         Raises ValueError if it has not come to the end of the file.
         """
         if self._file is None or not self._file.ended:
-            raise ValueError(f"{self}: not read to its end")
+            raise ValueError(f"{self.path}: not read to its end")
         return self._file.digest.hexdigest()
 
 
@@ -106,13 +108,16 @@ class _DigestedFile(io.RawIOBase):
         super().close()
 
 
-def open_decompressed(path: Path) -> gzip.GzipFile | io.BufferedReader:
+def open_decompressed(
+    path: Path, read: DigestedRead | None = None
+) -> gzip.GzipFile | io.BufferedReader:
     """Open a file, plain or compressed, to read its content; it is opened once.
 
-    Its suffix decides how, else its first bytes. Reading raises OSError, EOFError, LZMAError,
-    ZstdError or zlib.error for a stream that is damaged, unfinished or followed by other bytes.
+    read: of this file, if the read is to be digested. The file's suffix decides how it is read,
+    else its first bytes. Reading raises OSError, EOFError, LZMAError, ZstdError or zlib.error for
+    a stream that is damaged, unfinished or followed by other bytes.
     """
-    file = path.open_digested() if isinstance(path, DigestedPath) else path.open("rb")
+    file = path.open("rb") if read is None else read.open()
     kind = path.suffix
     if kind != ".gz" and kind not in _DECOMPRESSORS:
         start = file.peek(6)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.errors import InputError, MachineError
-from lib.sequences.compression import open_decompressed
+from lib.sequences.compression import DigestedRead, open_decompressed
 
 __all__ = ["Entry", "read_entries", "shortened"]
 
@@ -28,16 +28,17 @@ class _NoHeaderError(ValueError):
     """The file has text before its first header."""
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
+def read_entries(path: Path, read: DigestedRead | None = None) -> Iterator[Entry]:
     """Yield the entries of a FASTA file (plain, gzip, bzip2, xz or zstd).
 
-    Raises InputError if the file is not FASTA or its compressed stream is damaged, naming the last
-    record before the damage; MachineError if the system cannot read it.
+    read: of this file, if the read is to be digested. Raises InputError if the file is not FASTA
+    or its compressed stream is damaged, naming the last record before the damage; MachineError if
+    the system cannot read it.
     """
     place = "before the first record"
     try:
         # Latin-1 keeps every byte as it is: the text layer only splits lines, at LF, CRLF and CR.
-        with io.TextIOWrapper(open_decompressed(path), encoding="latin-1") as lines:
+        with io.TextIOWrapper(open_decompressed(path, read), encoding="latin-1") as lines:
             for number, entry in enumerate(_entries(lines)):
                 yield entry
                 place = f"after record {number}"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import InputError
-from lib.sequences.compression import DigestedPath
+from lib.sequences.compression import DigestedRead
 from lib.sequences.digests import Digests
 from lib.sequences.entries import shortened
 from lib.sequences.records import (
@@ -126,17 +126,17 @@ def preflight(rules: InputSettings) -> Inventory:
     changes meanwhile.
     """
     path = input_path(rules)
-    before, file = path.stat(), DigestedPath(path)
+    before, read = path.stat(), DigestedRead(path)
     inventory = Inventory(path=path, bytes=0, sha256="")
     sequences, ids, lengths = Digests(), Digests(), array("i")
     windows = _Windows()
-    for record in read_records(rules, file):
+    for record in read_records(rules, read):
         windows.add(record)
         sequences.add(record.residues)
         ids.add(record.id.encode())
         lengths.append(len(record.residues))
         _count(record, inventory)
-    inventory.bytes, inventory.sha256 = file.bytes_read, file.sha256()
+    inventory.bytes, inventory.sha256 = read.bytes_read, read.sha256()
     inventory.records = len(lengths)
     if not inventory.records:
         raise InputError(f"{path}: no records")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lib.errors import InputError, MachineError
 from lib.sequences.alphabet import LETTERS
-from lib.sequences.compression import DigestedPath
+from lib.sequences.compression import DigestedRead
 from lib.sequences.entries import Entry, read_entries, shortened
 from schema.settings import InputSettings
 
@@ -54,13 +54,13 @@ class Owner(NamedTuple):
     length: int
 
 
-def read_records(rules: InputSettings, file: Path | None = None) -> Iterator[Record]:
+def read_records(rules: InputSettings, read: DigestedRead | None = None) -> Iterator[Record]:
     """Yield the records of [input] fasta in file order.
 
-    file: the path of [input] fasta as a DigestedPath, if the read is to be digested. Raises
-    InputError at the first entry that breaks the rules, and what `read_entries` raises.
+    read: of that file, if the read is to be digested. Raises InputError at the first entry that
+    breaks the rules, and what `read_entries` raises.
     """
-    for number, entry in enumerate(read_entries(file or input_path(rules))):
+    for number, entry in enumerate(read_entries(input_path(rules), read)):
         yield _apply_rules(number, entry, rules)
 
 
@@ -69,10 +69,10 @@ def read_same_records(rules: InputSettings, sha256: str) -> Iterator[Record]:
 
     The digest is known, and compared, after the last record.
     """
-    file = DigestedPath(input_path(rules))
-    yield from read_records(rules, file)
-    if file.sha256() != sha256:
-        raise InputError(f"{file}: changed while it was being read")
+    read = DigestedRead(input_path(rules))
+    yield from read_records(rules, read)
+    if read.sha256() != sha256:
+        raise InputError(f"{read.path}: changed while it was being read")
 
 
 def input_path(rules: InputSettings) -> Path:

@@ -16,6 +16,7 @@ from backports import zstd
 
 from lib.sequences import inventory as inventories
 from lib.sequences import records
+from lib.sequences.compression import DigestedRead
 from lib.sequences.inventory import Inventory
 from schema.settings import InputSettings
 from tests.conftest import ROOT, Script
@@ -39,8 +40,10 @@ def being_written(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     read = records.read_records
 
-    def read_while_it_grows(rules: InputSettings, file: Path) -> Iterator[records.Record]:
-        yield from read(rules, file)
+    def read_while_it_grows(
+        rules: InputSettings, digested: DigestedRead
+    ) -> Iterator[records.Record]:
+        yield from read(rules, digested)
         with path.open("ab") as end:
             end.write(b">c\nMK\n")
 

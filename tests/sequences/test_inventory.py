@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.sequences import digests, entries
-from lib.sequences.compression import DigestedPath, open_decompressed
+from lib.sequences.compression import DigestedRead, open_decompressed
 from lib.sequences.inventory import preflight
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.sequences.conftest import COMPRESS, UNKNOWN, refusal, rules, swap
@@ -108,9 +108,11 @@ def test_the_digest_is_of_the_bytes_that_were_parsed(
     one, other = same_size(COMPRESS[kind] if kind else bytes)
     path.write_bytes(one)
 
-    def swapped_as_it_is_opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
+    def swapped_as_it_is_opened(
+        file: Path, read: DigestedRead | None
+    ) -> gzip.GzipFile | io.BufferedReader:
         swap(path, other)
-        return open_decompressed(file)
+        return open_decompressed(file, read)
 
     monkeypatch.setattr(entries, "open_decompressed", swapped_as_it_is_opened)
     inventory = preflight(rules(path))
@@ -149,13 +151,13 @@ def test_the_digest_is_that_of_the_stored_file(
 
 def test_a_file_that_was_not_read_to_its_end_has_no_digest(path: Path) -> None:
     path.write_text(">a\nMK\n")
-    file = DigestedPath(path)
+    read = DigestedRead(path)
     with pytest.raises(ValueError, match="not read to its end"):
-        file.sha256()
-    with file.open_digested() as opened:
+        read.sha256()
+    with read.open() as opened:
         opened.read(2)
     with pytest.raises(ValueError, match="not read to its end"):
-        file.sha256()
+        read.sha256()
 
 
 # ---- Memory
