@@ -13,6 +13,8 @@ SELECT
         || CASE WHEN models.untrained THEN ' (untrained)' ELSE '' END AS model,
     -- 1 if the digest of its weights is that of a published ESM-2 model; NULL if that is not known
     models.released AS released,
+    -- name and SHA-256 of the model that a LoRA adapter changes; NULL for other models
+    models.base_name || ' (sha256 ' || models.base_sha256 || ')' AS base,
     -- layers kept
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
     -- what is kept: mean, bos, per_tok, contacts

@@ -52,6 +52,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "status": run["status"],
         "model": run["model"],
         "released": {1: "yes", 0: "no"}.get(run["released"]),
+        **({} if run["base"] is None else {"base": run["base"]}),
         "layers": run["layers"],
         "include": run["include"],
         "input": run["input"],

@@ -359,6 +359,9 @@ def test_the_base_is_in_snapshot_database_and_footer(
     assert all(word.encode() in file.read_bytes() for word in base)
     query = "select base_name, base_sha256 from models"
     assert script("query", query, "--json").json == [{"base_name": base[0], "base_sha256": base[1]}]
+    shown = f"{base[0]} (sha256 {base[1]})"
+    assert script("history", "--json").json[0]["base"] == shown
+    assert f"base                 {shown}" in script("history", "--run", "1").out
     assert f"base_sha256      {base[1]}" in resumed(script, adapter).err
 
 
