@@ -186,7 +186,11 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
 def _ask(request: urllib.request.Request, seconds: float = 60) -> HTTPResponse:
     """Send a request; redirects are followed. Raises what urllib does."""
     # A new opener each time: urlopen keeps the proxies of its first call.
-    answer: HTTPResponse = urllib.request.build_opener().open(request, timeout=seconds)
+    try:
+        answer: HTTPResponse = urllib.request.build_opener().open(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection of the answer that it stands for
+        raise
     return answer
 
 

@@ -117,7 +117,7 @@ HOSTILE: dict[str, tuple[Callable[[str], object], str]] = {
     "os.system": (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
     "eval": (lambda marker: Call(eval, f"open({marker!r}, 'w')"), "eval"),
     "exec": (lambda marker: Call(exec, f"open({marker!r}, 'w')"), "exec"),
-    "open": (lambda marker: Call(open, marker, "w"), "io.open"),
+    "open": (lambda marker: Call(open, marker, "w"), f"{open.__module__}.open"),  # io or _io
     "subprocess": (lambda marker: Call(subprocess.run, ["touch", marker]), "commands.run"),
     "Path.touch": (lambda marker: Call(Path.touch, Path(marker)), "getattr"),
     "setstate": (restored, "tests.models.test_weights.Restored"),
