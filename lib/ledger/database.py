@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ __all__ = [
     "utc_now",
     "writing_engine",
 ]
+
+_PAUSE_SECONDS = 0.01
 
 
 def utc_now() -> str:
@@ -145,16 +148,28 @@ def _file(path: Path) -> tuple[int, int]:
 
 def _choose_journal(path: Path) -> str:
     """Use WAL where the file system allows it, else a rollback journal; return the journal mode."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return _ask_for_wal(path)
+        except sqlite3.OperationalError as error:
+            # Another first start is changing the mode, which SQLite does not wait for by itself.
+            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() >= until:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _ask_for_wal(path: Path) -> str:
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
         try:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode == "wal":  # the first read maps the memory that processes share
                 connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            return str(mode)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname != "SQLITE_IOERR_SHMMAP":
                 raise
-            mode = None
-    return mode or leave_wal(path)
+    return leave_wal(path)
 
 
 def make_views(connection: Connection) -> None:
