@@ -83,7 +83,7 @@ class Bench:
     def to_the_end(self) -> str:
         """Resume the run, or start it if its record was not made; return what is wrong after."""
         status = in_fork(lambda: script("resume", self.resume), self.log)
-        if status == 2 and not self._recorded():
+        if status == 2 and not self.is_recorded():
             status = in_fork(lambda: script("embed", self.embed), self.log)
         if status != 0:
             return f"status {status}: {self.said()}"
@@ -98,7 +98,8 @@ class Bench:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing was said"
 
-    def _recorded(self) -> bool:
+    def is_recorded(self) -> bool:
+        """Return whether the trial's database lists a run."""
         database = self.trial / "runs.sqlite"
         if not database.exists() or database.stat().st_size == 0:
             return False

@@ -64,7 +64,7 @@ def _restored(bench: Bench, chance: random.Random, seconds: float, found: Counte
     copy = bench.folder / "copy.sqlite"
     bench.fresh()
     _killed("embed", bench.embed, bench, chance.uniform(0.3, 1) * seconds)
-    if not _has_run(bench):
+    if not bench.is_recorded():
         found["not begun"] += 1
         return ""
     shutil.copy(bench.trial / "runs.sqlite", copy)
@@ -150,15 +150,6 @@ def _compared(run: Path, whole: Path) -> int:
 
 def _killed(name: str, argv: list[str], bench: Bench, after: float) -> int:
     return killed_after(start(lambda: script(name, argv), bench.log), after)
-
-
-def _has_run(bench: Bench) -> bool:
-    database = bench.trial / "runs.sqlite"
-    if not database.exists() or database.stat().st_size == 0:
-        return False
-    with closing(sqlite3.connect(database)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema")]
-        return "runs" in tables and bool(connection.execute("SELECT 1 FROM runs").fetchall())
 
 
 def _digest_on_record(bench: Bench) -> str:
