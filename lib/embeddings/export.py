@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.embeddings.hdf5 import write_anndata, write_hdf5
+from lib.embeddings.provenance import FACTS_FILE, facts_of, facts_text
 from lib.embeddings.reading import RunEmbeddings
-from lib.embeddings.selection import Selection, facts_of, facts_text
+from lib.embeddings.selection import Selection, kept_columns
+from lib.embeddings.tables import write_csv
 from lib.errors import SettingsError
 from lib.files import new_path
+from schema.parquet import VectorColumn
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "export", "exported_columns"]
 
 Writer = Callable[[RunEmbeddings, Path, Selection], None]
 
@@ -30,6 +33,13 @@ def export(run: RunEmbeddings, form: str, to: Path, selection: Selection) -> Non
     FORMATS[form](run, to, selection)
 
 
+def exported_columns(run: RunEmbeddings, form: str, selection: Selection) -> list[VectorColumn]:
+    """Return the columns that `export` writes; raises SettingsError if they were not kept."""
+    if form == "esm-extract":
+        return kept_columns(run)
+    return [run.column(selection.kind, selection.layer)]
+
+
 def _write_npy(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     """Write a folder: embeddings.npy (N, hidden_dim) float32, ids.txt in its order, run.json."""
     column = run.column(selection.kind, selection.layer)
@@ -37,7 +47,7 @@ def _write_npy(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         run.write_matrix(column, folder / "embeddings.npy")
         ids = "".join(f"{name}\n" for name in run.ids)
         (folder / "ids.txt").write_text(ids, encoding="utf-8", newline="\n")
-        (folder / "run.json").write_text(facts_text(facts_of(run, column)), encoding="utf-8")
+        (folder / FACTS_FILE).write_text(facts_text(facts_of(run, [column])), encoding="utf-8")
 
 
 def _write_esm_extract(run: RunEmbeddings, to: Path, selection: Selection) -> None:
@@ -59,4 +69,5 @@ FORMATS: dict[str, Writer] = {
     "npy": _write_npy,
     "virnucpro": _write_virnucpro,
     "anndata": write_anndata,
+    "csv": write_csv,
 }

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
-from lib.ledger.history import query
+from lib.ledger.history import altered_rows, query
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
 
@@ -57,8 +57,14 @@ def open_run(
     if not found:
         raise SettingsError(f"run {run}: not in database {database_path(url)}")
     facts = found[0]
-    for name in ("esm2_config", "repr_layers", "include"):
-        facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+    attempts = query(
+        url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
+    ).dictionaries()
+    with altered_rows(url):
+        for name in ("esm2_config", "repr_layers", "include"):
+            facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+        for attempt in attempts:
+            attempt["versions"] = dict(json.loads(attempt["versions"]))
     if facts["esm2_config"] is None:
         raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
     listed = query(
@@ -74,18 +80,26 @@ def open_run(
         )
     folder = Path(facts["output_folder"])
     files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
-    return RunEmbeddings(facts, [verified_file(file, digest=verify) for file in files])
+    verified = [verified_file(file, digest=verify) for file in files]
+    return RunEmbeddings(facts, verified, attempts)
 
 
 class RunEmbeddings:
     """The vectors of one run, in FASTA order; `open_run` makes it.
 
     facts: the row of the run in the table `runs`, by column.
+    attempts: device_name and versions of every attempt at it.
     records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
-    def __init__(self, facts: dict[str, Any], files: list[VerifiedFile]) -> None:
+    def __init__(
+        self,
+        facts: dict[str, Any],
+        files: list[VerifiedFile],
+        attempts: list[dict[str, Any]],
+    ) -> None:
         self.facts = facts
+        self.attempts = attempts
         self._files = files
         numbers, places = _find_records(files)
         order = np.argsort(numbers)
