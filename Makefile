@@ -5,7 +5,7 @@
 #   INPUT   the FASTA file
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
-#   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata or csv
+#   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
 #   TO      export, report: where to write
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
@@ -106,7 +106,7 @@ upgrade: $(installed) ## bring an older run database to this version, after a ba
 	@$(python) scripts/upgrade.py $(config) $(ARGS)
 
 .PHONY: export
-export: $(installed) ## write RUN= in FORMAT= (hdf5, anndata, csv, npy...) TO=
+export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
 
 .PHONY: report

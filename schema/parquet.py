@@ -1,4 +1,4 @@
-"""The columns of a checkpoint file, and the key under which its footer carries the ledger's."""
+"""The columns of a checkpoint file, and the keys under which footers carry the ledger's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-__all__ = ["CONTACTS", "FOOTER_KEY", "VectorColumn", "checkpoint_columns", "vector_columns"]
+__all__ = [
+    "CONTACTS",
+    "EXPORT_KEY",
+    "FOOTER_KEY",
+    "VectorColumn",
+    "checkpoint_columns",
+    "vector_columns",
+]
 
 FOOTER_KEY = b"esm_ledger"
+EXPORT_KEY = b"esm_ledger_export"
 CONTACTS = "contacts"
 
 

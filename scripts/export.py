@@ -5,8 +5,9 @@
     python scripts/export.py --run 1 --format esm-extract --to folder
 
 Formats: hdf5 (UniProt's layout), esm-extract (a .pt per record), npy (a folder with the matrix and
-the ids), virnucpro (one .pt), anndata (.h5ad), csv. Every export says which run and which model its
-vectors come from. Records are in the order of the FASTA. An existing file is never replaced.
+the ids), virnucpro (one .pt), anndata (.h5ad), csv, dataset (a folder for the Hugging Face Hub).
+Every export says which run and which model its vectors come from. Records are in the order of the
+FASTA. An existing file is never replaced.
 Exit status: 0 written, 2 refused, 3 files differ from what the database lists, 4 disk failed.
 """
 
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bos", action="store_true", help="the vectors of <cls> instead of the means"
     )
     kind.add_argument(
-        "--per-residue", action="store_true", help="hdf5: all residues instead of the means"
+        "--per-residue",
+        action="store_true",
+        help="hdf5, dataset: all residues instead of the means",
     )
     parser.add_argument("--dtype", choices=["float16", "float32"], help="hdf5: default as stored")
     parser.add_argument(

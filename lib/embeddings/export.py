@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from lib.embeddings.dataset import write_dataset
 from lib.embeddings.hdf5 import write_anndata, write_hdf5
 from lib.embeddings.provenance import FACTS_FILE, facts_of, facts_text
 from lib.embeddings.reading import RunEmbeddings
@@ -24,8 +25,8 @@ def export(run: RunEmbeddings, form: str, to: Path, selection: Selection) -> Non
 
     Raises SettingsError if the format cannot hold the selection or the run did not keep it.
     """
-    if selection.kind == "per_tok" and form != "hdf5":
-        raise SettingsError(f"format {form}: no per-residue vectors, hdf5 has them")
+    if selection.kind == "per_tok" and form not in ("hdf5", "dataset"):
+        raise SettingsError(f"format {form}: no per-residue vectors, hdf5 and dataset have them")
     if selection.dtype is not None and form != "hdf5":
         raise SettingsError(f"format {form}: float32 only, hdf5 has others")
     if form == "esm-extract" and selection != Selection():
@@ -70,4 +71,5 @@ FORMATS: dict[str, Writer] = {
     "virnucpro": _write_virnucpro,
     "anndata": write_anndata,
     "csv": write_csv,
+    "dataset": write_dataset,
 }

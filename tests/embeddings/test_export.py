@@ -21,6 +21,7 @@ import esm
 import h5py
 import numpy as np
 import pandas  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -232,6 +233,14 @@ def read_facts_beside(to: Path) -> Any:  # noqa: ANN401
     return json.loads(to.with_name(f"{to.name}.json").read_text())
 
 
+def read_dataset_facts(to: Path) -> Any:  # noqa: ANN401
+    (path,) = to.glob("*.parquet")
+    facts = json.loads(pq.read_metadata(path).metadata[b"esm_ledger_export"])
+    # What is published names the file, not where it lay.
+    assert facts["input"] == SOME_PROTEINS.name
+    return {**facts, "input": str(SOME_PROTEINS)}
+
+
 FACTS = {
     "hdf5": read_hdf5_facts,
     "esm-extract": lambda to: json.loads((to / "run.json").read_text()),
@@ -239,6 +248,7 @@ FACTS = {
     "virnucpro": read_facts_beside,
     "anndata": read_anndata_facts,
     "csv": read_facts_beside,
+    "dataset": read_dataset_facts,
 }
 
 
@@ -313,7 +323,7 @@ def test_two_records_never_share_a_name(
     assert place.files() == before
 
 
-FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata", "csv"]
+FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata", "csv", "dataset"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -352,6 +362,7 @@ def test_an_unfinished_run_only_with_partial(
     [
         ("npy", 9000), ("esm-extract", 9000), ("hdf5", 9000), ("hdf5", 40_000),
         ("virnucpro", 40_000), ("anndata", 40_000), ("csv", 9000), ("csv", 40_000),
+        ("dataset", 9000), ("dataset", 20_000),
     ],
 )  # fmt: skip
 def test_a_full_disk_leaves_nothing(
@@ -379,8 +390,14 @@ def test_a_full_disk_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "fact"),
     [
-        (["--format", "npy", "--per-residue"], "format npy: no per-residue vectors, hdf5 has them"),
-        (["--format", "csv", "--per-residue"], "format csv: no per-residue vectors, hdf5 has them"),
+        (
+            ["--format", "npy", "--per-residue"],
+            "format npy: no per-residue vectors, hdf5 and dataset have them",
+        ),
+        (
+            ["--format", "csv", "--per-residue"],
+            "format csv: no per-residue vectors, hdf5 and dataset have them",
+        ),
         (["--format", "npy", "--dtype", "float16"], "format npy: float32 only, hdf5 has others"),
         (["--format", "hdf5", "--layer", "1"], "run 1: layer 1 is not kept, only 0 2"),
         (
