@@ -141,9 +141,11 @@ class Input(Base):
     """A FASTA file of a run's input; of several, `runs` has the first path and a digest of all."""
 
     __tablename__ = "inputs"
+    __table_args__ = (UniqueConstraint("run_id", "number"),)
 
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True, comment="its run")
-    number: Mapped[int] = mapped_column(primary_key=True, comment="its place in the input, 0-based")
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the row")
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), comment="its run")
+    number: Mapped[int] = mapped_column(comment="its place in the input, 0-based")
     path: Mapped[str] = mapped_column(
         comment="the file, absolute; of standard input, the copy that was kept"
     )

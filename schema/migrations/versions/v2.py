@@ -49,6 +49,7 @@ CREATE TABLE workers (
 )""",
     """
 CREATE TABLE inputs (
+	id INTEGER NOT NULL /* number of the row */,
 	run_id INTEGER NOT NULL /* its run */,
 	number INTEGER NOT NULL /* its place in the input, 0-based */,
 	path VARCHAR NOT NULL /* the file, absolute; of standard input, the copy that was kept */,
@@ -56,10 +57,11 @@ CREATE TABLE inputs (
 	bytes INTEGER NOT NULL /* size of the file */,
 	first_record INTEGER NOT NULL /* number of its first record in the run */,
 	records INTEGER NOT NULL /* records in the file */,
-	PRIMARY KEY (run_id, number),
+	PRIMARY KEY (id),
+	UNIQUE (run_id, number),
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )""",
-    "INSERT INTO inputs"
+    "INSERT INTO inputs (run_id, number, path, sha256, bytes, first_record, records)"
     " SELECT id, 0, input_path, input_sha256, input_bytes, 0, records_total FROM runs",
     "CREATE INDEX ix_workers_attempt_id ON workers (attempt_id)",
     "ALTER TABLE checkpoints ADD COLUMN worker_id INTEGER REFERENCES workers (id)"
