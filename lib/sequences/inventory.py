@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import lt
 from pathlib import Path
 
 import numpy as np
@@ -92,19 +94,28 @@ class Inventory:
 
 
 class WindowDigest:
-    """A digest of all that the plan takes from the records of a window."""
+    """A digest of all that the plan takes from the records of a window.
+
+    It does not depend on how many records come at once.
+    """
 
     def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hashes = [hashlib.blake2b(digest_size=16) for _ in range(4)]
 
-    def add(self, record: Record) -> None:
-        """Take in the next record."""
-        header = f"{record.id}\0{record.description}\0{record.length}\0"
-        self._hash.update(header.encode("utf-8", "surrogatepass") + record.residues + b"\0")
+    def add(self, records: Sequence[Record]) -> None:
+        """Take in the next records."""
+        columns = (
+            "".join([f"{record.id}\0" for record in records]).encode(),
+            "".join([f"{record.description}\0" for record in records]).encode(),
+            np.array([record.length for record in records], np.int64).tobytes(),
+            b"".join([record.residues + b"\0" for record in records]),
+        )
+        for column, content in zip(self._hashes, columns, strict=True):
+            column.update(content)
 
     def digest(self) -> bytes:
         """Return the digest of the records so far."""
-        return self._hash.digest()
+        return b"".join(one.digest() for one in self._hashes)
 
 
 class _Windows:
@@ -114,14 +125,26 @@ class _Windows:
         self._cut: list[WindowSummary] = []
         self._begin(0)
 
-    def add(self, record: Record) -> None:
-        """Take in the next record; a window that is full without it ends before it."""
-        size = len(record.residues)
-        records = record.number - self._first
-        if records and (records >= WINDOW_RECORDS or self._residues + size > WINDOW_RESIDUES):
-            self._end(record.number)
-        self._residues += size
-        self._digest.add(record)
+    def add(self, records: list[Record]) -> None:
+        """Take in the next records; a window that is full without one ends before it."""
+        residues = sum([len(record.residues) for record in records])
+        if self._has_room(records[-1].number - self._first, residues):
+            self._residues += residues
+            self._digest.add(records)
+            return
+        start = 0
+        for place, record in enumerate(records):
+            size = len(record.residues)
+            held = record.number - self._first
+            if held and not self._has_room(held, size):
+                self._digest.add(records[start:place])
+                self._end(record.number)
+                start = place
+            self._residues += size
+        self._digest.add(records[start:])
+
+    def _has_room(self, held: int, residues: int) -> bool:
+        return held < WINDOW_RECORDS and self._residues + residues <= WINDOW_RESIDUES
 
     def finish(self, stop: int) -> list[WindowSummary]:
         """Return the windows of all records before `stop`."""
@@ -145,16 +168,18 @@ def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inven
     sources = input_sources(rules, standard_input)
     before = [source.path.stat() for source in sources]
     inventory = Inventory(files=[])
-    sequences, ids, lengths = Digests(), Digests(), array("i")
+    # Of ids 64 bits are enough: those that seem to repeat are compared.
+    sequences, ids, lengths = Digests(), array("q"), array("i")
     windows = _Windows()
     for source in sources:
         read, first = DigestedRead(source.path), len(lengths)
-        for record in read_file(source, rules, first, read, several=len(sources) > 1):
-            windows.add(record)
-            sequences.add(record.residues)
-            ids.add(record.id.encode())
-            lengths.append(len(record.residues))
-            _count(record, inventory)
+        for batch in read_file(source, rules, first, read, several=len(sources) > 1):
+            windows.add(batch)
+            residues = [record.residues for record in batch]
+            sequences.extend(residues)
+            ids.extend([hash(record.id) for record in batch])
+            lengths.extend(map(len, residues))
+            _count(batch, residues, inventory)
         records = len(lengths) - first
         if not records:
             raise InputError(f"{source.name}: no records")
@@ -162,8 +187,8 @@ def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inven
     inventory.records = len(lengths)
     inventory.windows = windows.finish(inventory.records)
     if rules.duplicate_ids == "error":
-        _refuse_repeated_ids(ids, inventory, rules)
-    del ids  # 1.6 GB at a hundred million records, as are the digests of sequences
+        _refuse_repeated_ids(np.frombuffer(ids, np.int64), inventory, rules)
+    del ids  # 800 MB at a hundred million records; the digests of sequences are twice that
     inventory.same_as = sequences.first_equal()
     del sequences
     inventory.lengths = _planned_lengths(np.frombuffer(lengths, dtype=np.int32), inventory)
@@ -176,24 +201,27 @@ def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inven
     return inventory
 
 
-def _count(record: Record, inventory: Inventory) -> None:
-    inventory.truncated += len(record.residues) < record.length
-    inventory.mapped += record.mapped
-    inventory.nucleotide_like += not record.residues.translate(None, b"ACGTUN")
-    inventory.longest = max(inventory.longest, record.length)
+def _count(records: list[Record], residues: list[bytes], inventory: Inventory) -> None:
+    lengths = [record.length for record in records]
+    inventory.truncated += sum(map(lt, map(len, residues), lengths))
+    inventory.mapped += sum([record.mapped for record in records])
+    inventory.nucleotide_like += [one.lstrip(b"ACGTUN") for one in residues].count(b"")
+    inventory.longest = max(inventory.longest, *lengths)
 
 
-def _refuse_repeated_ids(ids: Digests, inventory: Inventory, rules: InputSettings) -> None:
-    if ids.all_differ():
+def _refuse_repeated_ids(
+    hashes: npt.NDArray[np.int64], inventory: Inventory, rules: InputSettings
+) -> None:
+    """Raise InputError at the first record with an earlier one's id; hashes: (records,) of ids."""
+    ordered = np.sort(hashes)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(twice):
         return
-    first = ids.first_equal()
-    repeated = np.flatnonzero(first != np.arange(len(first)))
-    if not len(repeated):
-        return
-    second = int(repeated[0])
+    suspected = np.isin(hashes, twice)
+    seen: dict[str, int] = {}
     for record in read_same_records(rules, inventory.files):
-        if record.number == second:
-            raise InputError(_repeats(record, int(first[second]), inventory))
+        if suspected[record.number] and seen.setdefault(record.id, record.number) != record.number:
+            raise InputError(_repeats(record, seen[record.id], inventory))
 
 
 def _repeats(record: Record, earlier: int, inventory: Inventory) -> str:
@@ -225,9 +253,10 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     """Return the records that repeat a sequence of an earlier window, by its first record."""
     if len(inventory.windows) == 1:
         return {}
-    starts = np.array([window.first_record for window in inventory.windows])
-    window_of = np.searchsorted(starts, np.arange(inventory.records), side="right")
-    strayed = window_of[inventory.same_as] != window_of
+    strayed = np.empty(inventory.records, bool)
+    for window in inventory.windows:
+        records = slice(window.first_record, window.stop_record)
+        strayed[records] = inventory.same_as[records] < window.first_record
     strays: dict[int, list[Owner]] = {}
     if strayed.any():
         for record in read_same_records(rules, inventory.files):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count, repeat
 from typing import NamedTuple
 
 from lib.errors import InputError
 from lib.sequences.alphabet import LETTERS
 from lib.sequences.compression import DigestedRead
-from lib.sequences.entries import Entry, read_entries, shortened
+from lib.sequences.entries import BLANKS, Block, Entry, read_blocks, read_errors, shortened
 from lib.sequences.inputs import InputFile, Source, input_sources
 from schema.settings import InputSettings
 
@@ -23,6 +24,7 @@ __all__ = [
 # The letters that `unknown_residues = x` reads as X. Digits and blanks stay errors: they come from
 # residue numbering or a broken file, and would add residues that the protein does not have.
 _UNKNOWN = bytes(set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ*?") - set(LETTERS))
+_PLAIN = LETTERS + b">"
 _TO_X = bytes.maketrans(_UNKNOWN, b"X" * len(_UNKNOWN))
 
 
@@ -51,16 +53,13 @@ class Owner(NamedTuple):
 
 
 def read_records(rules: InputSettings) -> Iterator[Record]:
-    """Yield the records of [input] fasta, file by file.
-
-    Raises InputError at the first entry that breaks the rules, and what `read_entries` raises.
-    """
+    """Yield the records of [input] fasta, file by file; raises what `read_file` raises."""
     sources = input_sources(rules)
     first = 0
     for source in sources:
-        for record in read_file(source, rules, first, several=len(sources) > 1):
-            yield record
-            first = record.number + 1
+        for records in read_file(source, rules, first, several=len(sources) > 1):
+            yield from records
+            first += len(records)
 
 
 def read_file(
@@ -70,21 +69,29 @@ def read_file(
     read: DigestedRead | None = None,
     *,
     several: bool,
-) -> Iterator[Record]:
-    """Yield the records of one file.
+) -> Iterator[list[Record]]:
+    """Yield the records of one file, one or many at a time.
 
     first: the number of its first record; read: of this file, if the read is to be digested;
     several: whether errors must name the file. They then count its records from 0. Raises
-    InputError at the first entry that breaks the rules, and what `read_entries` raises.
+    InputError at the first entry that breaks the rules, that is not FASTA or whose compressed
+    stream is damaged; MachineError if the system cannot read the file.
     """
-    for number, entry in enumerate(read_entries(source, read)):
-        try:
-            record = _apply_rules(number, entry, rules)
-        except InputError as error:
-            if not several:
-                raise
-            raise InputError(f"{source.name}: {error}") from None
-        yield record._replace(number=first + number) if first else record
+    done = 0
+    with read_errors(source, lambda: done):
+        for block in read_blocks(source, read):
+            records = _plain_records(block, first + done, rules)
+            if records is None:
+                try:
+                    records = _checked_records(block, done, rules)
+                except InputError as error:
+                    if not several:
+                        raise
+                    raise InputError(f"{source.name}: {error}") from None
+                records = [one._replace(number=first + one.number) for one in records]
+            if records:
+                done += len(records)
+                yield records
 
 
 def read_same_records(rules: InputSettings, files: Sequence[InputFile]) -> Iterator[Record]:
@@ -94,9 +101,60 @@ def read_same_records(rules: InputSettings, files: Sequence[InputFile]) -> Itera
     """
     for file in files:
         read = DigestedRead(file.source.path)
-        yield from read_file(file.source, rules, file.first_record, read, several=len(files) > 1)
+        for records in read_file(
+            file.source, rules, file.first_record, read, several=len(files) > 1
+        ):
+            yield from records
         if read.sha256() != file.sha256:
             raise InputError(f"{file.source.name}: changed while it was being read")
+
+
+def _plain_records(block: Block, first: int, rules: InputSettings) -> list[Record] | None:
+    """Return the records of a block, split as a whole.
+
+    Returns None if it has anything but headers and known letters, which `_checked_records` reads
+    line by line: comments, blanks, other letters, faults. first: the number of the first record.
+    """
+    if not block.text.startswith(b">"):
+        return None
+    entries = [entry.partition(b"\n") for entry in block.text[1:].split(b"\n>")]
+    letters = b">".join([lines for _, _, lines in entries]).translate(None, b"\n")
+    if letters.translate(None, _PLAIN):
+        letters = (letters.upper() + b">").replace(b"*>", b">")[:-1]
+        if letters.translate(None, _PLAIN):
+            return None
+    sequences = letters.split(b">")
+    if len(sequences) != len(entries) or b"" in sequences:
+        return None
+    headers = b"\n".join([header for header, _, _ in entries])
+    words = _words(headers)
+    lengths = [*map(len, sequences)]
+    residues = sequences
+    if words is None:
+        return None
+    if max(lengths) > rules.max_residues:
+        if rules.long_sequences == "error":
+            return None
+        if rules.long_sequences == "truncate":
+            residues = [sequence[: rules.max_residues] for sequence in sequences]
+    ids = [one[0] for one in words]
+    descriptions = [one[1] if len(one) > 1 else "" for one in words]
+    return [*map(Record, count(first), ids, descriptions, lengths, residues, repeat(0))]
+
+
+def _words(headers: bytes) -> list[list[str]] | None:
+    """Return the first word and the rest of each header, one a line; None if one has a fault."""
+    try:
+        text = headers.decode()
+    except UnicodeDecodeError:
+        return None
+    words = [header.rstrip(BLANKS).split(maxsplit=1) for header in text.split("\n")]
+    return None if "\0" in text or [] in words else words
+
+
+def _checked_records(block: Block, first: int, rules: InputSettings) -> list[Record]:
+    """Return the records of a block; raises InputError at the first that breaks the rules."""
+    return [_apply_rules(number, one, rules) for number, one in enumerate(block.entries(), first)]
 
 
 def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:

@@ -60,8 +60,9 @@ def _sequences(
     """Read the records of a window; return its sequences in the order of the plan."""
     digest = WindowDigest()
     sequences: dict[int, Sequence] = {}
-    for record in islice(records, summary.stop_record - summary.first_record):
-        digest.add(record)
+    read = list(islice(records, summary.stop_record - summary.first_record))
+    digest.add(read)
+    for record in read:
         first = int(inventory.same_as[record.number])
         owner = Owner(record.number, record.id, record.description, record.length)
         strays = inventory.strays.get(first, [])

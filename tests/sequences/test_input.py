@@ -38,7 +38,7 @@ def being_written(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     read = records.read_file
 
-    def read_while_it_grows(*args: Any, several: bool) -> Iterator[records.Record]:  # noqa: ANN401
+    def read_while_it_grows(*args: Any, several: bool) -> Iterator[list[records.Record]]:  # noqa: ANN401
         yield from read(*args, several=several)
         with path.open("ab") as end:
             end.write(b">c\nMK\n")

@@ -189,10 +189,10 @@ def test_repeats_in_later_windows_are_read_from_the_same_bytes(
     """
     content = b">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n"
     path.write_bytes(content)
-    read: Callable[..., Iterator[Record]] = records.read_file
+    read: Callable[..., Iterator[list[Record]]] = records.read_file
     reads = []
 
-    def swapped_the_second_time(*args: object, several: bool) -> Iterator[Record]:
+    def swapped_the_second_time(*args: object, several: bool) -> Iterator[list[Record]]:
         reads.append(args)
         swap(path, content.replace(b">d", b">x") if len(reads) == 2 else content)
         yield from read(*args, several=several)
