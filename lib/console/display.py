@@ -172,11 +172,11 @@ def validation_json(validation: Validation) -> dict[str, Any]:
         "input": None
         if inventory is None
         else {
-            "path": str(inventory.files[0].source.path),
+            "path": inventory.files[0].source.name,
             "sha256": inventory.sha256,
             "files": [
                 {
-                    "path": str(file.source.path),
+                    "path": file.source.name,
                     "sha256": file.sha256,
                     "records": file.records,
                 }

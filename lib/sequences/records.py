@@ -88,7 +88,8 @@ def read_file(
                     if not several:
                         raise
                     raise InputError(f"{source.name}: {error}") from None
-                records = [one._replace(number=first + one.number) for one in records]
+                if first:
+                    records = [one._replace(number=first + one.number) for one in records]
             if records:
                 done += len(records)
                 yield records
