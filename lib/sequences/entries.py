@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from lib.errors import InputError, MachineError
 from lib.sequences.compression import DigestedRead, open_decompressed
+from lib.sequences.inputs import Source
 
 __all__ = ["Entry", "read_entries", "shortened"]
 
@@ -28,7 +28,7 @@ class _NoHeaderError(ValueError):
     """The file has text before its first header."""
 
 
-def read_entries(path: Path, read: DigestedRead | None = None) -> Iterator[Entry]:
+def read_entries(source: Source, read: DigestedRead | None = None) -> Iterator[Entry]:
     """Yield the entries of a FASTA file (plain, gzip, bzip2, xz or zstd).
 
     read: of this file, if the read is to be digested. Raises InputError if the file is not FASTA
@@ -38,21 +38,21 @@ def read_entries(path: Path, read: DigestedRead | None = None) -> Iterator[Entry
     place = "before the first record"
     try:
         # Latin-1 keeps every byte as it is: the text layer only splits lines, at LF, CRLF and CR.
-        with io.TextIOWrapper(open_decompressed(path, read), encoding="latin-1") as lines:
+        with io.TextIOWrapper(open_decompressed(source.path, read), encoding="latin-1") as lines:
             for number, entry in enumerate(_entries(lines)):
                 yield entry
                 place = f"after record {number}"
     except OSError as error:
         if error.errno is not None:
-            raise MachineError(f"{path}: {error.strerror}") from None
+            raise MachineError(f"{source.name}: {error.strerror}") from None
         # gzip and bzip2 raise an OSError without a number for a damaged stream.
-        raise InputError(f"{path}: {place}: {error}") from None
+        raise InputError(f"{source.name}: {place}: {error}") from None
     except _NoHeaderError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source.name}: {error}") from None
     except MemoryError:
         raise
     except Exception as error:  # every decompressor has its own: LZMAError, ZstdError, zlib.error
-        raise InputError(f"{path}: {place}: {error}") from None
+        raise InputError(f"{source.name}: {place}: {error}") from None
 
 
 def shortened(text: str) -> str:

@@ -1,8 +1,8 @@
 """Inventory: the whole input checked and counted before a model is loaded.
 
-`preflight` reads the file as a stream and remembers, for each record, only its embedded length and
-the first record with the same residues. The digest of the input is taken of the bytes of this read;
-`lib.sequences.windows` reads the file again for the work and compares it.
+`preflight` reads the files as a stream and remembers, for each record, only its embedded length and
+the first record with the same residues. The digest of a file is taken of the bytes of this read;
+`lib.sequences.windows` reads the files again for the work and compares them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lib.errors import InputError
 from lib.sequences.compression import DigestedRead
 from lib.sequences.digests import Digests
 from lib.sequences.entries import shortened
-from lib.sequences.records import (
-    Owner,
-    Record,
-    input_path,
-    read_records,
-    read_same_records,
+from lib.sequences.inputs import (
+    InputFile,
+    combined_sha256,
+    input_sources,
+    named,
     refuse_if_changed,
 )
+from lib.sequences.records import Owner, Record, read_file, read_same_records
 from schema.settings import InputSettings
 
 __all__ = [
@@ -55,9 +55,7 @@ class WindowSummary:
 class Inventory:
     """The counts of preflight. `residues` counts what is embedded, identical sequences once."""
 
-    path: Path
-    bytes: int
-    sha256: str
+    files: list[InputFile]
     records: int = 0
     sequences: int = 0
     residues: int = 0
@@ -72,6 +70,25 @@ class Inventory:
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # Records that repeat a sequence of an earlier window, by the first record that has it.
     strays: dict[int, list[Owner]] = field(default_factory=dict)
+
+    def file_of(self, record: int) -> InputFile:
+        """Return the file of a record."""
+        return next(one for one in reversed(self.files) if one.first_record <= record)
+
+    @property
+    def name(self) -> str:
+        """The files of the input in a few words."""
+        return named([file.source.name for file in self.files])
+
+    @property
+    def bytes(self) -> int:
+        """The size of the files as stored."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the only file, or of the list of those of several."""
+        return combined_sha256([file.sha256 for file in self.files])
 
 
 class WindowDigest:
@@ -119,30 +136,33 @@ class _Windows:
         self._begin(stop)
 
 
-def preflight(rules: InputSettings) -> Inventory:
+def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inventory:
     """Read the whole of [input] fasta, check every record and count.
 
-    Raises InputError naming record, id, position and letter at the first fault, or if the file
-    changes meanwhile.
+    standard_input: the file in which standard input is kept. Raises InputError naming record, id,
+    position and letter at the first fault, or if a file changes meanwhile.
     """
-    path = input_path(rules)
-    before, read = path.stat(), DigestedRead(path)
-    inventory = Inventory(path=path, bytes=0, sha256="")
+    sources = input_sources(rules, standard_input)
+    before = [source.path.stat() for source in sources]
+    inventory = Inventory(files=[])
     sequences, ids, lengths = Digests(), Digests(), array("i")
     windows = _Windows()
-    for record in read_records(rules, read):
-        windows.add(record)
-        sequences.add(record.residues)
-        ids.add(record.id.encode())
-        lengths.append(len(record.residues))
-        _count(record, inventory)
-    inventory.bytes, inventory.sha256 = read.bytes_read, read.sha256()
+    for source in sources:
+        read, first = DigestedRead(source.path), len(lengths)
+        for record in read_file(source, rules, first, read, several=len(sources) > 1):
+            windows.add(record)
+            sequences.add(record.residues)
+            ids.add(record.id.encode())
+            lengths.append(len(record.residues))
+            _count(record, inventory)
+        records = len(lengths) - first
+        if not records:
+            raise InputError(f"{source.name}: no records")
+        inventory.files.append(InputFile(source, read.bytes_read, read.sha256(), first, records))
     inventory.records = len(lengths)
-    if not inventory.records:
-        raise InputError(f"{path}: no records")
     inventory.windows = windows.finish(inventory.records)
     if rules.duplicate_ids == "error":
-        _refuse_repeated_ids(ids, rules)
+        _refuse_repeated_ids(ids, inventory, rules)
     del ids  # 1.6 GB at a hundred million records, as are the digests of sequences
     inventory.same_as = sequences.first_equal()
     del sequences
@@ -151,7 +171,8 @@ def preflight(rules: InputSettings) -> Inventory:
     inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
     # A file that is still being written is refused now, not after the work.
-    refuse_if_changed(path, before, path.stat())
+    for source, stat in zip(sources, before, strict=True):
+        refuse_if_changed(source, stat, source.path.stat())
     return inventory
 
 
@@ -162,7 +183,7 @@ def _count(record: Record, inventory: Inventory) -> None:
     inventory.longest = max(inventory.longest, record.length)
 
 
-def _refuse_repeated_ids(ids: Digests, rules: InputSettings) -> None:
+def _refuse_repeated_ids(ids: Digests, inventory: Inventory, rules: InputSettings) -> None:
     if ids.all_differ():
         return
     first = ids.first_equal()
@@ -170,11 +191,21 @@ def _refuse_repeated_ids(ids: Digests, rules: InputSettings) -> None:
     if not len(repeated):
         return
     second = int(repeated[0])
-    for record in read_records(rules):
+    for record in read_same_records(rules, inventory.files):
         if record.number == second:
-            raise InputError(
-                f"record {second} ({shortened(record.id)}): id repeats record {first[second]}'s"
-            )
+            raise InputError(_repeats(record, int(first[second]), inventory))
+
+
+def _repeats(record: Record, earlier: int, inventory: Inventory) -> str:
+    """Return the error of a record with an earlier one's id; of several files, both are named."""
+    name = shortened(record.id)
+    if len(inventory.files) == 1:
+        return f"record {record.number} ({name}): id repeats record {earlier}'s"
+    file, other = inventory.file_of(record.number), inventory.file_of(earlier)
+    return (
+        f"{file.source.name}: record {record.number - file.first_record} ({name}): id repeats "
+        f"that of record {earlier - other.first_record} in {other.source.name}"
+    )
 
 
 def _planned_lengths(lengths: npt.NDArray[np.int32], inventory: Inventory) -> npt.NDArray[np.int32]:
@@ -199,7 +230,7 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     strayed = window_of[inventory.same_as] != window_of
     strays: dict[int, list[Owner]] = {}
     if strayed.any():
-        for record in read_same_records(rules, inventory.sha256):
+        for record in read_same_records(rules, inventory.files):
             if strayed[record.number]:
                 owner = Owner(record.number, record.id, record.description, record.length)
                 strays.setdefault(int(inventory.same_as[record.number]), []).append(owner)

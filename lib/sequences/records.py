@@ -1,27 +1,23 @@
-"""Records: the entries of the input after the rules of [input], and the file they come from."""
+"""Records: the entries of the input after the rules of [input]."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lib.errors import InputError, MachineError
+from lib.errors import InputError
 from lib.sequences.alphabet import LETTERS
 from lib.sequences.compression import DigestedRead
 from lib.sequences.entries import Entry, read_entries, shortened
+from lib.sequences.inputs import InputFile, Source, input_sources
 from schema.settings import InputSettings
 
 __all__ = [
     "Owner",
     "Record",
-    "input_path",
-    "input_sha256",
+    "read_file",
     "read_records",
     "read_same_records",
-    "refuse_if_changed",
 ]
 
 # The letters that `unknown_residues = x` reads as X. Digits and blanks stay errors: they come from
@@ -33,7 +29,7 @@ _TO_X = bytes.maketrans(_UNKNOWN, b"X" * len(_UNKNOWN))
 class Record(NamedTuple):
     """One FASTA entry after the rules of [input].
 
-    number: position in the file, from 0; length: residues before truncation; residues: the
+    number: position in the input, from 0; length: residues before truncation; residues: the
     letters to embed; mapped: how many of them were unknown and became X.
     """
 
@@ -54,64 +50,53 @@ class Owner(NamedTuple):
     length: int
 
 
-def read_records(rules: InputSettings, read: DigestedRead | None = None) -> Iterator[Record]:
-    """Yield the records of [input] fasta in file order.
+def read_records(rules: InputSettings) -> Iterator[Record]:
+    """Yield the records of [input] fasta, file by file.
 
-    read: of that file, if the read is to be digested. Raises InputError at the first entry that
-    breaks the rules, and what `read_entries` raises.
+    Raises InputError at the first entry that breaks the rules, and what `read_entries` raises.
     """
-    for number, entry in enumerate(read_entries(input_path(rules), read)):
-        yield _apply_rules(number, entry, rules)
+    sources = input_sources(rules)
+    first = 0
+    for source in sources:
+        for record in read_file(source, rules, first, several=len(sources) > 1):
+            yield record
+            first = record.number + 1
 
 
-def read_same_records(rules: InputSettings, sha256: str) -> Iterator[Record]:
-    """Yield the records of [input] fasta; raises InputError if its bytes have another digest.
+def read_file(
+    source: Source,
+    rules: InputSettings,
+    first: int,
+    read: DigestedRead | None = None,
+    *,
+    several: bool,
+) -> Iterator[Record]:
+    """Yield the records of one file.
 
-    The digest is known, and compared, after the last record.
+    first: the number of its first record; read: of this file, if the read is to be digested;
+    several: whether errors must name the file. They then count its records from 0. Raises
+    InputError at the first entry that breaks the rules, and what `read_entries` raises.
     """
-    read = DigestedRead(input_path(rules))
-    yield from read_records(rules, read)
-    if read.sha256() != sha256:
-        raise InputError(f"{read.path}: changed while it was being read")
+    for number, entry in enumerate(read_entries(source, read)):
+        try:
+            record = _apply_rules(number, entry, rules)
+        except InputError as error:
+            if not several:
+                raise
+            raise InputError(f"{source.name}: {error}") from None
+        yield record._replace(number=first + number) if first else record
 
 
-def input_path(rules: InputSettings) -> Path:
-    """Return the path of [input] fasta; raises InputError unless it is a regular file."""
-    if rules.fasta is None:
-        raise InputError("no input: [input] fasta is empty and no --input was given")
-    path = Path(rules.fasta)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file")
-    return path
+def read_same_records(rules: InputSettings, files: Sequence[InputFile]) -> Iterator[Record]:
+    """Yield the records of files that were read before.
 
-
-def input_sha256(rules: InputSettings) -> str:
-    """Return the SHA-256 of [input] fasta as stored, compressed or not.
-
-    Raises InputError if the file changes meanwhile, MachineError if it cannot be read.
+    Raises InputError, after the last record of a file, if its bytes have another digest.
     """
-    path = input_path(rules)
-    try:
-        with path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}") from None
-    refuse_if_changed(path, before, after)
-    return digest
-
-
-def refuse_if_changed(path: Path, before: os.stat_result, after: os.stat_result) -> None:
-    """Raise InputError unless it is one file, of one size and modification time, before and after.
-
-    Who alters a file can put all of these back: what is computed from it is compared by digest.
-    """
-    keys = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-    if any(getattr(before, key) != getattr(after, key) for key in keys):
-        raise InputError(f"{path}: changed while it was being read")
+    for file in files:
+        read = DigestedRead(file.source.path)
+        yield from read_file(file.source, rules, file.first_record, read, several=len(files) > 1)
+        if read.sha256() != file.sha256:
+            raise InputError(f"{file.source.name}: changed while it was being read")
 
 
 def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:

@@ -28,7 +28,7 @@ def test_a_file_without_records_is_refused(path: Path, content: str) -> None:
     ("make", "fact"),
     [
         (lambda _: None, "no such file"),
-        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.mkdir(), "no FASTA file in this folder (.fasta .fa .faa .fas .pep)"),
         (lambda path: os.mkfifo(path), "not a regular file"),
         (lambda path: path.symlink_to("/dev/null"), "not a regular file"),
         (lambda path: path.symlink_to("nowhere"), "no such file"),
