@@ -118,6 +118,8 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)
 
+# What stands there is whole: it is renamed into place when it is.
+.PRECIOUS: $(demo_model)
 $(demo_model): | $(installed)
 	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@
 
