@@ -78,6 +78,15 @@ def test_a_byte_order_mark_is_no_text(path: Path, before: str) -> None:
     assert residues(read(path, f"\ufeff{before}>a\nMK\n")) == [b"MK"]
 
 
+@pytest.mark.parametrize("piece", [1, 4, 1 << 16])
+def test_a_byte_order_mark_does_not_part_a_header_from_its_sequence(
+    path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(entries, "_PIECE", piece)
+    assert residues(read(path, "\ufeff>a\nMK")) == [b"MK"]
+    assert residues(read(path, " \ufeff >a\nMK\n>b\nG")) == [b"MK", b"G"]
+
+
 def test_a_byte_order_mark_between_files_is_refused(path: Path) -> None:
     told = refusal(path, ">a\nMK\n\ufeff>b\nGG\n")
     assert told == f"record 0 (a): {UNKNOWN.format(chr(92) + 'ufeff', 3)}"
