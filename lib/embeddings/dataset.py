@@ -47,7 +47,12 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     column = run.column(selection.kind, selection.layer)
     facts = facts_of(run, [column])
     facts["input"] = PurePath(facts["input"]).name
+    if "inputs" in facts:
+        facts["inputs"]["path"] = [PurePath(path).name for path in facts["inputs"]["path"]]
     described = run.table(*_DESCRIBING).add_column(0, "record", pa.array(run.records))
+    if "inputs" in facts:
+        names = pa.array([PurePath(path).name for path in run.input_files])
+        described = described.append_column("input_file", names.dictionary_encode())
     with (
         new_path(to, folder=True) as folder,
         ordered_vectors(run, column, to) as vectors,
@@ -99,7 +104,7 @@ def _card(facts: Mapping[str, Any], width: int) -> str:
     # Imported here, because it takes longer than anything else of an export.
     from huggingface_hub import DatasetCardData
 
-    title = f"ESM-2 embeddings of {printable(facts['input'])}"
+    title = f"ESM-2 embeddings of {printable(_input(facts))}"
     files = {"split": "train", "path": "train-*.parquet"}
     header = DatasetCardData(
         pretty_name=title,
@@ -131,7 +136,7 @@ def _shown(facts: Mapping[str, Any], width: int) -> Iterator[tuple[str, str]]:
     if facts["unknown_residues"] == "x":
         yield "letters read as X", count(facts["residues_mapped"])
     yield "records", f"{count(facts['records'])} of {count(facts['records_total'])}"
-    yield "input", facts["input"]
+    yield "input", ", ".join(facts.get("inputs", {}).get("path", [facts["input"]]))
     yield "SHA-256 of the input", facts["input_sha256"]
     yield "run", facts["run_uuid"]
     yield "computed with", ", ".join(f"{k} {v}" for k, v in facts["computed_with"].items())
@@ -155,12 +160,14 @@ def _long_sequences(facts: Mapping[str, Any]) -> str:
 def _usage(facts: Mapping[str, Any], width: int) -> list[str]:
     (column,) = facts["columns"]
     shape = f"{width} numbers" if facts["pooling"] != "none" else f"residues x {width} numbers"
+    several = ["| `input_file` | the FASTA file it is from |"] if "inputs" in facts else []
     return [
         "| column | what |",
         "|---|---|",
         "| `record` | position in the FASTA file, from 0 |",
         "| `id`, `description` | first word of the header, and the rest |",
         "| `length`, `embedded_length` | residues in the file, residues embedded |",
+        *several,
         f"| `{column}` | {shape} |",
         "",
         "```python",
@@ -171,6 +178,11 @@ def _usage(facts: Mapping[str, Any], width: int) -> list[str]:
         "```",
         "",
     ]
+
+
+def _input(facts: Mapping[str, Any]) -> str:
+    more = len(facts["inputs"]["path"]) - 1 if "inputs" in facts else 0
+    return f"{facts['input']} and {more} more" if more else str(facts["input"])
 
 
 def _row(name: str, value: str) -> str:

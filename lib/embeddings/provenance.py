@@ -37,7 +37,8 @@ def facts_of(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dict[str, A
     """Return what identifies a run, its model and the exported columns, without None.
 
     With one column its layer and its pooling are said too (`none`: all residues). `model_config`
-    is the whole ESM2Config snapshot, `computed_with` the versions of the libraries.
+    is the whole ESM2Config snapshot, `computed_with` the versions of the libraries. `input` is the
+    first of several files, `inputs` then has a list for each of their properties.
     """
     facts = {
         "model": run.model["name"],
@@ -53,6 +54,9 @@ def facts_of(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dict[str, A
         "written_by": WRITER,
     }
     facts |= {name: run.facts[name] for name in _OF_RUN}
+    if len(run.inputs) > 1:
+        keys = ("path", "sha256", "first_record", "records")
+        facts["inputs"] = {key: [one[key] for one in run.inputs] for key in keys}
     if len(columns) == 1:
         (column,) = columns
         facts["pooling"] = column.kind if column.is_pooled else "none"

@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 
 from lib.embeddings import open_run
 from tests.conftest import SOME_PROTEINS, Place, Script, run_program
-from tests.reference import read_run
+from tests.reference import read_run, write_fasta
 
 # As the card shows it, and then all of it in words.
 READ = """
@@ -122,6 +122,21 @@ def test_the_card_says_what_the_vectors_are(
         assert f"\n{fact}\n" in card.content, fact
     assert "torch 2." in card.content
     assert str(place.folder) not in card.content
+
+
+def test_several_inputs_are_named_without_their_folders(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    files = [write_fasta(place.folder / f"{name}.fasta", [(name, "MKV")]) for name in "ab"]
+    assert script("embed", "--esm-model", small_model, "--input", *files).status == 0
+    to = place.folder / "both"
+    assert script("export", "--run", "1", "--format", "dataset", "--to", to).status == 0
+    card = DatasetCard.load(to / "README.md")
+    assert card.data.pretty_name == "ESM-2 embeddings of a.fasta and 1 more"
+    assert "\n| input | a.fasta, b.fasta |\n" in card.content
+    (file,) = to.glob("*.parquet")
+    assert str(place.folder).encode() not in file.read_bytes()
+    assert pq.read_table(file)["input_file"].to_pylist() == ["a.fasta", "b.fasta"]
 
 
 def test_a_name_cannot_break_the_card(script: Script, place: Place, small_model: Path) -> None:
