@@ -6,7 +6,7 @@
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
-#   TO      export, neighbours, report: where to write
+#   TO      export, neighbours, crate, report: where to write
 #   QUERY   neighbours: the number of a run, or a FASTA file
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
@@ -116,6 +116,10 @@ export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
 .PHONY: neighbours
 neighbours: $(installed) ## nearest records in RUN= for each of QUERY= (a run or a FASTA file) TO=
 	@$(python) scripts/neighbours.py $(config) $(run) $(query) $(to) $(model) $(ARGS)
+
+.PHONY: crate
+crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO-Crate) TO=
+	@$(python) scripts/crate.py $(config) $(run) $(to) $(ARGS)
 
 .PHONY: report
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures

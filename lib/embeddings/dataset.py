@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.embeddings.provenance import facts_of, facts_text
+from lib.embeddings.provenance import facts_text, facts_to_publish
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, ordered_vectors
 from lib.files import new_path
@@ -45,10 +45,7 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     instead of its path: the folder is made to be published.
     """
     column = run.column(selection.kind, selection.layer)
-    facts = facts_of(run, [column])
-    facts["input"] = PurePath(facts["input"]).name
-    if "inputs" in facts:
-        facts["inputs"]["path"] = [PurePath(path).name for path in facts["inputs"]["path"]]
+    facts = facts_to_publish(run, [column])
     described = run.table(*_DESCRIBING).add_column(0, "record", pa.array(run.records))
     if "inputs" in facts:
         names = pa.array([PurePath(path).name for path in run.input_files])

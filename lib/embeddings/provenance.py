@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lib.embeddings.reading import RunEmbeddings
@@ -13,7 +13,14 @@ from lib.files import new_path
 from schema.parquet import VectorColumn
 from schema.version import WRITER
 
-__all__ = ["FACTS_FILE", "computed_with", "described_path", "facts_of", "facts_text"]
+__all__ = [
+    "FACTS_FILE",
+    "computed_with",
+    "described_path",
+    "facts_of",
+    "facts_text",
+    "facts_to_publish",
+]
 
 # The name of the facts in a folder; beside a file they have its name and `.json`.
 FACTS_FILE = "run.json"
@@ -62,6 +69,15 @@ def facts_of(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dict[str, A
         facts["pooling"] = column.kind if column.is_pooled else "none"
         facts["layer"] = column.layer
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def facts_to_publish(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dict[str, Any]:
+    """Return what `facts_of` returns, with the names of input files instead of their paths."""
+    facts = facts_of(run, columns)
+    facts["input"] = PurePath(facts["input"]).name
+    if "inputs" in facts:
+        facts["inputs"]["path"] = [PurePath(path).name for path in facts["inputs"]["path"]]
+    return facts
 
 
 def computed_with(run: RunEmbeddings) -> dict[str, str]:

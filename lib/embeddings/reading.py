@@ -94,6 +94,7 @@ class RunEmbeddings:
     facts: the row of the run in the table `runs`, by column.
     inputs: the rows of its input files in the table `inputs`, in their order.
     attempts: device_name and versions of every attempt at it.
+    files: its checkpoint files, as they were checked.
     records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
@@ -107,7 +108,7 @@ class RunEmbeddings:
         self.facts = facts
         self.inputs = inputs
         self.attempts = attempts
-        self._files = files
+        self.files = files
         numbers, places = _find_records(files)
         order = np.argsort(numbers)
         self.records: npt.NDArray[np.int64] = numbers[order]
@@ -250,7 +251,7 @@ class RunEmbeddings:
         if position == len(self) or self.records[position] != record:
             raise SettingsError(f"run {self.facts['id']}: no record {record}")
         file, group, row = (int(one) for one in self._places[position])
-        with self._files[file].opened() as checkpoint:
+        with self.files[file].opened() as checkpoint:
             table = checkpoint.read(group, [*map(str, columns)])
         return {column: values(table.column(str(column)).slice(row, 1)) for column in columns}
 
@@ -262,7 +263,7 @@ class RunEmbeddings:
         Yields (rows,) the place of each row in FASTA order, and the requested columns.
         """
         names = [*map(str, columns)]
-        for file in self._files:
+        for file in self.files:
             with file.opened() as checkpoint:
                 for group in checkpoint.row_groups:
                     table = checkpoint.read(group, ["record", *names])
