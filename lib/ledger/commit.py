@@ -28,13 +28,17 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 class FinishedStretch:
     """Computed work in a finished file that the database does not list yet.
 
-    positions: places in the plan. residues: embedded in it. seconds: wall time it took.
+    positions: places in the plan. residues: computed for it. seconds: wall time it took.
+    reused_run_id: the run that its rows were copied from, None if they were computed;
+    residues_reused: of the sequences that were copied.
     """
 
     file: FinishedFile
     positions: range
     residues: int
     seconds: float
+    reused_run_id: int | None = None
+    residues_reused: int | None = None
 
 
 class Committer:
@@ -151,4 +155,6 @@ def _row(ownership: Ownership, name: str, stretch: FinishedStretch) -> Checkpoin
         sha256=stretch.file.sha256,
         esm2_config=ownership.run.esm2_config,
         committed_at=utc_now(),
+        reused_run_id=stretch.reused_run_id,
+        residues_reused=stretch.residues_reused,
     )

@@ -21,6 +21,7 @@ from lib.files import disk_errors, sync_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -75,11 +76,13 @@ def create_run(
     config: ESM2Config,
     inventory: Inventory,
     facts: AttemptFacts,
+    reuse: ReusePlan | None = None,
 ) -> Iterator[Ownership]:
     """Record a new run with its folder, its first attempt and this process as its owner.
 
-    All of it appears in one transaction or not at all; what leaves the block early is recorded as
-    the attempt's end. Raises SettingsError if the folder that the run would get has something in
+    reuse: what it copies from earlier runs; that plan is on disk before the run is on record. All
+    of it appears in one transaction or not at all; what leaves the block early is recorded as the
+    attempt's end. Raises SettingsError if the folder that the run would get has something in
     it, or for contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
@@ -104,12 +107,16 @@ def create_run(
             settings=snapshot(settings),
             status="running",
             started_at=utc_now(),
+            has_digests=True,
         )
         session.add(run)
         session.flush()
         folder = Path(settings.output.folder) / f"run-{run.id:06d}"
         run.output_folder = str(folder)
         lock = _make_folder(folder)
+        if reuse is not None:
+            run.sequences_reused = len(reuse)
+            run.reuse_sha256 = write_plan(reuse, plan_path(run))
         attempt = _attempt(run.id, facts)
         session.add(attempt)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
@@ -341,10 +348,14 @@ def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
 
 
 def _make_folder(folder: Path) -> IO[bytes]:
-    """Make a run's folder and take its lock; an empty one may be left of a start that died."""
+    """Make a run's folder and take its lock.
+
+    A start that died may have left one with a lock and a reuse plan, whose name is no other run's.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if path.name != LOCK_NAME]
+        names = [path.name for path in folder.iterdir()]
+        strange = [name for name in names if name != LOCK_NAME and not is_plan_name(name)]
         if strange:
             raise SettingsError(f"output folder {folder}: holds {strange[0]} already")
         sync_folder(folder.parent)

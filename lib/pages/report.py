@@ -88,7 +88,11 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         [run_id],
     ).dictionaries()
     checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
-    work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
+    work = [
+        Work(one["attempt"], one["residues"], one["seconds"])
+        for one in checkpoints
+        if one["reused_run"] is None
+    ]
     table = attempts_table(detail)
     return Report(
         run=run_id,

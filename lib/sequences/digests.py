@@ -1,4 +1,7 @@
-"""Digests of texts, to find equal ones among a hundred million in 16 bytes each."""
+"""Digests of texts, to find equal ones among a hundred million in 16 bytes each.
+
+They are the first half of the SHA-256, so that they also find a text by its whole SHA-256.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Digests"]
+__all__ = ["Digests", "first_halves"]
 
 _BYTES = 16
 # Digests that `first_equal` compares at once: its temporary arrays stay small.
@@ -22,7 +25,11 @@ class Digests:
 
     def add(self, text: bytes) -> None:
         """Append the digest of a text."""
-        self._digests += hashlib.blake2b(text, digest_size=_BYTES).digest()
+        self._digests += hashlib.sha256(text).digest()[:_BYTES]
+
+    def of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Return (len(numbers), 2) the digests of some texts."""
+        return np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)[numbers]
 
     def all_differ(self) -> bool:
         """Return whether no two texts are equal; False can be wrong, True cannot.
@@ -50,3 +57,8 @@ class Digests:
             before = first[order[start - 1]] if start else 0
             first[part] = np.where(places < 0, before, part[places])
         return first
+
+
+def first_halves(digests: bytes | memoryview) -> npt.NDArray[np.uint64]:
+    """Return (N, 2), of N whole SHA-256 end to end, what `Digests` keeps of each."""
+    return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 4)[:, :2]

@@ -70,8 +70,16 @@ class Inventory:
     lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     # (records,) the first record with the same embedded residues, which can be the record itself.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    # (records,) embedded residues, in file order.
+    record_lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    # (sequences, 2) the digest of each, by its first record; None unless it was asked for.
+    digests: npt.NDArray[np.uint64] | None = None
     # Records that repeat a sequence of an earlier window, by the first record that has it.
     strays: dict[int, list[Owner]] = field(default_factory=dict)
+
+    def first_records(self) -> npt.NDArray[np.int64]:
+        """Return (sequences,) the first record that has each different sequence, ascending."""
+        return np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
 
 
 class WindowDigest:
@@ -119,11 +127,11 @@ class _Windows:
         self._begin(stop)
 
 
-def preflight(rules: InputSettings) -> Inventory:
+def preflight(rules: InputSettings, *, digests: bool = False) -> Inventory:
     """Read the whole of [input] fasta, check every record and count.
 
-    Raises InputError naming record, id, position and letter at the first fault, or if the file
-    changes meanwhile.
+    digests: whether the inventory is to have those of its sequences. Raises InputError naming
+    record, id, position and letter at the first fault, or if the file changes meanwhile.
     """
     path = input_path(rules)
     before, read = path.stat(), DigestedRead(path)
@@ -145,8 +153,11 @@ def preflight(rules: InputSettings) -> Inventory:
         _refuse_repeated_ids(ids, rules)
     del ids  # 1.6 GB at a hundred million records, as are the digests of sequences
     inventory.same_as = sequences.first_equal()
+    inventory.record_lengths = np.frombuffer(lengths, dtype=np.int32)
+    if digests:
+        inventory.digests = sequences.of(inventory.first_records())
     del sequences
-    inventory.lengths = _planned_lengths(np.frombuffer(lengths, dtype=np.int32), inventory)
+    inventory.lengths = _planned_lengths(inventory)
     inventory.sequences = len(inventory.lengths)
     inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
@@ -177,16 +188,13 @@ def _refuse_repeated_ids(ids: Digests, rules: InputSettings) -> None:
             )
 
 
-def _planned_lengths(lengths: npt.NDArray[np.int32], inventory: Inventory) -> npt.NDArray[np.int32]:
-    """Return the lengths of the sequences to compute, in the order of `read_windows`.
-
-    lengths: (records,) embedded residues.
-    """
-    own = inventory.same_as == np.arange(len(lengths))
+def _planned_lengths(inventory: Inventory) -> npt.NDArray[np.int32]:
+    """Return the lengths of the different sequences, in the order of `read_windows`."""
+    own = inventory.same_as == np.arange(len(inventory.same_as))
     parts = []
     for window in inventory.windows:
         records = slice(window.first_record, window.stop_record)
-        parts.append(-np.sort(-lengths[records][own[records]]))
+        parts.append(-np.sort(-inventory.record_lengths[records][own[records]]))
     return np.concatenate(parts)
 
 
@@ -201,6 +209,6 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     if strayed.any():
         for record in read_same_records(rules, inventory.sha256):
             if strayed[record.number]:
-                owner = Owner(record.number, record.id, record.description, record.length)
-                strays.setdefault(int(inventory.same_as[record.number]), []).append(owner)
+                first = int(inventory.same_as[record.number])
+                strays.setdefault(first, []).append(record.owner)
     return strays

@@ -62,14 +62,13 @@ def _sequences(
     for record in islice(records, summary.stop_record - summary.first_record):
         digest.add(record)
         first = int(inventory.same_as[record.number])
-        owner = Owner(record.number, record.id, record.description, record.length)
         strays = inventory.strays.get(first, [])
         if first == record.number:
-            sequences[first] = Sequence(record.residues, [owner, *strays])
+            sequences[first] = Sequence(record.residues, [record.owner, *strays])
         elif first in sequences:
             # Strays come from later windows: in file order this record is before them.
             owners = sequences[first].owners
-            owners.insert(len(owners) - len(strays), owner)
+            owners.insert(len(owners) - len(strays), record.owner)
     if digest.digest() != summary.digest:
         raise InputError(f"{inventory.path}: changed while it was being read")
     # sorted() is stable: sequences of equal length stay in file order.
