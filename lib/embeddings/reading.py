@@ -63,8 +63,8 @@ def open_run(
         raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
     listed = query(
         url,
-        "SELECT path, bytes, sha256, records FROM checkpoints WHERE run_id = ? "
-        "ORDER BY first_position",
+        "SELECT path, bytes, sha256, records, reused_run_id IS NOT NULL AS copied "
+        "FROM checkpoints WHERE run_id = ? ORDER BY first_position",
         [run],
     ).dictionaries()
     done = sum(one["records"] for one in listed)
@@ -73,7 +73,10 @@ def open_run(
             f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
         )
     folder = Path(facts["output_folder"])
-    files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
+    files = [
+        ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"], bool(one["copied"]))
+        for one in listed
+    ]
     return RunEmbeddings(facts, [verified_file(file, digest=verify) for file in files])
 
 
@@ -112,6 +115,12 @@ class RunEmbeddings:
     def layers(self) -> list[int]:
         """The layers kept, ascending."""
         return sorted(self.facts["repr_layers"])
+
+    @property
+    def copied(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the vectors of each record were copied from an earlier run."""
+        of_files = np.array([file.listed.copied for file in self._files], bool)
+        return of_files[self._places[:, 0]]
 
     @cached_property
     def ids(self) -> list[str]:

@@ -32,12 +32,16 @@ Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_n
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A checkpoint file as the database lists it; `run`: the row of its run, by column."""
+    """A checkpoint file as the database lists it.
+
+    run: the row of its run, by column; copied: whether its rows are of an earlier run.
+    """
 
     run: Mapping[str, Any]
     path: Path
     bytes: int
     sha256: str
+    copied: bool = False
 
     @property
     def place(self) -> str:
