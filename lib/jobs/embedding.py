@@ -173,8 +173,6 @@ def _lost(job: Job) -> Iterator[Window]:
         for window in bounded_windows(source.positions, lengths)
         if any(remaining(window, done))
     ]
-    if not windows:
-        return
     for left in remaining(range(len(reused)), done):
         job.lost(lengths[left.start : left.stop])
     folder = Path(job.ownership.run.output_folder)

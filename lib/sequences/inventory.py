@@ -66,8 +66,6 @@ class Inventory:
     mapped: int = 0
     nucleotide_like: int = 0
     windows: list[WindowSummary] = field(default_factory=list)
-    # (sequences,) embedded residues, in the order of the plan.
-    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     # (records,) the first record with the same embedded residues, which can be the record itself.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # (records,) embedded residues, in file order.
@@ -80,6 +78,14 @@ class Inventory:
     def first_records(self) -> npt.NDArray[np.int64]:
         """Return (sequences,) the first record that has each different sequence, ascending."""
         return np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(sequences,) embedded residues of the different sequences, as `read_windows` has them."""
+        first = self.first_records()
+        stops = np.searchsorted(first, [window.stop_record for window in self.windows])
+        parts = np.split(self.record_lengths[first], stops[:-1])
+        return np.concatenate([-np.sort(-part) for part in parts])
 
 
 class WindowDigest:
@@ -154,12 +160,13 @@ def preflight(rules: InputSettings, *, digests: bool = False) -> Inventory:
     del ids  # 1.6 GB at a hundred million records, as are the digests of sequences
     inventory.same_as = sequences.first_equal()
     inventory.record_lengths = np.frombuffer(lengths, dtype=np.int32)
+    first = inventory.first_records()
     if digests:
-        inventory.digests = sequences.of(inventory.first_records())
+        inventory.digests = sequences.of(first)
     del sequences
-    inventory.lengths = _planned_lengths(inventory)
-    inventory.sequences = len(inventory.lengths)
-    inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
+    inventory.sequences = len(first)
+    inventory.residues = int(inventory.record_lengths[first].sum(dtype=np.int64))
+    del first
     inventory.strays = _find_strays(inventory, rules)
     # A file that is still being written is refused now, not after the work.
     refuse_if_changed(path, before, path.stat())
@@ -186,16 +193,6 @@ def _refuse_repeated_ids(ids: Digests, rules: InputSettings) -> None:
             raise InputError(
                 f"record {second} ({shortened(record.id)}): id repeats record {first[second]}'s"
             )
-
-
-def _planned_lengths(inventory: Inventory) -> npt.NDArray[np.int32]:
-    """Return the lengths of the different sequences, in the order of `read_windows`."""
-    own = inventory.same_as == np.arange(len(inventory.same_as))
-    parts = []
-    for window in inventory.windows:
-        records = slice(window.first_record, window.stop_record)
-        parts.append(-np.sort(-inventory.record_lengths[records][own[records]]))
-    return np.concatenate(parts)
 
 
 def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[Owner]]:

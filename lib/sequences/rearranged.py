@@ -50,6 +50,8 @@ def rearranged_records(
     residues: whether it has what is embedded, too. Raises what `read_windows` raises, and
     MachineError if the disk fails.
     """
+    if not ranges:
+        return
     columns = _COLUMNS.append(_RESIDUES) if residues else _COLUMNS
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
         # For each range, the place and the size in the file of every part of it.

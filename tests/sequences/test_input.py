@@ -54,8 +54,8 @@ def changing_after_preflight(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     preflight = inventories.preflight
 
-    def preflight_then_change(rules: InputSettings) -> Inventory:
-        inventory = preflight(rules)
+    def preflight_then_change(rules: InputSettings, *, digests: bool) -> Inventory:
+        inventory = preflight(rules, digests=digests)
         path.write_bytes(GOOD.replace(b"GG", b"GA"))
         return inventory
 
