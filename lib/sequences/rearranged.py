@@ -1,12 +1,13 @@
 """Rearranged records: reused ones in the order of the plan, by way of a temporary file.
 
 The plan has them in the order of what they are copied from, which can be any order of the input.
-Memory holds a window of the input, then one range of the plan. The file has no name: it is gone
+Memory holds a few thousand records, then one range of the plan. The file has no name: it is gone
 when it is closed, however the process ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from array import array
@@ -15,15 +16,15 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from lib.files import disk_errors
-from lib.sequences.describing import describe_owners, owner_index
 from lib.sequences.inventory import Inventory
-from lib.sequences.records import Owner
+from lib.sequences.records import Owner, Record, read_same_records
 from lib.sequences.reused import Reused
 from lib.sequences.windows import Sequence as FastaSequence
-from lib.sequences.windows import Window, read_windows
+from lib.sequences.windows import Window
 from schema.parquet import DESCRIBING, SEQUENCE_MD5
 from schema.settings import InputSettings
 
@@ -32,6 +33,7 @@ __all__ = ["rearranged_records", "rearranged_windows"]
 # A row per record that has a reused sequence.
 _COLUMNS = DESCRIBING.insert(0, pa.field("position", pa.int64()))
 _RESIDUES = pa.field("residues", pa.binary())  # only in the first row of a position
+_RECORDS = 8192  # that are read before they are written
 
 
 def rearranged_records(
@@ -47,7 +49,7 @@ def rearranged_records(
 
     ranges: of positions of reused sequences, ascending and disjoint. folder: where the temporary
     file lies. A table has the columns of a checkpoint file that are not vectors and `position`;
-    residues: whether it has what is embedded, too. Raises what `read_windows` raises, and
+    residues: whether it has what is embedded, too. Raises what `read_same_records` raises, and
     MachineError if the disk fails.
     """
     if not ranges:
@@ -56,10 +58,15 @@ def rearranged_records(
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
         # For each range, the place and the size in the file of every part of it.
         parts = [array("q") for _ in ranges]
-        for window in read_windows(rules, inventory):
-            _scatter(_rows(window, reused, ranges, columns), ranges, file, parts)
-        for positions, places in zip(ranges, parts, strict=True):
-            yield positions, _gather(places, file, columns)
+        records = read_same_records(rules, inventory.sha256)
+        for start in range(0, inventory.records, _RECORDS):
+            firsts = inventory.same_as[start : start + _RECORDS]
+            positions = _within(reused.places[firsts], ranges)
+            _scatter(_rows(records, firsts, positions, columns), ranges, file, parts)
+        for _ in records:  # none, but only at the end is the digest of the file compared
+            pass
+        for asked, places in zip(ranges, parts, strict=True):
+            yield asked, _gather(places, file, columns)
 
 
 def rearranged_windows(
@@ -84,28 +91,37 @@ def rearranged_windows(
         yield Window(positions.start, sequences)
 
 
-def _rows(
-    window: Window, reused: Reused, ranges: Sequence[range], columns: pa.Schema
-) -> pa.RecordBatch:
-    """Return the records of a window whose sequences are in the ranges, by position."""
-    stops = np.array([one.stop for one in ranges])
-    firsts = np.array([sequence.owners[0].number for sequence in window.sequences], np.int64)
-    places = reused.places[firsts]
-    after = np.searchsorted(stops, places, side="right")
+def _within(positions: npt.NDArray[np.int64], ranges: Sequence[range]) -> npt.NDArray[np.int64]:
+    """Return positions with -1 for those that are in none of the ranges."""
+    after = np.searchsorted([one.stop for one in ranges], positions, side="right")
     starts = np.array([*(one.start for one in ranges), np.iinfo(np.int64).max])
-    chosen = np.flatnonzero((places >= 0) & (places >= starts[after]))
-    chosen = chosen[np.argsort(places[chosen])]
-    sequences = [window.sequences[i] for i in chosen.tolist()]
-    owners = describe_owners(sequences)
-    arrays = [pa.array(places[chosen][owner_index(sequences)]), *owners.columns]
-    if _RESIDUES.name in columns.names:
-        letters = [
-            sequence.residues if owner is sequence.owners[0] else None
-            for sequence in sequences
-            for owner in sequence.owners
-        ]
-        arrays.append(pa.array(letters, pa.binary()))
-    return pa.RecordBatch.from_arrays(arrays, schema=columns)
+    return np.where(positions >= np.maximum(starts[after], 0), positions, -1)
+
+
+def _rows(
+    records: Iterator[Record],
+    firsts: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    columns: pa.Schema,
+) -> pa.RecordBatch:
+    """Read the next records; return those that have a position, by position.
+
+    firsts: (records,) the first record with the same residues; positions: (records,), -1 for none.
+    """
+    cells: list[list[object]] = [[] for _ in columns]
+    # Lists of columns, as millions of rows in Python would keep its garbage collector busy.
+    add = [column.append for column in cells]
+    for first, position, record in zip(firsts.tolist(), positions.tolist(), records, strict=False):
+        if position >= 0:
+            number, name, description, length, md5 = record.owner
+            digest = hashlib.sha256(record.residues).digest()
+            letters = record.residues if number == first else None
+            row = position, number, name, description, length, len(record.residues), digest, md5
+            for append, cell in zip(add, (*row, letters), strict=False):
+                append(cell)
+    arrays = [pa.array(column, kind) for column, kind in zip(cells, columns.types, strict=True)]
+    order = np.argsort(np.array(cells[0], np.int64), kind="stable")
+    return pa.RecordBatch.from_arrays(arrays, schema=columns).take(pa.array(order))
 
 
 def _scatter(

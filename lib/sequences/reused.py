@@ -38,10 +38,6 @@ class Reused:
         places[self.records] = np.arange(len(self.records))
         return places
 
-    def place(self, sequence: Sequence) -> int:
-        """Return the position in the plan of a sequence that is reused; -1 for any other."""
-        return int(self.places[sequence.owners[0].number])
-
 
 def planned_windows(
     rules: InputSettings, inventory: Inventory, reused: Reused | None
@@ -50,8 +46,9 @@ def planned_windows(
 
     What reuse leaves of several windows of the input is one window, as far as the bounds allow.
     """
-    windows = read_windows(rules, inventory)
-    return windows if reused is None else _left(windows, reused)
+    if reused is None:
+        return read_windows(rules, inventory)
+    return _joined(read_windows(rules, inventory, reused.places >= 0), len(reused))
 
 
 def planned_lengths(inventory: Inventory, reused: Reused | None) -> npt.NDArray[np.int32]:
@@ -87,18 +84,17 @@ def bounded_windows(positions: range, lengths: npt.NDArray[np.int32]) -> Iterato
         first = stop
 
 
-def _left(windows: Iterable[Window], reused: Reused) -> Iterator[Window]:
-    position = len(reused)
+def _joined(windows: Iterable[Window], position: int) -> Iterator[Window]:
+    """Yield windows, as far as they fit joined into one; the first has its first at `position`."""
     joined: list[Sequence] = []
     residues = 0
     for window in windows:
-        left = [sequence for sequence in window.sequences if reused.place(sequence) < 0]
-        lengths = np.array([len(sequence.residues) for sequence in left], np.int32)
+        lengths = np.array([len(sequence.residues) for sequence in window.sequences], np.int32)
         if not _fits(len(joined), residues, lengths):
             yield _window(position, joined)
             position += len(joined)
             joined, residues = [], 0
-        joined += left
+        joined += window.sequences
         residues += int(lengths.sum())
     if joined:
         yield _window(position, joined)

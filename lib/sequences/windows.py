@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
+
 from lib.errors import InputError
 from lib.sequences.inventory import Inventory, WindowDigest, WindowSummary
 from lib.sequences.records import Owner, Record, read_same_records
@@ -37,16 +40,19 @@ class Window:
     sequences: list[Sequence]
 
 
-def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]:
+def read_windows(
+    rules: InputSettings, inventory: Inventory, skipped: npt.NDArray[np.bool_] | None = None
+) -> Iterator[Window]:
     """Yield the windows of the plan, each checked to be what preflight read.
 
-    Before the last one, the digest of the file's bytes is compared too. Raises InputError if the
-    file has changed since.
+    skipped: (records,) true for the first record of each sequence to leave out. Before the last
+    window, the digest of the file's bytes is compared too. Raises InputError if the file has
+    changed since.
     """
     records = read_same_records(rules, inventory.sha256)
     position = 0
     for summary in inventory.windows:
-        sequences = _sequences(records, summary, inventory)
+        sequences = _sequences(records, summary, inventory, skipped)
         if summary.stop_record == inventory.records and next(records, None) is not None:
             raise InputError(f"{inventory.path}: changed while it was being read")
         yield Window(position, sequences)
@@ -54,7 +60,10 @@ def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]
 
 
 def _sequences(
-    records: Iterator[Record], summary: WindowSummary, inventory: Inventory
+    records: Iterator[Record],
+    summary: WindowSummary,
+    inventory: Inventory,
+    skipped: npt.NDArray[np.bool_] | None,
 ) -> list[Sequence]:
     """Read the records of a window; return its sequences in the order of the plan."""
     digest = WindowDigest()
@@ -62,6 +71,8 @@ def _sequences(
     for record in islice(records, summary.stop_record - summary.first_record):
         digest.add(record)
         first = int(inventory.same_as[record.number])
+        if skipped is not None and skipped[first]:
+            continue
         strays = inventory.strays.get(first, [])
         if first == record.number:
             sequences[first] = Sequence(record.residues, [record.owner, *strays])
