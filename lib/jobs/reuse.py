@@ -63,7 +63,7 @@ def plan_reuse(
         if not search.missing:
             break
     if without:
-        say(f"not reused: {_runs(without)} without {EMBEDDED_SHA256} in the files")
+        say(f"not reused: {_runs(without)}, whose files have no {EMBEDDED_SHA256}")
     return search.plan(inventory)
 
 

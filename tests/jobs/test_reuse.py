@@ -23,7 +23,7 @@ from lib.embeddings import open_run
 from lib.jobs.reuse import SourceFiles
 from lib.ledger.footer import read_footer
 from tests import processes
-from tests.conftest import UNIPROT_PART, Place, Script, run_program
+from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place, Script, run_program
 from tests.processes import Answer
 from tests.reference import (
     assert_same_bits,
@@ -210,6 +210,21 @@ def test_another_model_of_the_same_shape_and_name_is_no_source(
     change(reusing, "UPDATE runs SET model_id = 2 WHERE id = 1")
     (line,) = said(embed(REAL[:3], model=other_model), "reused")
     assert line == "reused: 3 of 3 sequences, from run 2"
+
+
+def test_runs_of_version_1_are_no_source_and_say_so(script: Script, reusing: Place) -> None:
+    shutil.copytree(DATA / "version_1", reusing.folder, dirs_exist_ok=True)
+    assert script("upgrade").status == 0
+    change(reusing, f"UPDATE runs SET output_folder = '{reusing.output}/run-00000' || id")
+    flags = ["--esm-model", reusing.folder / "esm2_tiny.pt", "--input", SOME_PROTEINS]
+    layers = script("query", "select layers, include from run_history where run = 1", "--json").json
+    flags += ["--repr-layers", *layers[0]["layers"].split()]
+    flags += ["--include", *layers[0]["include"].split()]
+    answer = script("embed", *flags)
+    assert answer.status == 0, answer.err
+    fact = "not reused: runs 1 and 2, whose files have no embedded_sha256"
+    assert said(answer, "reused: ") == [fact]
+    assert said(script("embed", *flags)) == ["reused: 15 of 15 sequences, from run 4"]
 
 
 def test_an_unfinished_run_is_a_source(
