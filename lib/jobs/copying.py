@@ -175,10 +175,11 @@ class _Reader:
 
         owners: the records of at least these positions, by position.
         """
+        verified = self._file(source)
         try:
-            with self._file(source).opened() as file:
+            with verified.opened() as file:
                 yield from self._groups(source, part, owners, file)
-        except (IdentityRefusedError, MachineError) as error:
+        except (IdentityRefusedError, MachineError, KeyError) as error:
             raise LostSourceError(str(error)) from None
 
     def _file(self, source: Source) -> VerifiedFile:
@@ -200,16 +201,14 @@ class _Reader:
         for group, first, end in zip(file.row_groups, [0, *ends], ends, strict=False):
             if end == first:
                 continue
-            table = file.read(group, names)
+            table = file.read(group, names).select(names)
             group_starts = int(stops[group]) - table.num_rows
-            for positions in _cut(range(part.start + first, part.start + end), self._most()):
+            here = range(part.start + first, part.start + end)
+            for positions in _cut(here, self._copying.rules.records):
                 chosen = rows[positions.start - part.start : positions.stop - part.start]
                 vectors = _fitting(table.take(pa.array(chosen - group_starts)), columns, source)
                 start, stop = np.searchsorted(places, [positions.start, positions.stop]).tolist()
                 yield _checked(_Rows(source, positions, owners.slice(start, stop - start), vectors))
-
-    def _most(self) -> int:
-        return self._copying.rules.records
 
 
 def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:

@@ -6,7 +6,7 @@ them. Memory holds some 50 bytes for each different sequence of the input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
-from lib.ledger.audit import audit
+from lib.ledger.audit import Finding, audit
 from lib.ledger.identity import first_difference, run_identity
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.ledger.runs import load_run
@@ -50,16 +50,14 @@ def plan_reuse(
     search = _Search(inventory.digests)
     inventory.digests = None
     without: list[int] = []
-    wanted = Wanted(config, settings)
-    for run, checkpoints in source_runs(engine, wanted, lambda fact: say(f"not reused: {fact}")):
-        if not run.has_digests:
+    for run, checkpoints, faults in source_runs(engine, Wanted(config, settings)):
+        if run is not None and not run.has_digests:
             without.append(run.id)
-            continue
-        for checkpoint in checkpoints:
-            try:
-                search.look_into(run, checkpoint)
-            except (IdentityRefusedError, MachineError) as error:
-                say(f"not reused: {error}")
+        elif run is not None:
+            faults = [*faults, *search.look_into(run, checkpoints)]
+        if faults:
+            more = f" (and {count(len(faults) - 1)} more of this run)" if len(faults) > 1 else ""
+            say(f"not reused: {faults[0]}{more}")
         if not search.missing:
             break
     if without:
@@ -85,6 +83,7 @@ class SourceFiles:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._run: Run | None = None
+        self._findings: list[Finding] = []
 
     def verified(self, source: Source) -> VerifiedFile:
         """Return the file of a source: its row, its footer and all its bytes are those of the plan.
@@ -98,7 +97,7 @@ class SourceFiles:
             raise LostSourceError(f"{place}: not in the database")
         if run.uuid != source.run_uuid or checkpoint.sha256 != source.sha256:
             raise LostSourceError(f"{place}: another file since reuse was planned")
-        for finding in audit(run, files=False):
+        for finding in self._findings:
             if finding.checkpoint in (None, checkpoint):
                 raise LostSourceError(finding.fact)
         try:
@@ -112,6 +111,7 @@ class SourceFiles:
                 self._run = load_run(self._engine, source.run_id)
             except (IdentityRefusedError, SettingsError) as error:
                 raise LostSourceError(str(error)) from None
+            self._findings = list(audit(self._run, files=False))
         return self._run
 
 
@@ -153,9 +153,18 @@ class _Search:
         self._row_of = np.empty(len(digests), np.int32)
         self.missing = len(digests)
 
-    def look_into(self, run: Run, checkpoint: Checkpoint) -> None:
-        """Look for sequences that have not been found yet; raises as `verified_source` does."""
-        there = _digests(verified_source(run, checkpoint, digest=False))
+    def look_into(self, run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+        """Look for sequences that have not been found yet; yield what is wrong with files."""
+        for checkpoint in checkpoints:
+            try:
+                there = _digests(verified_source(run, checkpoint, digest=False))
+            except (IdentityRefusedError, MachineError) as error:
+                yield str(error)
+            else:
+                self._find(run, checkpoint, there)
+
+    def _find(self, run: Run, checkpoint: Checkpoint, there: npt.NDArray[np.uint64]) -> None:
+        """Look for the sequences of a file, by the digests of its rows."""
         at = np.searchsorted(self._keys, there[:, 0])
         at[at == len(self._keys)] = 0
         wanted = self._order[at]

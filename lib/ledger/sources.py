@@ -7,8 +7,9 @@ together are no sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Engine, select
 
@@ -22,7 +23,7 @@ from schema.esm2_config import ESM2Config
 from schema.parquet import CONTACTS, vector_columns
 from schema.tables import Checkpoint, Model, Run
 
-__all__ = ["Wanted", "source_runs"]
+__all__ = ["SourceRun", "Wanted", "source_runs"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,22 @@ class Wanted:
         return "per_tok" not in include or run.per_tok_dtype in serving
 
 
-def source_runs(
-    engine: Engine, wanted: Wanted, refused: Callable[[str], None]
-) -> Iterator[tuple[Run, list[Checkpoint]]]:
-    """Yield the runs that keep what is wanted, newest first, with their checkpoints in order.
+class SourceRun(NamedTuple):
+    """A run, the checkpoints of it that can be copied from, and what is wrong with its rows.
 
-    Checkpoints without the digests of their sequences, as those of version 1, are yielded too.
-    `refused` is told what is wrong with rows that are left out. Raises MachineError if the database
-    fails.
+    run: None if it cannot be read.
+    """
+
+    run: Run | None
+    checkpoints: Sequence[Checkpoint]
+    faults: Sequence[str]
+
+
+def source_runs(engine: Engine, wanted: Wanted) -> Iterator[SourceRun]:
+    """Yield the runs that keep what is wanted, newest first.
+
+    Those without the digests of their sequences, as of version 1, are among them. Raises
+    MachineError if the database fails.
     """
     for run_id in _runs_of_model(engine, wanted):
         try:
@@ -63,16 +72,13 @@ def source_runs(
             if not wanted.is_kept_by(run):
                 continue
         except IdentityRefusedError as error:
-            refused(str(error))
-            continue
+            yield SourceRun(None, [], [str(error)])
         except (TypeError, ValueError) as error:  # JSON of another shape than ours
-            refused(f"run {run_id}: malformed rows: {error}")
-            continue
-        for finding in findings:
-            refused(finding.fact)
-        if all(finding.checkpoint is not None for finding in findings):
+            yield SourceRun(None, [], [f"run {run_id}: malformed rows: {error}"])
+        else:
             wrong = [finding.checkpoint for finding in findings]
-            yield run, [one for one in run.checkpoints if one not in wrong]
+            checkpoints = [one for one in run.checkpoints if one not in wrong and None not in wrong]
+            yield SourceRun(run, checkpoints, [finding.fact for finding in findings])
 
 
 def _runs_of_model(engine: Engine, wanted: Wanted) -> list[int]:

@@ -6,6 +6,7 @@ Every run that copies is compared with one that computes everything.
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -379,6 +380,20 @@ def test_a_source_that_is_altered_is_named_and_computed_instead(
     assert 0 < reused[0] < 15
     embed(shuffled(grown(REAL[:15])), "--no-reuse")
     assert_near(folder(reusing, 2), folder(reusing, 3))
+
+
+def test_a_run_whose_files_are_gone_is_named_once(
+    reusing: Place, embed: Callable[..., Answer]
+) -> None:
+    embed(REAL[:15])
+    for path in folder(reusing, 1).glob("checkpoint-*"):
+        path.unlink()
+    (named,) = said(embed(REAL[:15]), "reused: ")
+    assert re.fullmatch(
+        r"not reused: run 1: \S+/checkpoint-000001.parquet: no such regular file "
+        r"\(and 2 more of this run\)",
+        named,
+    )
 
 
 def history(place: Place) -> list[dict[str, int]]:
