@@ -2,7 +2,7 @@
 #
 # Variables, the same everywhere (all optional):
 #   MODEL   a released name in full, or the path of weights
-#   INPUT   the FASTA file
+#   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
@@ -33,7 +33,8 @@ export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
 model := $${esm_model:+--esm-model "$$esm_model"}
-input := $${esm_input:+--input "$$esm_input"}
+# As in config.ini: a path, or words that each name one.
+input := $${esm_input:+--set "input.fasta=$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
 config := $${esm_config:+--config "$$esm_config"}
@@ -117,6 +118,8 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)
 
+# What stands there is whole: it is renamed into place when it is.
+.PRECIOUS: $(demo_model)
 $(demo_model): | $(installed)
 	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@
 

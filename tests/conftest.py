@@ -22,6 +22,7 @@ from lib.ledger.sqlite_file import connect_read_only
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
 from tests import processes
+from tests.interpreter import interpreter
 from tests.processes import ROOT as ROOT
 from tests.processes import Answer as Answer
 
@@ -74,6 +75,13 @@ def threads_of_torch() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A stand-in for the Python of a copied project; see tests/interpreter.py."""
+    with interpreter(tmp_path_factory.mktemp("python")) as path:
+        yield path
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 300
 
 Work = Callable[[], object]
-# Where output goes: through a pipe, to a file, or to what is open under a number, as a terminal.
+# Where input comes from and output goes: a pipe, a file, or what is open under a number.
 Stream = Path | int | None
 PIPE = None
 NOWHERE = Path(os.devnull)
@@ -66,11 +66,14 @@ class Process:
     `out` and `err` are what it prints, None where that goes to a file.
     """
 
-    def __init__(self, work: Work, order: _Order, out: Stream, err: Stream) -> None:
+    def __init__(
+        self, work: Work, order: _Order, into: Path | int, out: Stream, err: Stream
+    ) -> None:
         forks = _forks()
+        _, theirs_in = _ends(forks, into)
         self.out, theirs_out = _ends(forks, out)
         self.err, theirs_err = _ends(forks, err)
-        streams = (theirs_out, theirs_err)
+        streams = (theirs_in, theirs_out, theirs_err)
         self._process = forks.Process(target=_obey, args=(work, order, streams), daemon=True)
         self._process.start()
         for one in streams:
@@ -127,6 +130,7 @@ def start(
     prepare: Work | None = None,
     folder: Path = ROOT,
     environment: Mapping[str, str] | None = None,
+    into: Path | int = NOWHERE,
     out: Stream = PIPE,
     err: Stream = PIPE,
 ) -> Process:
@@ -137,7 +141,7 @@ def start(
     path = str(ROOT / "scripts" / f"{script}.py")
     inherited = dict(os.environ if environment is None else environment)
     order = _Order([path, *map(str, argv)], folder, inherited)
-    return Process(partial(_run_script, script, prepare), order, out, err)
+    return Process(partial(_run_script, script, prepare), order, into, out, err)
 
 
 def run(script: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
@@ -149,7 +153,7 @@ def run(script: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
 def start_function(work: Work, *argv: object) -> Process:
     """Call a function in a process of its own, `argv` being the arguments of its command line."""
     order = _Order([sys.executable, *map(str, argv)], ROOT, dict(os.environ))
-    return Process(work, order, PIPE, PIPE)
+    return Process(work, order, NOWHERE, PIPE, PIPE)
 
 
 def run_function(work: Work, *argv: object) -> Answer:
@@ -245,17 +249,19 @@ def _forks() -> ForkServerContext:
     return context
 
 
-def _obey(work: Work, order: _Order, streams: tuple[Connection, Connection]) -> None:
+def _obey(work: Work, order: _Order, streams: tuple[Connection, ...]) -> None:
     """Become the process that was asked for, and do its work."""
     signal.alarm(MOST_SECONDS)  # what hangs is ended, and told by its status
     # As from a terminal, though the tests may run in the background and ignore signals.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_DFL)
-    for number, stream in enumerate(streams, start=1):
+    for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
         stream.close()
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    sys.stdin = os.fdopen(0, closefd=False)
+    at_once = os.isatty(1) or "PYTHONUNBUFFERED" in order.environment
+    sys.stdout.reconfigure(line_buffering=at_once)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(order.environment)
     os.chdir(order.folder)
@@ -284,8 +290,8 @@ def _ends(forks: ForkServerContext, stream: Stream) -> tuple[IO[str] | None, Con
         reader.close()
         return ours, writer
     if isinstance(stream, int):
-        return None, Connection(os.dup(stream), readable=False)
-    return None, Connection(os.open(stream, os.O_WRONLY | os.O_CREAT), readable=False)
+        return None, Connection(os.dup(stream))
+    return None, Connection(os.open(stream, os.O_RDWR | os.O_CREAT))
 
 
 def _rest(stream: IO[str] | None) -> str:

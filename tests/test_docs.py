@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import pytest
 from cogapp import Cog  # type: ignore[import-untyped]
 
 from tests.conftest import ROOT, users_environment
+from tests.interpreter import clone
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -33,9 +32,6 @@ PAGES = {
     ]
 }
 TARGETS = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-# What a user's clone has, as far as a command of a page can touch it.
-CLONED = ["Makefile", "config.ini", "constraints.txt", "pyproject.toml"]
-CLONED_FOLDERS = ["examples", "lib", "schema", "scripts"]
 # Folders that a user's commands make.
 MADE = ["demo", "embeddings", "models", "reports"]
 SECONDS = 600
@@ -102,21 +98,6 @@ def matches(expected: str, printed: str) -> bool:
     return re.fullmatch(pattern, lines) is not None
 
 
-def clone(folder: Path) -> None:
-    """Make a folder what a clone is after `make setup`, with this environment as its .venv."""
-    for name in CLONED:
-        shutil.copy2(ROOT / name, folder / name)
-    for name in CLONED_FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    venv = folder / ".venv"
-    venv.mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        if not entry.name.startswith(".installed"):
-            (venv / entry.name).symlink_to(entry)
-    for stamp in [".installed", *sorted(one.name for one in Path(sys.prefix).glob(".installed-*"))]:
-        (venv / stamp).touch()
-
-
 def run_in_shell(commands: list[str], folder: Path) -> list[tuple[str, int]]:
     """Run commands in one shell; return what each printed and its status."""
     script = "".join(
@@ -158,9 +139,9 @@ def run_in_shell(commands: list[str], folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", FRESH)
-def test_commands_print_what_the_page_says(name: str, tmp_path: Path) -> None:
+def test_commands_print_what_the_page_says(name: str, tmp_path: Path, quick_python: Path) -> None:
     page = steps(PAGES[name])
-    clone(tmp_path)
+    clone(tmp_path, quick_python)
     done = run_in_shell([step.command for step in page], tmp_path)
     following = [step.command for step in page[1:]] + [""]
     faults = []

@@ -6,9 +6,7 @@ The page shows a made-up history; it is written here, and every command is run a
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,9 +17,9 @@ from lib.ledger.comments import view_comments
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from lib.ledger.questions import questions
-from lib.settings import DEFAULT_CONFIG
 from schema.tables import Attempt, Checkpoint, Model, Run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, users_environment
+from tests.interpreter import clone
 
 PAGE = (ROOT / "docs" / "history.md").read_text()
 QUESTIONS = re.findall(r"^([A-Z][^\n]*\?)\n\n```sql\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
@@ -79,10 +77,10 @@ def checkpoint(by: Attempt, part: int, records: int, residues: int, seconds: flo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config.ini and the history that the page shows."""
+def folder(tmp_path_factory: pytest.TempPathFactory, quick_python: Path) -> Path:
+    """A copy of the project with the history that the page shows."""
     path = tmp_path_factory.mktemp("asking")
-    shutil.copy(DEFAULT_CONFIG, path / "config.ini")
+    clone(path, quick_python)
     large = model("esm2_t33_650M_UR50D", 33, 1280, 651_043_254)
     tuned = model("phage_tuned", 33, 1280, 651_043_254)
     one = run(
@@ -126,11 +124,10 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize(("command", "printed"), BLOCKS, ids=[command for command, _ in BLOCKS])
 def test_a_command_prints_what_the_page_shows(folder: Path, command: str, printed: str) -> None:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
         ["sh", "-c", command],
-        cwd=ROOT,
-        env={**inherited, "CONFIG": str(folder / "config.ini"), "COLUMNS": "100"},
+        cwd=folder,
+        env={**users_environment(), "COLUMNS": "100"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

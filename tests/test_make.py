@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,18 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SOME_PROTEINS, Place
+from tests.conftest import ROOT, SOME_PROTEINS, Place, users_environment
 from tests.reference import read_run
 
 
 def make(
     *words: str, folder: Path = ROOT, variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", "--no-print-directory", *words],
         cwd=folder,
-        env={**inherited, **(variables or {})},
+        env={**users_environment(), **(variables or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -52,7 +50,9 @@ def test_setup_refuses_a_python_that_is_too_old_in_one_line(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("odd", ["it's 50%s", 'say "ünï" $HOME$$b;#'])
-def test_values_reach_the_scripts_as_they_are(place: Place, small_model: Path, odd: str) -> None:
+def test_values_reach_the_scripts_as_they_are(
+    place: Place, small_model: Path, quick_python: Path, odd: str
+) -> None:
     folder = place.folder / odd
     folder.mkdir()
     model = shutil.copy(small_model, folder / "esm2 model.pt")
@@ -65,11 +65,12 @@ def test_values_reach_the_scripts_as_they_are(place: Place, small_model: Path, o
         "OUTPUT": str(folder / "out"),
         "CONFIG": str(config),
     }
-    done = make("embed", "ARGS=--json", variables=variables)
+    quick = f"python={quick_python}"
+    done = make("embed", "ARGS=--json", quick, variables=variables)
     assert done.returncode == 0, done.stderr
     assert len(read_run(folder / "out" / "run-000001")) == 15
     for target in ("resume", "validate", "history"):
-        again = make(target, variables={"RUN": "1", "CONFIG": str(config)})
+        again = make(target, quick, variables={"RUN": "1", "CONFIG": str(config)})
         assert again.returncode == 0, again.stderr
 
 
@@ -89,3 +90,17 @@ def test_a_refusal_comes_through_make_with_its_line(place: Place) -> None:
     assert done.stderr.startswith("error: esm_model ")
     assert "Error 2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_demo_model_that_another_make_has_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nmkdir -p models && echo whole > $5 && exit 2\n")
+    python.chmod(0o755)
+    model = tmp_path / "models" / "esm2_untrained_t6_8M.pt"
+    done = make(str(model.relative_to(tmp_path)), f"python={python}", folder=tmp_path)
+    assert done.returncode != 0
+    assert model.read_text() == "whole\n"

@@ -1,13 +1,12 @@
 """README: if this fails, a command or a question that people copy from it does not work.
 
-Commands run as printed, in the project's folder, with a settings file of their own.
+Commands run as printed, in a fresh copy of the project.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ import pytest
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from lib.ledger.questions import questions
-from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT, run_program, users_environment
+from tests.interpreter import clone
 from tests.reference import fasta
 
 # The commands run once, in their order, in one process of tests.
@@ -35,21 +34,20 @@ QUESTIONS = [(one.text, one.sql) for one in questions()]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, quick_python: Path) -> Path:
     path = tmp_path_factory.mktemp("readme")
-    shutil.copy(DEFAULT_CONFIG, path / "config.ini")
+    clone(path, quick_python)
     return path
 
 
 @pytest.fixture(scope="module")
 def after_commands(folder: Path) -> Iterator[dict[str, subprocess.CompletedProcess[str]]]:
     """Run the README's commands in their order; `make test` is what runs this."""
-    environment = {**users_environment(), "CONFIG": str(folder / "config.ini")}
     yield {
         command: subprocess.run(
             ["sh", "-c", command],
-            cwd=ROOT,
-            env=environment,
+            cwd=folder,
+            env=users_environment(),
             capture_output=True,
             text=True,
             timeout=300,

@@ -58,7 +58,7 @@ def rearranged_records(
     with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
         # For each range, the place and the size in the file of every part of it.
         parts = [array("q") for _ in ranges]
-        records = read_same_records(rules, inventory.sha256)
+        records = read_same_records(rules, inventory.files)
         for start in range(0, inventory.records, _RECORDS):
             firsts = inventory.same_as[start : start + _RECORDS]
             positions = _within(reused.places[firsts], ranges)
