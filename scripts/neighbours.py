@@ -79,7 +79,7 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
     """Embed the query by the very model of the run, as a run on record; return its number."""
     # Imported here, because two runs are compared without torch.
     from lib.console.display import describe_start
-    from lib.console.embedding import embed_under_bar, show_input
+    from lib.console.embedding import embed_under_bar, show_input, show_reuse
     from lib.jobs.interruption import Interruption
     from lib.jobs.loading import load_model
     from lib.jobs.queries import query_model, query_settings
@@ -96,16 +96,20 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
         settings = query_settings(run, current, parsed.query, column, parsed.esm_model)
         detection, sha256 = query_model(run, settings, column)
         copy = copied_standard_input(settings.input, Path(settings.output.folder))
-        inventory = preflight(settings.input, opened.enter_context(copy))
+        standard_input = opened.enter_context(copy)
+        inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
         model = load_model(settings, detection, sha256)
         note(describe_start(model))
+        reuse = show_reuse(engine, model, inventory)
         with (
             interruption.deferred(),
-            create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
+            create_run(
+                engine, model.settings, model.config, inventory, model.facts, reuse
+            ) as ownership,
         ):
             note(f"run {ownership.run.id}: the query")
-            return embed_under_bar(engine, ownership, model, inventory, interruption).id
+            return embed_under_bar(engine, ownership, model, inventory, reuse, interruption).id
 
 
 if __name__ == "__main__":

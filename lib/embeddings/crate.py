@@ -115,16 +115,21 @@ class _Crate:
     def _actions(self) -> list[Entity]:
         """Add an action for each attempt, with what it was given and what it made."""
         given = [*self._inputs(), *self._weights(), *self._parameters()]
-        files = {file.listed.path.name: self._file(file) for file in self._run.files}
         number = self._run.facts["id"]
         attempts = query(
             self._url, "SELECT * FROM attempts WHERE run_id = ? ORDER BY id", [number]
         ).dictionaries()
         made = query(
             self._url,
-            "SELECT attempt_id, path FROM checkpoints WHERE run_id = ? ORDER BY first_position",
+            "SELECT attempt_id, path, uuid FROM checkpoints LEFT JOIN runs ON runs.id = "
+            "reused_run_id WHERE run_id = ? ORDER BY first_position",
             [number],
         ).dictionaries()
+        sources = {one["path"]: one["uuid"] for one in made}
+        files = {}
+        for file in self._run.files:
+            name = file.listed.path.name
+            files[name] = self._file(file, sources[name])
         program = self._program()
         with altered_rows(self._url):
             return [
@@ -227,8 +232,9 @@ class _Crate:
             for name, description in _PARAMETERS.items()
         ]
 
-    def _file(self, file: VerifiedFile) -> Entity:
-        return self._crate.add_file(
+    def _file(self, file: VerifiedFile, source: str | None) -> Entity:
+        """Add a checkpoint file; source: the UUID of the run that its vectors were copied from."""
+        made = self._crate.add_file(
             dest_path=file.listed.path.name,
             properties={
                 "name": "vectors, a row per record",
@@ -237,6 +243,10 @@ class _Crate:
                 "sha256": file.listed.sha256,
             },
         )
+        if source is not None:
+            name = "an earlier run of the same model and settings"
+            made["isBasedOn"] = self._add(f"urn:uuid:{source}", "CreativeWork", name=name)
+        return made
 
 
 def _one_or_list(entities: list[Entity]) -> Entity:

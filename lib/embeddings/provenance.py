@@ -56,6 +56,7 @@ def facts_of(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dict[str, A
         "run_uuid": run.facts["uuid"],
         "input": run.facts["input_path"],
         "records": len(run),
+        "records_copied": int(run.copied.sum()),
         "columns": [*map(str, columns)],
         "computed_with": computed_with(run),
         "written_by": WRITER,

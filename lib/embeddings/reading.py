@@ -70,8 +70,8 @@ def open_run(
         raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
     listed = query(
         url,
-        "SELECT path, bytes, sha256, records FROM checkpoints WHERE run_id = ? "
-        "ORDER BY first_position",
+        "SELECT path, bytes, sha256, records, reused_run_id IS NOT NULL AS copied "
+        "FROM checkpoints WHERE run_id = ? ORDER BY first_position",
         [run],
     ).dictionaries()
     done = sum(one["records"] for one in listed)
@@ -83,7 +83,10 @@ def open_run(
         url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
     ).dictionaries()
     folder = Path(facts["output_folder"])
-    files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
+    files = [
+        ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"], bool(one["copied"]))
+        for one in listed
+    ]
     verified = [verified_file(file, digest=verify) for file in files]
     return RunEmbeddings(facts, inputs, attempts, verified)
 
@@ -134,6 +137,12 @@ class RunEmbeddings:
     def layers(self) -> list[int]:
         """The layers kept, ascending."""
         return sorted(self.facts["repr_layers"])
+
+    @property
+    def copied(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the vectors of each record were copied from an earlier run."""
+        of_files = np.array([file.listed.copied for file in self.files], bool)
+        return of_files[self._places[:, 0]]
 
     @cached_property
     def ids(self) -> list[str]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors
-from lib.ledger.footer import read_footer
+from lib.ledger.footer import footer_of, read_footer
 
 __all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
 
@@ -33,12 +33,16 @@ Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_n
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A checkpoint file as the database lists it; `run`: the row of its run, by column."""
+    """A checkpoint file as the database lists it.
+
+    run: the row of its run, by column; copied: whether its rows are of an earlier run.
+    """
 
     run: Mapping[str, Any]
     path: Path
     bytes: int
     sha256: str
+    copied: bool = False
 
     @property
     def place(self) -> str:
@@ -97,6 +101,16 @@ class OpenedFile:
     def row_groups(self) -> range:
         """The numbers of the row groups."""
         return range(self._parquet.num_row_groups)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """How many rows each row group has."""
+        metadata = self._parquet.metadata
+        return [metadata.row_group(group).num_rows for group in self.row_groups]
+
+    def footer(self) -> dict[str, Any]:
+        """Return what the ledger wrote into the footer; raises ValueError as `footer_of` does."""
+        return footer_of(self._parquet.metadata.metadata)
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of a row group.

@@ -97,6 +97,19 @@ def test_the_files_are_those_of_the_run(script: Script, place: Place, resumed: N
             assert str(private) not in (to / name).read_text()
 
 
+def test_files_that_were_copied_name_their_run(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    place.set("output", "reuse", "yes")
+    for _ in range(2):
+        assert script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS).status == 0
+    to = place.folder / "crate"
+    assert script("crate", "--run", "2", "--to", to).status == 0
+    (file,) = (one for one in ROCrate(to).root_dataset["hasPart"] if one.id != "run.json")
+    assert file["isBasedOn"].id == f"urn:uuid:{open_run(place.database, 1).facts['uuid']}"
+    assert json.loads((to / "run.json").read_text())["records_copied"] == 15
+
+
 def references(value: Any) -> set[str]:  # noqa: ANN401
     if isinstance(value, dict):
         inner = set().union(*(references(one) for key, one in value.items() if key != "@id"))
