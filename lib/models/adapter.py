@@ -87,8 +87,14 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether a path is a folder with an adapter_config.json."""
-    return (path / _CONFIG).is_file()
+    """Return whether a path is a folder with an adapter_config.json.
+
+    Raises WeightsError for a folder that may not be looked into.
+    """
+    try:
+        return (path / _CONFIG).is_file()
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
 
 
 def read_adapter(folder: Path) -> Adapter:
