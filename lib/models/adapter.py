@@ -17,7 +17,7 @@ from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
 from lib.models.tensor_file import stored_tensors
-from lib.models.tensor_names import fair_esm_name, is_of_trunk
+from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
 from lib.models.weights import TensorInfo, read_json
 from schema.settings import ModelSettings
 
@@ -54,8 +54,6 @@ _UNDERSTOOD = (
 # Any other way to initialise an adapter changes the base as well.
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight\Z")
-# Modules of a model's head; the embedding trunk has none of these names.
-_HEADS = ("classifier", "contact_head", "lm_head", "pooler", "qa_outputs", "score")
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def _is_of_a_head(module: str, saved: list[Any]) -> bool:
     """Return whether a tensor belongs to a head: a known one, or a saved module off the trunk."""
     name = fair_esm_name(module)
     first = name.partition(".")[0]
-    return first in _HEADS or (first in saved and not is_of_trunk(name))
+    return first in HEADS or (first in saved and not is_of_trunk(name))
 
 
 def _factor(

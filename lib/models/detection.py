@@ -68,6 +68,7 @@ class Detection:
                 "dtype": trunk_dtype(self.weights, self.shape),
                 "base": str(self.weights.unadapted.path),
                 "unknown_keys": self.weights.unknown_keys,
+                "left_out": self.weights.left_out,
                 "contact_regression": self._regression_place(self.weights),
             }
         return {key: Property(values[key], source) for key, source in self.sources.items()}
@@ -208,6 +209,8 @@ def _from_weights(model: ModelSettings, path: Path) -> Detection:
     sources |= {"parameters": "tensor shapes", "weights_format": "file", "dtype": "tensors"}
     if weights.unknown_keys:
         sources["unknown_keys"] = "config.json"
+    if weights.left_out:
+        sources["left_out"] = "beside the trunk"
     if released is None:
         return Detection(model_name(path), weights, shape, layers, sources)
     return Detection(model.esm_model, weights, shape, layers, sources, model.esm_model)

@@ -20,6 +20,7 @@ import torch
 
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
+from lib.models.bare_tensors import SafetensorsFile, StateDictFile
 from lib.models.fair_esm_file import FairEsmFile
 from lib.models.hub import cached_model
 from lib.models.huggingface import HuggingFaceFolder
@@ -45,7 +46,12 @@ class WeightsFormat(Protocol):
 
 # The first one that recognises a path opens it. One is there for every path that exists, so that
 # a path which is not an ESM-2 model is refused with the reason why it is not.
-FORMATS: tuple[WeightsFormat, ...] = (HuggingFaceFolder, FairEsmFile)
+FORMATS: tuple[WeightsFormat, ...] = (
+    HuggingFaceFolder,
+    SafetensorsFile,
+    StateDictFile,
+    FairEsmFile,
+)
 
 
 def open_weights(path: Path) -> Weights:

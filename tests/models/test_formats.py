@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lib.models.formats import FORMATS, open_weights
 from lib.models.untrained import make_folder
@@ -23,12 +25,22 @@ def test_a_snapshot_accepts_every_format_with_and_without_an_adapter() -> None:
     assert sorted(WEIGHTS_FORMATS) == sorted([*names, *(f"{name}+lora" for name in names)])
 
 
-@pytest.mark.parametrize("kind", ["fair-esm", "huggingface"])
-def test_exactly_one_format_recognises_a_path(tmp_path: Path, small_model: Path, kind: str) -> None:
-    path = small_model if kind == "fair-esm" else tmp_path / "folder"
-    if kind == "huggingface":
-        make_folder(path, 2, 64, 4)
-    assert [known.format for known in FORMATS if known.recognises(path)] == [kind]
+@pytest.mark.parametrize("kind", [known.format for known in FORMATS])
+def test_the_first_format_that_recognises_a_path_opens_it(
+    tmp_path: Path, small_model: Path, kind: str
+) -> None:
+    folder = tmp_path / "folder"
+    tensors = make_folder(folder, 2, 64, 4)
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(tensors, bare)
+    torch.save({"state_dict": load_file(tensors)}, tmp_path / "tuned.ckpt")
+    path = {
+        "fair-esm": small_model,
+        "huggingface": folder,
+        "safetensors": bare,
+        "state-dict": tmp_path / "tuned.ckpt",
+    }[kind]
+    assert next(known.format for known in FORMATS if known.recognises(path)) == kind
     weights = open_weights(path)
     assert (weights.format, weights.path, weights.unadapted) == (kind, path, weights)
 
