@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,10 @@ def refuse_contact_head(adapter: Adapter) -> None:
 def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
     """Return the settings of an adapter's base, and which file names the base.
 
-    A base is a released name, with or without `facebook/` before it, or a path (in
-    adapter_config.json, relative to its folder). Raises WeightsError if no base is named, or if
-    [model] base_model and adapter_config.json name two whose last parts differ.
+    A base is a released name, with or without `facebook/` before it, or a path. A relative path in
+    adapter_config.json starts at the adapter's folder or at one above it, as that of its training,
+    or its last part lies beside the adapter. Raises WeightsError if no base is named or found, or
+    if [model] base_model and adapter_config.json name two whose last parts differ.
     """
     said, named = model.base_model, adapter.base_name
     if said is not None:
@@ -149,14 +150,23 @@ def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings
             "[model] base_model"
         )
     released = named.removeprefix("facebook/")
-    path = adapter.folder / named
-    if released not in RELEASED and not _exists(path):
+    if released in RELEASED:
+        return replace(model, esm_model=released), _CONFIG
+    found = next(filter(_exists, _places(adapter.folder, named)), None)
+    if found is None:
         raise WeightsError(
             f"{adapter.folder}: base_model_name_or_path {named!r} is neither a released model nor "
-            "a path that exists"
+            "a path that exists, and config.ini has no [model] base_model"
         )
-    chosen = released if released in RELEASED else str(path)
-    return replace(model, esm_model=chosen), _CONFIG
+    return replace(model, esm_model=str(found)), _CONFIG
+
+
+def _places(folder: Path, named: str) -> Iterator[Path]:
+    """Yield where a base may lie that the adapter in `folder` names, the nearest first."""
+    for start in (folder, *folder.parents[:-1]):  # not at the root, where any name may be
+        yield start / named  # all the same if it is absolute
+    if not Path(named).is_absolute():
+        yield folder.parent / Path(named).name
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
