@@ -11,12 +11,11 @@ refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.bars import download_bar
@@ -38,6 +37,7 @@ from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
+from lib.sequences.records import input_path
 from lib.settings import load_settings
 
 
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
 
         # ---- What will be done: detected, checked, displayed
+        input_path(settings.input)  # what is not there is said before a model is looked for
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
         show_model(detection)
