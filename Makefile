@@ -2,7 +2,7 @@
 #
 # Variables, the same everywhere (all optional):
 #   MODEL   a released name in full, or the path of weights
-#   INPUT   the FASTA file
+#   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
@@ -39,7 +39,8 @@ export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
 model := $${esm_model:+--esm-model "$$esm_model"}
-input := $${esm_input:+--input "$$esm_input"}
+# As in config.ini: a path, or words that each name one.
+input := $${esm_input:+--set "input.fasta=$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
 config := $${esm_config:+--config "$$esm_config"}

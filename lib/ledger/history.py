@@ -40,9 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its row in the history, its attempts and its checkpoints."""
+    """One run: its row in the history, its input files, its attempts and its checkpoints."""
 
     run: Table
+    inputs: Table
     attempts: Table
     checkpoints: Table
 
@@ -86,6 +87,12 @@ def run_detail(url: str, run_id: int) -> RunDetail:
     )
     if not line.rows:
         raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    inputs = query(
+        url,
+        "SELECT number, file, first_record, last_record, records, bytes, sha256 "
+        "FROM record_files WHERE run = ? ORDER BY number",
+        [run_id],
+    )
     attempts = query(
         url,
         "SELECT id AS attempt, outcome, started_at AS started, heartbeat_at AS heartbeat, "
@@ -101,7 +108,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
         [run_id],
     )
-    return RunDetail(_with_killed(line), attempts, checkpoints)
+    return RunDetail(_with_killed(line), inputs, attempts, checkpoints)
 
 
 def run_states(url: str) -> Table:
