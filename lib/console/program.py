@@ -37,7 +37,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         status = main(argv)
         sys.stdout.flush()
     except LedgerError as error:
-        note(f"error: {error}")
+        note(f"error: {error.shown}")
         return error.exit_status
     except UnicodeEncodeError as error:
         # Python reads what is not UTF-8 in a name of a file as half a letter, which cannot be

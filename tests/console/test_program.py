@@ -61,8 +61,11 @@ def test_a_python_without_the_packages_is_one_line(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_during_the_imports_is_one_line(name: str, tmp_path: Path) -> None:
     for package in ("marshmallow", "torch"):
-        slow = "import sys, time\nprint('reached', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
-        (tmp_path / f"{package}.py").write_text(slow)
+        (tmp_path / f"{package}.py").write_text(
+            "import sys, time\n"
+            "print('reached', file=sys.stderr, flush=True)\n"
+            "while True:\n    time.sleep(0.01)\n"
+        )
     with subprocess.Popen(
         [sys.executable, "-c", AS_FROM_A_TERMINAL, ROOT / "scripts" / f"{name}.py"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
