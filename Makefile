@@ -26,7 +26,7 @@ export PYTHONUTF8 := 1
 
 # `make embed model=FILE` would go on without a word, with another model.
 upper = $(shell echo '$(1)' | tr a-z A-Z)
-$(foreach name,model input output run format to config args,\
+$(foreach name,model input output run format to query config args,\
   $(if $(findstring command line,$(origin $(name))),\
     $(error $(name)= is not a variable, $(call upper,$(name))= is)))
 
