@@ -5,8 +5,9 @@
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
-#   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
-#   TO      export, report: where to write
+#   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
+#   TO      export, neighbours, crate, report: where to write
+#   QUERY   neighbours: the number of a run, or a FASTA file
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
 
@@ -38,6 +39,7 @@ export esm_run := $(value RUN)
 export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
+export esm_query := $(value QUERY)
 model := $${esm_model:+--esm-model "$$esm_model"}
 # As in config.ini: a path, or words that each name one.
 input := $${esm_input:+--set "input.fasta=$$esm_input"}
@@ -46,6 +48,7 @@ run := $${esm_run:+--run "$$esm_run"}
 config := $${esm_config:+--config "$$esm_config"}
 format := $${esm_format:+--format "$$esm_format"}
 to := $${esm_to:+--to "$$esm_to"}
+query := $${esm_query:+--query "$$esm_query"}
 
 demo_model := models/esm2_untrained_t6_8M.pt
 
@@ -116,8 +119,16 @@ upgrade: $(installed) ## bring an older run database to this version, after a ba
 	@$(python) scripts/upgrade.py $(config) $(ARGS)
 
 .PHONY: export
-export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
+export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
+
+.PHONY: neighbours
+neighbours: $(installed) ## nearest records in RUN= for each of QUERY= (a run or a FASTA file) TO=
+	@$(python) scripts/neighbours.py $(config) $(run) $(query) $(to) $(model) $(ARGS)
+
+.PHONY: crate
+crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO-Crate) TO=
+	@$(python) scripts/crate.py $(config) $(run) $(to) $(ARGS)
 
 .PHONY: report
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures

@@ -7,7 +7,8 @@
     python scripts/embed.py --input examples/proteins.fasta --validate-config
 
 Several files are one input, whose records count from the first file on. Standard input is kept in
-the folder of the run.
+the folder of the run. What an earlier run embedded with the same model and settings is copied from
+it, unless --no-reuse is given.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
@@ -38,6 +39,7 @@ from lib.console.embedding import (
     show_input,
     show_model,
     show_result,
+    show_reuse,
 )
 from lib.console.output import note, print_result
 from lib.console.program import run_script
@@ -56,7 +58,7 @@ from lib.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Detect, preflight, record, embed."""
     parser = arguments(__doc__)
-    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers", "reuse")
     parser.add_argument(
         "--validate-config", action="store_true", help="check all that validate.py does, and stop"
     )
@@ -79,21 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard_input = opened.enter_context(
             copied_standard_input(settings.input, Path(settings.output.folder))
         )
-        inventory = preflight(settings.input, standard_input)
+        inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
         model = load_model(settings, detection)
         note(describe_proof(model.config))
         note(describe_start(model))
+        reuse = show_reuse(engine, model, inventory)
 
         # ---- On the record
         with (
             interruption.deferred(),
-            create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
+            create_run(
+                engine, model.settings, model.config, inventory, model.facts, reuse
+            ) as ownership,
         ):
             note(f"run {ownership.run.id}")
-            run = embed_under_bar(engine, ownership, model, inventory, interruption)
+            run = embed_under_bar(engine, ownership, model, inventory, reuse, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

@@ -26,6 +26,7 @@ from lib.jobs.admission import admit
 from lib.jobs.adoption import adopt_leftovers, drop_files
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model
+from lib.jobs.reuse import describe_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import own, start_attempt
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inventory, damaged = admission.inventory, admission.damaged
         show_model(admission.detection, admission.sha256)
         show_input(inventory, admission.settings)
+        if admission.reuse is not None:
+            note(describe_reuse(admission.reuse, inventory))
         if run.status == "finished" and not damaged and not admission.missing:
             show_result(run, as_json=parsed.json)
             return 0
@@ -67,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_attempt(engine, run, model.facts, damaged) as ownership,
         ):
             rules = model.settings.input
-            for line in adopt_leftovers(engine, ownership, rules, inventory):
+            for line in adopt_leftovers(engine, ownership, rules, inventory, admission.reuse):
                 note(line)
-            embed_under_bar(engine, ownership, model, inventory, interruption)
+            embed_under_bar(engine, ownership, model, inventory, admission.reuse, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

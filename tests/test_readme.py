@@ -129,7 +129,8 @@ def test_the_python_lines_read_a_run(
     ids = [header.split()[0] for header, _ in fasta(ROOT / "examples" / "proteins.fasta")]
     columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
     assert columns[0] == "record"
-    own = ["record", "id", "description", "length", "embedded_length", "mean_6"]
+    own = ["record", "id", "description", "length", "embedded_length"]
+    own += ["embedded_sha256", "sequence_md5", "mean_6"]
     assert found["pandas"] == [ids, own]
     assert found["polars"] == [ids, own]
     assert found["datasets"] == [117, own]

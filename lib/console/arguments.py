@@ -17,6 +17,7 @@ _FLAGS = {
     "input": "input.fasta",
     "output": "output.folder",
     "include": "output.include",
+    "reuse": "output.reuse",
     "database": "database.url",
 }
 
@@ -68,6 +69,12 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
             type=int,
             metavar="LAYER",
             help="layers to keep: 0 the embedding, -1 the last",
+        )
+    if "reuse" in flags:
+        group.add_argument(
+            "--reuse",
+            action=argparse.BooleanOptionalAction,
+            help="copy what earlier runs embedded, or compute everything",
         )
     group.add_argument(
         "--set",

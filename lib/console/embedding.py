@@ -7,10 +7,12 @@ from sqlalchemy import Engine
 from lib.console.bars import ResidueBar
 from lib.console.display import describe_detection, describe_input, describe_run, run_json
 from lib.console.output import note, print_result, print_table
-from lib.jobs.embedding import Job, work
+from lib.jobs.embedding import Job, to_compute, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import LoadedModel
 from lib.jobs.progress import Progress
+from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
 from lib.models.detection import Detection
 from lib.network.device import packs_at_once
@@ -20,7 +22,14 @@ from lib.settings import Settings
 from schema.settings import STANDARD_INPUT
 from schema.tables import Run
 
-__all__ = ["embed_under_bar", "refuse_missing_input", "show_input", "show_model", "show_result"]
+__all__ = [
+    "embed_under_bar",
+    "refuse_missing_input",
+    "show_input",
+    "show_model",
+    "show_result",
+    "show_reuse",
+]
 
 
 def refuse_missing_input(settings: Settings) -> None:
@@ -44,22 +53,36 @@ def show_input(inventory: Inventory, settings: Settings) -> None:
         note(line)
 
 
+def show_reuse(engine: Engine, model: LoadedModel, inventory: Inventory) -> ReusePlan | None:
+    """Decide what a new run copies from earlier ones, and print it; None if that is nothing."""
+    if not model.settings.output.reuse:
+        return None
+    plan = plan_reuse(engine, model.settings, model.config, inventory, note)
+    if plan is not None:
+        note(describe_reuse(plan, inventory))
+    return plan
+
+
 def embed_under_bar(
     engine: Engine,
     ownership: Ownership,
     model: LoadedModel,
     inventory: Inventory,
+    reuse: ReusePlan | None,
     interruption: Interruption,
 ) -> Run:
-    """Compute what is left of a run and show how far it is; raises what `work` raises."""
+    """Copy and compute what is left of a run and show how far it is; raises what `work` raises."""
     network = model.network
-    committed = [range(one.first_position, one.stop_position) for one in ownership.run.checkpoints]
+    lengths, done = to_compute(ownership.run, inventory, reuse)
     at_once = packs_at_once(network.device)
-    progress = Progress(inventory.lengths, network.shape.hidden_dim, committed, at_once)
+    progress = Progress(lengths, network.shape.hidden_dim, done, at_once)
     with ResidueBar(progress) as bar:
         return work(
-            Job(engine, ownership, model.settings, inventory, network, interruption, bar.advance)
-        )
+            Job(
+                engine, ownership, model.settings, inventory, network, interruption, bar.advance,
+                reuse, bar.copied, bar.expect, note,
+            )
+        )  # fmt: skip
 
 
 def show_result(run: Run, *, as_json: bool) -> None:

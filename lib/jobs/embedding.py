@@ -1,40 +1,53 @@
-"""Embedding: what is left of a run is computed, stretch by stretch, and committed."""
+"""Embedding: what is left of a run is copied or computed, stretch by stretch, and committed."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from sqlalchemy import Engine
 
 from lib.columns import Vectors
+from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import SourceFiles
 from lib.jobs.stretches import StretchRules, finished_stretches
 from lib.ledger.commit import Committer
-from lib.ledger.identity import run_config, run_identity
+from lib.ledger.identity import run_columns, run_identity
+from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.inventory import Inventory
-from lib.sequences.plan import Pack, packs_left
-from lib.sequences.windows import read_windows
+from lib.sequences.plan import Pack, packs_left, remaining
+from lib.sequences.rearranged import rearranged_windows
+from lib.sequences.reused import bounded_windows, planned_lengths, planned_windows
+from lib.sequences.windows import Window
 from lib.settings import Settings
-from schema.parquet import checkpoint_columns, vector_columns
+from schema.parquet import vector_columns
 from schema.tables import Run
 from schema.version import WRITER
 
-__all__ = ["Job", "work"]
+__all__ = ["Job", "committed", "to_compute", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the work on a run needs; `progress` is told the lengths of every pack computed."""
+    """All that the work on a run needs.
+
+    `progress` is told the lengths of every pack computed. reuse: what the run copies; `copied` is
+    told how many sequences were copied, `lost` the lengths of those that have to be computed
+    instead, `say` why.
+    """
 
     engine: Engine
     ownership: Ownership
@@ -43,10 +56,14 @@ class Job:
     network: Network
     interruption: Interruption
     progress: Callable[[Sequence[int]], None]
+    reuse: ReusePlan | None = None
+    copied: Callable[[int], None] = lambda _: None
+    lost: Callable[[npt.NDArray[np.int32]], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
 
 
 def work(job: Job) -> Run:
-    """Compute what is left of a run, commit it in stretches, and record the run as finished.
+    """Copy and compute what is left of a run, commit it in stretches, and record it as finished.
 
     Signals should be deferred: they are looked at before a pack is begun. Returns the run. Raises
     what stopped it, after committing what was finished: InterruptedRunError for a signal,
@@ -54,29 +71,86 @@ def work(job: Job) -> Run:
     disk, database or memory.
     """
     run = job.ownership.run
-    committer = Committer(job.engine, job.ownership)
-    with (
-        closing(_computed(job)) as packs,
-        closing(finished_stretches(packs, _rules(job), _Pulse(job).pack_done)) as stretches,
-    ):
-        try:
+    committer, pulse = Committer(job.engine, job.ownership), _Pulse(job)
+    try:
+        if job.reuse is not None:
+            with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
+                for stretch in stretches:
+                    committer.commit(stretch)
+        with (
+            closing(_computed(job)) as packs,
+            closing(finished_stretches(packs, _rules(job), pulse.pack_done)) as stretches,
+        ):
             for stretch in stretches:
                 committer.commit(stretch)
-        except StoppedError:
-            fact = f"run {run.id} interrupted, finished work committed"
-            raise job.interruption.error(fact, run.id) from None
+    except StoppedError:
+        fact = f"run {run.id} interrupted, finished work committed"
+        raise job.interruption.error(fact, run.id) from None
     finish_run(job.engine, job.ownership)
     return run
 
 
+def committed(run: Run) -> list[range]:
+    """Return the positions that checkpoints of a run cover, ascending."""
+    done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
+    return sorted(done, key=lambda one: one.start)
+
+
+def to_compute(
+    run: Run, inventory: Inventory, reuse: ReusePlan | None
+) -> tuple[npt.NDArray[np.int32], list[range]]:
+    """Return the lengths of what a run computes, and which of them it has computed already.
+
+    Of what was to be copied, only that which was computed instead is there, before all else.
+    """
+    if reuse is None:
+        return inventory.lengths, committed(run)
+    lengths, copied = planned_lengths(inventory, reuse.reused), len(reuse)
+    computed = [
+        range(one.first_position, one.stop_position)
+        for one in sorted(run.checkpoints, key=lambda one: one.first_position)
+        if one.reused_run_id is None
+    ]
+    instead = [one for one in computed if one.stop <= copied]
+    before = sum(map(len, instead))
+    done = [range(before)] + [
+        range(one.start - copied + before, one.stop - copied + before)
+        for one in computed
+        if one.start >= copied
+    ]
+    parts = [lengths[one.start : one.stop] for one in instead]
+    return np.concatenate([*parts, lengths[copied:]]), done
+
+
+def _copying(job: Job, reuse: ReusePlan, pulse: _Pulse) -> Copying:
+    """Return what is to be copied of a run."""
+
+    def copied(sequences: int) -> None:
+        job.copied(sequences)
+        pulse.beat_if_due()
+
+    return Copying(
+        reuse,
+        job.settings.input,
+        job.inventory,
+        _rules(job),
+        committed(job.ownership.run),
+        SourceFiles(job.engine).verified,
+        stopped=lambda: job.interruption.requested is not None,
+        copied=copied,
+        say=job.say,
+    )
+
+
 def _computed(job: Job) -> Generator[tuple[Pack, Vectors]]:
     """Return the packs that no checkpoint covers, on their way through the network."""
-    run = job.ownership.run
+    run, rules = job.ownership.run, job.settings.input
+    reused = None if job.reuse is None else job.reuse.reused
     packs = packs_left(
-        read_windows(job.settings.input, job.inventory),
+        itertools.chain(_lost(job), planned_windows(rules, job.inventory, reused)),
         job.settings.compute.tokens_per_pack,
         packs_at_once(job.network.device),
-        [range(one.first_position, one.stop_position) for one in run.checkpoints],
+        committed(run),
     )
     yield from computed(
         job.network,
@@ -87,13 +161,30 @@ def _computed(job: Job) -> Generator[tuple[Pack, Vectors]]:
     )
 
 
+def _lost(job: Job) -> Iterator[Window]:
+    """Yield, as windows to compute, the sources that could not be copied to their end."""
+    if job.reuse is None:
+        return
+    reused, done = job.reuse.reused, committed(job.ownership.run)
+    lengths = job.inventory.record_lengths[reused.records]
+    windows = [
+        window
+        for source in job.reuse.sources
+        for window in bounded_windows(source.positions, lengths)
+        if any(remaining(window, done))
+    ]
+    for left in remaining(range(len(reused)), done):
+        job.lost(lengths[left.start : left.stop])
+    folder = Path(job.ownership.run.output_folder)
+    yield from rearranged_windows(job.settings.input, job.inventory, reused, windows, folder)
+
+
 def _rules(job: Job) -> StretchRules:
     run, output = job.ownership.run, job.settings.output
-    width = run_config(run).hidden_dim
     return StretchRules(
         folder=Path(run.output_folder),
         attempt_id=job.ownership.attempt_id,
-        columns=checkpoint_columns(run.include, run.repr_layers, width, run.per_tok_dtype),
+        columns=run_columns(run),
         footer={
             "writer": WRITER,
             "run": run.id,
@@ -124,6 +215,10 @@ class _Pulse:
     def pack_done(self, pack: Pack) -> None:
         """Count a pack."""
         self._job.progress([len(sequence.residues) for sequence in pack.sequences])
+        self.beat_if_due()
+
+    def beat_if_due(self) -> None:
+        """Say that the attempt is alive, if it has not lately."""
         if time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
             beat(self._job.engine, self._job.ownership)
             self._last_beat = time.monotonic()

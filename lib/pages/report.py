@@ -92,7 +92,11 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         [run_id],
     ).dictionaries()
     checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
-    work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
+    work = [
+        Work(one["attempt"], one["residues"], one["seconds"])
+        for one in checkpoints
+        if one["reused_run"] is None
+    ]
     table, inputs = attempts_table(detail), inputs_table(detail)
     several = inputs.rows if len(inputs.rows) > 1 else []
     return Report(

@@ -17,8 +17,8 @@ from tests.sequences.conftest import UNKNOWN, UNKNOWN_LETTER, read, refusal, res
 def test_a_record_is_read_as_written(path: Path) -> None:
     records = read(path, ">sp|P1|A_B  some protein OS=X\nMKTAY\nIAK\n>b\nGG\n")
     assert records == [
-        Record(0, "sp|P1|A_B", "some protein OS=X", 8, b"MKTAYIAK", 0),
-        Record(1, "b", "", 2, b"GG", 0),
+        Record(0, "sp|P1|A_B", "some protein OS=X", 8, b"MKTAYIAK", 0, b"MKTAYIAK"),
+        Record(1, "b", "", 2, b"GG", 0, b"GG"),
     ]
 
 
@@ -39,7 +39,7 @@ def test_letters_are_upper_cased(path: Path) -> None:
 
 
 def test_one_trailing_star_is_dropped(path: Path) -> None:
-    assert read(path, ">a\nMKT*\n") == [Record(0, "a", "", 3, b"MKT", 0)]
+    assert read(path, ">a\nMKT*\n") == [Record(0, "a", "", 3, b"MKT", 0, b"MKT")]
     assert residues(read(path, ">a\nMKT\n*\n")) == [b"MKT"]
 
 
