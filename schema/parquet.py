@@ -1,4 +1,4 @@
-"""The columns of checkpoint files and of reuse plans, and the key of the ledger's in footers."""
+"""The columns of checkpoint files and of reuse plans, and the keys of the ledger's in footers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = [
     "CONTACTS",
     "DESCRIBING",
     "EMBEDDED_SHA256",
+    "EXPORT_KEY",
     "FOOTER_KEY",
     "REUSE_PLAN",
     "SEQUENCE_MD5",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 FOOTER_KEY = b"esm_ledger"
+EXPORT_KEY = b"esm_ledger_export"
 CONTACTS = "contacts"
 EMBEDDED_SHA256 = "embedded_sha256"
 SEQUENCE_MD5 = "sequence_md5"

@@ -67,7 +67,7 @@ class Model(Base):
         comment="numbers in the embedding trunk (no language-model head)"
     )
     weights_format: Mapped[str | None] = mapped_column(
-        comment="fair-esm or huggingface; +lora: with an adapter"
+        comment="fair-esm, huggingface, safetensors or state-dict; +lora: with an adapter"
     )
     dtype: Mapped[str | None] = mapped_column(comment="type of the stored numbers")
     sha256: Mapped[str | None] = mapped_column(comment="SHA-256 of the weights on disk")

@@ -17,13 +17,12 @@ refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.bars import download_bar
@@ -36,6 +35,7 @@ from lib.console.display import (
 )
 from lib.console.embedding import (
     embed_under_bar,
+    refuse_missing_input,
     show_input,
     show_model,
     show_result,
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
 
         # ---- What will be done: detected, checked, displayed
+        refuse_missing_input(settings)
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
         show_model(detection)

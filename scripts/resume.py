@@ -12,11 +12,10 @@ interrupted with the work so far committed.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, database_url, overrides, settings_arguments
 from lib.console.display import describe_start

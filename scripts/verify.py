@@ -19,11 +19,10 @@ to verify or weights or input not found, 3 identity refused, 4 disk, database or
 from __future__ import annotations
 
 import secrets
-import signal
 from collections.abc import Sequence
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, database_url, overrides, settings_arguments
 from lib.console.output import note, print_json, print_line, print_table

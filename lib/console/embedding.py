@@ -16,11 +16,29 @@ from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
 from lib.models.detection import Detection
 from lib.network.device import packs_at_once
+from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
 from lib.settings import Settings
+from schema.settings import STANDARD_INPUT
 from schema.tables import Run
 
-__all__ = ["embed_under_bar", "show_input", "show_model", "show_result", "show_reuse"]
+__all__ = [
+    "embed_under_bar",
+    "refuse_missing_input",
+    "show_input",
+    "show_model",
+    "show_result",
+    "show_reuse",
+]
+
+
+def refuse_missing_input(settings: Settings) -> None:
+    """Raise InputError for an input that is not there, before a model is looked for.
+
+    Standard input is looked at when it is copied.
+    """
+    if STANDARD_INPUT not in (settings.input.fasta or []):
+        input_sources(settings.input)
 
 
 def show_model(detection: Detection, sha256: str | None = None) -> None:

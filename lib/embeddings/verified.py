@@ -27,6 +27,7 @@ from lib.ledger.footer import footer_of, read_footer
 
 __all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
 
+_BLOCK = 1 << 20
 Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
 
 
@@ -66,6 +67,19 @@ class VerifiedFile:
         with _opened(self.listed) as file:
             self.refuse_if_changed(file)
             yield OpenedFile(self, file)
+
+    def copy(self, to: Path) -> None:
+        """Copy the file to `to`.
+
+        Raises IdentityRefusedError unless the copy has the SHA-256 that the database lists.
+        """
+        digest = hashlib.sha256()
+        with _opened(self.listed) as file, to.open("wb") as copy:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                copy.write(block)
+        if digest.hexdigest() != self.listed.sha256:
+            raise IdentityRefusedError(f"{self.listed.place}: sha256 differs from the database")
 
     def refuse_if_changed(self, file: BufferedReader) -> None:
         """Raise IdentityRefusedError unless an opened file is the one that was checked, as it was.

@@ -85,7 +85,7 @@ def work(job: Job) -> Run:
                 committer.commit(stretch)
     except StoppedError:
         fact = f"run {run.id} interrupted, finished work committed"
-        raise job.interruption.error(fact) from None
+        raise job.interruption.error(fact, run.id) from None
     finish_run(job.engine, job.ownership)
     return run
 

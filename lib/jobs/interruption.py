@@ -43,10 +43,13 @@ class Interruption:
         finally:
             self._deferring = False
 
-    def error(self, fact: str) -> InterruptedRunError:
-        """Return the error that ends the work with the exit status of the signal received."""
+    def error(self, fact: str, run_id: int | None = None) -> InterruptedRunError:
+        """Return the error that ends the work with the exit status of the signal received.
+
+        run_id: the run that can be continued, if there is one.
+        """
         assert self.requested is not None
-        return InterruptedRunError(f"{self.requested.name}: {fact}", self.requested)
+        return InterruptedRunError(f"{self.requested.name}: {fact}", self.requested, run_id)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         first = self.requested is None
