@@ -1,7 +1,7 @@
 # esm-ledger: every task is a target. `make` prints them.
 #
 # Variables, the same everywhere (all optional):
-#   MODEL   a released name in full, or the path of weights
+#   MODEL   a released name in full, facebook/NAME of the Hugging Face Hub, or the path of weights
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run

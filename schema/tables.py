@@ -66,8 +66,9 @@ class Model(Base):
     parameters: Mapped[int | None] = mapped_column(
         comment="numbers in the embedding trunk (no language-model head)"
     )
+    # Of tensors alone: safetensors or state-dict. The comment of version 1 stays in its databases.
     weights_format: Mapped[str | None] = mapped_column(
-        comment="fair-esm, huggingface, safetensors or state-dict; +lora: with an adapter"
+        comment="fair-esm or huggingface; +lora: with an adapter"
     )
     dtype: Mapped[str | None] = mapped_column(comment="type of the stored numbers")
     sha256: Mapped[str | None] = mapped_column(comment="SHA-256 of the weights on disk")

@@ -43,7 +43,7 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
     """Add --set and the named flags, which override config.ini."""
     group = parser.add_argument_group("overriding config.ini")
     helps = {
-        "esm_model": ("MODEL", "a released name in full, or the path of weights"),
+        "esm_model": ("MODEL", "a released name in full, facebook/NAME, or the path of weights"),
         "output": ("FOLDER", "the folder that gets a folder for every run"),
     }
     for flag, (metavar, explanation) in helps.items():

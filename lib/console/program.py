@@ -18,10 +18,9 @@ def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run the main function of a script with the command line and exit with its status."""
 
     def begun(argv: Sequence[str] | None) -> int:
+        # From here on Ctrl-C raises; scripts/_start.py has ended the process at once until now.
         if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL):
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # not that of scripts/_start.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main(argv)
 
     sys.exit(guarded(begun, None))

@@ -249,11 +249,14 @@ def _repeats(record: Record, earlier: int, inventory: Inventory) -> str:
     """Return the error of a record with an earlier one's id; of several files, both are named."""
     name = shortened(record.id)
     if len(inventory.files) == 1:
-        return f"record {record.number} ({name}): id repeats record {earlier}'s"
+        return (
+            f"record {record.number} ({name}): id repeats record {earlier}'s (input.duplicate_ids)"
+        )
     file, other = inventory.file_of(record.number), inventory.file_of(earlier)
     return (
         f"{file.source.name}: record {record.number - file.first_record} ({name}): id repeats "
-        f"that of record {earlier - other.first_record} in {other.source.name}"
+        f"that of record {earlier - other.first_record} in {other.source.name} "
+        "(input.duplicate_ids)"
     )
 
 

@@ -185,9 +185,10 @@ def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:
         # Everything before it is ASCII, so bytes and letters have the same positions.
         letter = entry.sequence[position : position + 4].decode(errors="backslashreplace")[0]
         letter = letter.upper() if letter.isascii() else letter
+        setting = " (input.unknown_residues)" if unknown[0] in _UNKNOWN else ""
         raise InputError(
             f"record {number} ({shortened(name)}): {letter!r} at residue {position + 1} is not in "
-            "the ESM-2 alphabet"
+            f"the ESM-2 alphabet{setting}"
         )
     length = len(residues)
     if not length:
@@ -196,7 +197,7 @@ def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:
         if rules.long_sequences == "error":
             raise InputError(
                 f"record {number} ({shortened(name)}): {length} residues exceed "
-                f"max_residues {rules.max_residues}"
+                f"max_residues {rules.max_residues} (input.long_sequences)"
             )
         if rules.long_sequences == "truncate":
             residues = residues[: rules.max_residues]

@@ -157,6 +157,22 @@ def test_a_changed_file_computes_only_what_is_new(
     assert script("validate", "--run", "3").status == 0
 
 
+def test_several_files_reuse_what_each_of_them_was(
+    script: Script, reusing: Place, embed: Callable[..., Answer], small_model: Path
+) -> None:
+    embed(REAL[:6])
+    embed(REAL[6:12])
+    files = [
+        write_fasta(reusing.folder / f"{number}.fasta", REAL[part])
+        for number, part in enumerate([slice(4, 9), slice(0, 4), slice(9, 14)])
+    ]
+    flags = ["--esm-model", small_model, *QUICK]
+    answer = script("embed", "--input", *files, *flags)
+    assert said(answer) == ["reused: 12 of 14 sequences, from runs 1 and 2"]
+    assert script("embed", "--input", *files, *flags, "--no-reuse").status == 0
+    assert_near(folder(reusing, 3), folder(reusing, 4))
+
+
 def rows(place: Place, run: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = pq.read_table(folder(place, run)).to_pylist()
     return found
