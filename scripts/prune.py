@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from sqlalchemy import Engine
-
 from lib.console.arguments import arguments, database_url
 from lib.console.output import note, print_json, print_line
 from lib.console.program import run_script
 from lib.errors import SettingsError
-from lib.ledger.database import open_for_reading, open_for_writing
-from lib.ledger.pruning import idle_runs, prune, try_pruning
+from lib.ledger.pruning import prunings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,39 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if (parsed.run is None) == (parsed.older_than is None):
         raise SettingsError("--run or --older-than: one of them is needed, and not both")
+    wanted = parsed.older_than if parsed.run is None else parsed.run
     done = []
-    with opened(database_url(parsed), writing=not parsed.dry_run) as engine:
-        all_old = parsed.run is None
-        for run_id in idle_runs(engine, parsed.older_than) if all_old else [parsed.run]:
-            pruning = (
-                try_pruning(engine, run_id)
-                if parsed.dry_run
-                else prune(engine, run_id, parsed.older_than)
-            )
-            if pruning is None or (all_old and pruning.changes_nothing):
-                continue
-            done.append(pruning.json())
-            if not parsed.json:
-                print_line("\n".join(pruning.describe(dry_run=parsed.dry_run)))
+    for pruning in prunings(database_url(parsed), wanted, dry_run=parsed.dry_run, say=note):
+        done.append(pruning.json())
+        if not parsed.json:
+            print_line("\n".join(pruning.describe(dry_run=parsed.dry_run)))
     if parsed.json:
         print_json(done)
     elif not done:
-        print_line("no such run has files")
+        print_line("no run that old has files")
     return 0
-
-
-@contextmanager
-def opened(url: str, *, writing: bool) -> Iterator[Engine]:
-    """Open the run database: read-only where nothing may change."""
-    if writing:
-        with open_for_writing(url, create=False, say=note) as engine:
-            yield engine
-        return
-    engine = open_for_reading(url)
-    try:
-        yield engine
-    finally:
-        engine.dispose()
 
 
 def _age(text: str) -> timedelta:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,13 @@ from sqlalchemy import Engine, func, select, update
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors
 from lib.ledger.checkpoints import attempt_of
-from lib.ledger.database import transaction, utc_ago, utc_now
+from lib.ledger.database import (
+    open_for_reading,
+    open_for_writing,
+    transaction,
+    utc_ago,
+    utc_now,
+)
 from lib.ledger.footer import read_footer
 from lib.ledger.ownership import LOCK_NAME, is_held
 from lib.ledger.reuse_plan import check_plan, plan_path
@@ -29,7 +35,7 @@ from lib.ledger.standard_input import kept_name
 from lib.units import count, printable, size
 from schema.tables import Attempt, Checkpoint, Input, Run
 
-__all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "try_pruning"]
+__all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
 
 NOT_LISTED = "not listed"
 _NAMED = 5  # files that are not listed are named, and then counted
@@ -83,6 +89,36 @@ class Pruning:
             "bytes": sum(self.files.values()),
             "left": self.left,
         }
+
+
+def prunings(
+    url: str, wanted: int | timedelta, *, dry_run: bool, say: Callable[[str], None]
+) -> Iterator[Pruning]:
+    """Prune runs of a run database, and yield each when it is done.
+
+    wanted: the number of a run, or all that have been idle for longer and have files. dry_run:
+    whether the database is only read, and nothing is changed. `say` is told what
+    `open_for_writing` tells. Raises what `prune` raises.
+    """
+    with _opened(url, writing=not dry_run, say=say) as engine:
+        age = None if isinstance(wanted, int) else wanted
+        for run_id in [wanted] if isinstance(wanted, int) else idle_runs(engine, wanted):
+            pruning = try_pruning(engine, run_id) if dry_run else prune(engine, run_id, age)
+            if pruning is not None and not (age is not None and pruning.changes_nothing):
+                yield pruning
+
+
+@contextmanager
+def _opened(url: str, *, writing: bool, say: Callable[[str], None]) -> Iterator[Engine]:
+    if writing:
+        with open_for_writing(url, create=False, say=say) as engine:
+            yield engine
+        return
+    engine = open_for_reading(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def idle_runs(engine: Engine, age: timedelta) -> list[int]:

@@ -370,7 +370,7 @@ def test_a_run_with_a_live_owner_is_refused(
             assert answer.status == 4
             assert answer.error.startswith(f"run 1: owned by process {process.pid} on ")
         days_ago(place, 1, 100)
-        assert script("prune", "--older-than", "90d").out == "no such run has files\n"
+        assert script("prune", "--older-than", "90d").out == "no run that old has files\n"
         assert contents(folder(place)) == {
             path: held for path, held in before.items() if path.is_relative_to(folder(place))
         }
@@ -441,10 +441,32 @@ def test_by_age_only_what_is_old_goes(
     assert answer.out.startswith("run 1: pruned, 1 file (")
     assert answer.out.count("\n") == 1
     assert contents(folder(place, 2)) | contents(folder(place, 3)) == new
-    assert script("prune", "--older-than", "90d").out == "no such run has files\n"
+    assert script("prune", "--older-than", "90d").out == "no run that old has files\n"
     assert script("prune", "--older-than", "12w", "--json").json[0]["run"] == 2
-    assert script("prune", "--older-than", "1h").out == "no such run has files\n"
+    assert script("prune", "--older-than", "1h").out == "no run that old has files\n"
     assert folder(place, 3).exists()
+
+
+def test_a_run_that_was_continued_meanwhile_is_not_old(
+    script: Script, place: Place, embed: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(REAL[:1])
+    monkeypatch.setattr("lib.ledger.pruning.idle_runs", lambda *_: [1])
+    assert script("prune", "--older-than", "90d").out == "no run that old has files\n"
+    assert script("validate", "--run", "1").status == 0
+
+
+def test_rows_of_the_wrong_types_are_one_line(
+    script: Script, place: Place, embed: Callable[..., Answer]
+) -> None:
+    embed(REAL[:1])
+    ask(place, "UPDATE runs SET output_folder = 7")
+    ask(place, "UPDATE attempts SET heartbeat_at = 7")
+    for flags in (["--run", "1"], ["--older-than", "90d"], ["--older-than", "90d", "--dry-run"]):
+        answer = script("prune", *flags)
+        assert answer.status == 3
+        assert answer.error.startswith("run 1: ")
+    assert (folder(place) / "checkpoint-000001.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -542,7 +564,7 @@ def test_make_prune(place: Place, embed: Callable[..., Answer], quick_python: Pa
     assert refused.stderr.splitlines()[0].startswith("error: --run or --older-than: ")
     dry = make("prune", "RUN=1", "ARGS=--dry-run", *flags)
     assert "run 1: would be pruned, 1 file (" in dry.stdout
-    assert make("prune", "ARGS=--older-than 90d", *flags).stdout == "no such run has files\n"
+    assert make("prune", "ARGS=--older-than 90d", *flags).stdout == "no run that old has files\n"
     assert folder(place).exists()
     assert make("prune", "RUN=1", *flags).stdout.startswith("run 1: pruned, 1 file (")
     assert not folder(place).exists()
