@@ -108,11 +108,11 @@ class SourceFiles:
     def _load(self, source: Source) -> Run:
         if self._run is None or self._run.id != source.run_id:
             try:
-                self._run = load_run(self._engine, source.run_id)
-                refuse_pruned(self._run)
+                run = load_run(self._engine, source.run_id)
+                refuse_pruned(run)
             except (IdentityRefusedError, SettingsError) as error:
                 raise LostSourceError(str(error)) from None
-            self._findings = list(audit(self._run, files=False))
+            self._run, self._findings = run, list(audit(run, files=False))
         return self._run
 
 

@@ -335,12 +335,13 @@ def test_a_source_that_is_pruned_while_it_is_copied_is_computed_from_there(
     assert script("verify", "--run", "2").status == 0
 
 
+@pytest.mark.parametrize("nth", [1, 2], ids=["before a file was copied", "after the first"])
 def test_a_resumed_run_computes_what_it_was_to_copy_from_a_pruned_one(
-    script: Script, place: Place, small_model: Path, embed: Callable[..., Answer]
+    script: Script, place: Place, small_model: Path, embed: Callable[..., Answer], nth: int
 ) -> None:
     embed()
     flags = ["--esm-model", small_model, "--input", place.folder / "input-12.fasta", *QUICK]
-    dying = partial(processes.at_call, "lib.ledger.commit._row", 2, processes.die)
+    dying = partial(processes.at_call, "lib.ledger.commit._row", nth, processes.die)
     done = processes.run("embed", *flags, "--config", place.config, prepare=dying)
     assert done.status == -signal.SIGKILL
     assert script("prune", "--run", "1").status == 0
@@ -379,6 +380,7 @@ def test_a_run_with_a_live_owner_is_refused(
     assert script("prune", "--older-than", "90d").out.startswith("run 1: pruned, ")
     assert not folder(place).exists()
     assert ask(place, "SELECT outcome FROM attempts") == [("lost",)]
+    assert script("resume").error.startswith("no unfinished run in ")
 
 
 def test_a_process_that_no_lock_reaches_can_commit_nothing_more(
@@ -460,8 +462,8 @@ def test_rows_of_the_wrong_types_are_one_line(
     script: Script, place: Place, embed: Callable[..., Answer]
 ) -> None:
     embed(REAL[:1])
-    ask(place, "UPDATE runs SET output_folder = 7")
-    ask(place, "UPDATE attempts SET heartbeat_at = 7")
+    days_ago(place, 1, 100)
+    ask(place, "UPDATE runs SET output_folder = x'ff'")
     for flags in (["--run", "1"], ["--older-than", "90d"], ["--older-than", "90d", "--dry-run"]):
         answer = script("prune", *flags)
         assert answer.status == 3
