@@ -30,9 +30,9 @@ from lib.console.display import (
 from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
 from lib.console.output import note, print_result
 from lib.console.program import run_script
+from lib.jobs.computing import made_ready
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
@@ -44,7 +44,7 @@ from lib.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Detect, preflight, record, embed."""
     parser = arguments(__doc__)
-    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers", "ray")
     parser.add_argument(
         "--validate-config", action="store_true", help="check all that validate.py does, and stop"
     )
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_input(inventory, settings)
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
-        model = load_model(settings, detection)
+        model, computer = opened.enter_context(
+            made_ready(settings, detection, None, interruption, note)
+        )
         note(describe_proof(model.config))
         note(describe_start(model))
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
         ):
             note(f"run {ownership.run.id}")
-            run = embed_under_bar(engine, ownership, model, inventory, interruption)
+            run = embed_under_bar(engine, ownership, model, computer, inventory, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

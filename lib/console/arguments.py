@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, load_settings
+from schema.settings import ClusterSettings
 
-__all__ = ["arguments", "database_url", "overrides", "settings_arguments"]
+__all__ = ["arguments", "cluster_settings", "database_url", "overrides", "settings_arguments"]
 
 # Flag to the option of config.ini that it overrides.
 _FLAGS = {
@@ -18,6 +19,7 @@ _FLAGS = {
     "output": "output.folder",
     "include": "output.include",
     "database": "database.url",
+    "ray": "cluster.ray",
 }
 
 
@@ -45,6 +47,7 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
         "esm_model": ("MODEL", "a released name in full, or the path of weights"),
         "input": ("FASTA", "the FASTA file"),
         "output": ("FOLDER", "the folder that gets a folder for every run"),
+        "ray": ("ADDRESS", "compute on a Ray cluster: HOST:PORT, or auto (docs/cluster.md)"),
     }
     for flag, (metavar, explanation) in helps.items():
         if flag in flags:
@@ -90,3 +93,9 @@ def database_url(parsed: argparse.Namespace) -> str:
     """Return the run database that --database, --set or else config.ini names."""
     said = {key: value for key, value in overrides(parsed).items() if key == "database.url"}
     return load_settings(parsed.config, said).database.url
+
+
+def cluster_settings(parsed: argparse.Namespace) -> ClusterSettings:
+    """Return the [cluster] of config.ini as it is today, with --ray and --set laid over it."""
+    said = {key: text for key, text in overrides(parsed).items() if key.startswith("cluster.")}
+    return load_settings(parsed.config, said).cluster

@@ -7,13 +7,12 @@ from sqlalchemy import Engine
 from lib.console.bars import ResidueBar
 from lib.console.display import describe_detection, describe_input, describe_run, run_json
 from lib.console.output import note, print_result, print_table
-from lib.jobs.embedding import Job, work
+from lib.jobs.embedding import Computer, Job, work
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import LoadedModel
+from lib.jobs.loading import KnownModel
 from lib.jobs.progress import Progress
 from lib.ledger.runs import Ownership
 from lib.models.detection import Detection
-from lib.network.device import packs_at_once
 from lib.sequences.inventory import Inventory
 from lib.settings import Settings
 from schema.tables import Run
@@ -36,18 +35,18 @@ def show_input(inventory: Inventory, settings: Settings) -> None:
 def embed_under_bar(
     engine: Engine,
     ownership: Ownership,
-    model: LoadedModel,
+    model: KnownModel,
+    computer: Computer,
     inventory: Inventory,
     interruption: Interruption,
 ) -> Run:
     """Compute what is left of a run and show how far it is; raises what `work` raises."""
-    network = model.network
     committed = [range(one.first_position, one.stop_position) for one in ownership.run.checkpoints]
-    at_once = packs_at_once(network.device)
-    progress = Progress(inventory.lengths, network.shape.hidden_dim, committed, at_once)
+    width, at_once = model.config.hidden_dim, computer.reports_at_once
+    progress = Progress(inventory.lengths, width, committed, at_once)
     with ResidueBar(progress) as bar:
         return work(
-            Job(engine, ownership, model.settings, inventory, network, interruption, bar.advance)
+            Job(engine, ownership, model.settings, inventory, computer, interruption, bar.advance)
         )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sqlalchemy import Engine
 
 from lib.columns import Vectors
 from lib.jobs.interruption import Interruption
 from lib.jobs.stretches import StretchRules, finished_stretches
-from lib.ledger.commit import Committer
+from lib.ledger.commit import Committer, FinishedStretch
 from lib.ledger.identity import run_config, run_identity
 from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
@@ -27,22 +28,80 @@ from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 from schema.version import WRITER
 
-__all__ = ["Job", "work"]
+__all__ = ["Computer", "Job", "Pulse", "ThisProcess", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the work on a run needs; `progress` is told the lengths of every pack computed."""
+    """All that the work on a run needs; `progress` is told the lengths of what was computed."""
 
     engine: Engine
     ownership: Ownership
     settings: Settings
     inventory: Inventory
-    network: Network
+    computer: Computer
     interruption: Interruption
     progress: Callable[[Sequence[int]], None]
+
+
+class Computer(Protocol):
+    """What computes the packs of a run: this process, or the workers of a cluster."""
+
+    @property
+    def at_once(self) -> int:
+        """How many packs a device computes at once, which the plan takes into account."""
+
+    @property
+    def reports_at_once(self) -> int:
+        """How many packs, or stretches of workers, are told to progress at about the same time."""
+
+    def stretches(
+        self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
+    ) -> Generator[FinishedStretch]:
+        """Yield `packs` as stretches in finished files; `pulse` is told what is computed.
+
+        Raises StoppedError once an interruption is requested and what was begun has been yielded,
+        and what reading `packs` and computing them raise, after yielding what is still good.
+        """
+
+
+class ThisProcess:
+    """Computes in this process, with a network in its memory."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    @property
+    def at_once(self) -> int:
+        """How many packs the device computes at once."""
+        return packs_at_once(self._network.device)
+
+    @property
+    def reports_at_once(self) -> int:
+        """How many packs end at about the same time."""
+        return self.at_once
+
+    def stretches(
+        self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
+    ) -> Generator[FinishedStretch]:
+        """Yield stretches in the order of the plan."""
+        with (
+            closing(self._computed(job, packs)) as on_way,
+            closing(finished_stretches(on_way, rules, pulse.pack_done)) as stretches,
+        ):
+            yield from stretches
+
+    def _computed(self, job: Job, packs: Iterator[Pack]) -> Generator[tuple[Pack, Vectors]]:
+        run = job.ownership.run
+        yield from computed(
+            self._network,
+            packs,
+            vector_columns(run.include, run.repr_layers),
+            run.per_tok_dtype,
+            stopped=lambda: job.interruption.requested is not None,
+        )
 
 
 def work(job: Job) -> Run:
@@ -55,10 +114,9 @@ def work(job: Job) -> Run:
     """
     run = job.ownership.run
     committer = Committer(job.engine, job.ownership)
-    with (
-        closing(_computed(job)) as packs,
-        closing(finished_stretches(packs, _rules(job), _Pulse(job).pack_done)) as stretches,
-    ):
+    with closing(
+        job.computer.stretches(job, _packs_left(job), _rules(job), Pulse(job))
+    ) as stretches:
         try:
             for stretch in stretches:
                 committer.commit(stretch)
@@ -69,21 +127,13 @@ def work(job: Job) -> Run:
     return run
 
 
-def _computed(job: Job) -> Generator[tuple[Pack, Vectors]]:
-    """Return the packs that no checkpoint covers, on their way through the network."""
-    run = job.ownership.run
-    packs = packs_left(
+def _packs_left(job: Job) -> Iterator[Pack]:
+    """Return the packs that no checkpoint covers."""
+    return packs_left(
         read_windows(job.settings.input, job.inventory),
         job.settings.compute.tokens_per_pack,
-        packs_at_once(job.network.device),
-        [range(one.first_position, one.stop_position) for one in run.checkpoints],
-    )
-    yield from computed(
-        job.network,
-        packs,
-        vector_columns(run.include, run.repr_layers),
-        run.per_tok_dtype,
-        stopped=lambda: job.interruption.requested is not None,
+        job.computer.at_once,
+        [range(one.first_position, one.stop_position) for one in job.ownership.run.checkpoints],
     )
 
 
@@ -105,8 +155,8 @@ def _rules(job: Job) -> StretchRules:
     )
 
 
-class _Pulse:
-    """Tells progress of every pack, and the database now and then that the attempt is alive."""
+class Pulse:
+    """Tells progress of what is computed, and the database now and then that the attempt lives."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -114,7 +164,15 @@ class _Pulse:
 
     def pack_done(self, pack: Pack) -> None:
         """Count a pack."""
-        self._job.progress([len(sequence.residues) for sequence in pack.sequences])
+        self.computed([len(sequence.residues) for sequence in pack.sequences])
+
+    def computed(self, lengths: Sequence[int]) -> None:
+        """Count sequences; lengths: (N,) residues of each."""
+        self._job.progress(lengths)
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that the attempt is alive, unless it did so a moment ago."""
         if time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
             beat(self._job.engine, self._job.ownership)
             self._last_beat = time.monotonic()

@@ -34,6 +34,11 @@ class Interruption:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_again(self) -> None:
+        """Handle the signals again after a library has set handlers of its own."""
+        for number in _SIGNALS:
+            signal.signal(number, self._receive)
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Let the block look at `requested` at moments of its own choice."""

@@ -33,7 +33,8 @@ _FAILURES = (InputError, MachineError, NonFiniteError, StoppedError)
 class StretchRules:
     """Where the files of an attempt go, what they look like, and when a stretch ends.
 
-    seconds, records: a stretch that has taken as long, or holds as many, ends.
+    seconds, records: a stretch that has taken as long, or holds as many, ends. token: part of the
+    names of unfinished files, if others write for the same attempt.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class StretchRules:
     footer: Mapping[str, Any]
     seconds: float
     records: int
+    token: str = ""
 
 
 def finished_stretches(
@@ -71,6 +73,7 @@ def finished_stretches(
                 stretch, since = None, time.monotonic()
         if stretch is not None:
             yield stretch.finish(since)
+            stretch = None  # whoever asks for more has taken it
     finally:
         if stretch is not None:
             stretch.discard()
@@ -96,7 +99,7 @@ class _Stretch:
         self._ends_window = False
         self._positions = range(first.positions.start, first.positions.start)
         self._residues = 0
-        name = temporary_name(rules.attempt_id, first.positions.start)
+        name = temporary_name(rules.attempt_id, first.positions.start, rules.token)
         self._writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
 
     def is_continued_by(self, pack: Pack) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from lib.errors import MachineError
@@ -16,7 +16,7 @@ from lib.files import disk_errors, sync_folder
 from lib.ledger.checkpoints import FinishedFile, checkpoint_name, checkpoint_number
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.runs import Ownership, show_alive
-from schema.tables import Checkpoint
+from schema.tables import Checkpoint, Worker
 
 __all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"]
 
@@ -28,13 +28,15 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 class FinishedStretch:
     """Computed work in a finished file that the database does not list yet.
 
-    positions: places in the plan. residues: embedded in it. seconds: wall time it took.
+    positions: places in the plan. residues: embedded in it. seconds: wall time it took. worker_id:
+    the row of the worker that computed it; None if this process did.
     """
 
     file: FinishedFile
     positions: range
     residues: int
     seconds: float
+    worker_id: int | None = None
 
 
 class Committer:
@@ -118,6 +120,9 @@ def add_checkpoint(
         _refuse_overlap(session, ownership, stretch.positions)
         row = _row(ownership, place(stretch.file).name, stretch)
         session.add(row)
+        if stretch.worker_id is not None:
+            worker = update(Worker).where(Worker.id == stretch.worker_id)
+            session.execute(worker.values(seen_at=row.committed_at))
         session.flush()
     return row
 
@@ -151,4 +156,5 @@ def _row(ownership: Ownership, name: str, stretch: FinishedStretch) -> Checkpoin
         sha256=stretch.file.sha256,
         esm2_config=ownership.run.esm2_config,
         committed_at=utc_now(),
+        worker_id=stretch.worker_id,
     )

@@ -1,0 +1,171 @@
+"""Ray clusters: joined or started on this machine, never without a token.
+
+Ray's ports listen on every interface of a machine, and whoever reaches them can run programs
+there. So a cluster that does not ask for a token is refused, and one started here asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from lib.errors import InterruptedRunError, MachineError, SettingsError
+from lib.jobs.interruption import Interruption
+from schema.settings import ClusterSettings
+
+__all__ = ["import_ray", "is_loss", "joined", "one_line", "room"]
+
+# A cluster on one machine shares its folder, so that only sequences go through the object store.
+_OBJECT_STORE_BYTES = 1 << 30
+_PROBE_SECONDS = 60
+# Exits with 0 if a cluster answers whoever has a token of their own making, 9 if it refuses them.
+_PROBE = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(sys.argv[1]).check_alive([], 20.0)
+except AuthenticationError:
+    sys.exit(9)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def import_ray() -> ModuleType:
+    """Return Ray's module; raises SettingsError if it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise SettingsError(f"[cluster] ray: {error.name} is not installed") from None
+    module: ModuleType = ray
+    return module
+
+
+@contextmanager
+def joined(cluster: ClusterSettings, interruption: Interruption) -> Iterator[str]:
+    """Be connected to the cluster that the settings name; yield a few words about it.
+
+    Raises SettingsError if Ray is not installed, MachineError if the cluster cannot be reached,
+    refuses this machine's token or asks for none.
+    """
+    address = os.environ.get("RAY_ADDRESS") if cluster.ray == "auto" else cluster.ray
+    if address and not re.fullmatch(r"[^\s:/]+:\d+", address):
+        raise SettingsError(f"RAY_ADDRESS = {address}: not HOST:PORT")
+    _set_environment(joining=bool(address))
+    ray = import_ray()
+    if address:
+        _refuse_open(address)
+    try:
+        _init(ray, address)
+    finally:
+        # Ray has put a handler of its own in the place of ours.
+        interruption.handle_again()
+    try:
+        if interruption.requested is not None:  # by a signal that Ray's own code received
+            raise interruption.error("interrupted")
+        yield f"Ray {ray.__version__} at {address}" if address else f"Ray {ray.__version__}"
+    finally:
+        ray.shutdown()
+
+
+def room(device: str, threads: int) -> int:
+    """Return how many workers the machines of the cluster have room for, in use or not.
+
+    device: cuda for workers with a GPU each, cpu for workers with `threads` CPUs each.
+    """
+    counts = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+    if device == "cuda":
+        return sum(int(one.get("GPU", 0)) for one in counts)
+    return sum(math.floor(one.get("CPU", 0) / threads) for one in counts)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether an error says that an actor has died or cannot be reached.
+
+    One that cannot be reached may still work on; who calls this gives it up in both cases.
+    """
+    found = import_ray().exceptions
+    kinds = (found.RayActorError, found.WorkerCrashedError, found.NodeDiedError)
+    return isinstance(error, (*kinds, found.OutOfMemoryError))
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error of Ray's as one line: what it says at length is left out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _set_environment(*, joining: bool) -> None:
+    """Have Ray ask for a token and report nothing to its makers; to be done before its import."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray reads these once. Without them it prints advice, and hides GPUs from what asks for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if _has_token():
+        return
+    if joining:
+        raise MachineError(
+            "no token of the cluster: RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH are not set, and "
+            f"{_token_file()} is not there"
+        )
+    # Known to this process and to those that it starts.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return _token_file().exists()
+
+
+def _token_file() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _refuse_open(address: str) -> None:
+    """Raise MachineError unless a cluster is there and refuses a token that was just made up."""
+    environment = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment.pop("RAY_AUTH_TOKEN_PATH", None)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE, address],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"Ray cluster {address}: no answer in {_PROBE_SECONDS} s") from None
+    if done.returncode == 0:
+        raise MachineError(f"Ray cluster {address}: asks for no token (RAY_AUTH_MODE=token)")
+    if done.returncode != 9:
+        fact = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise MachineError(f"Ray cluster {address}: {fact[:300]}")
+
+
+def _init(ray: ModuleType, address: str | None) -> None:
+    place = f"Ray cluster {address}" if address else "Ray on this machine"
+    local = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(
+            address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **local,
+        )
+    except SystemExit:  # Ray's handler of SIGTERM
+        raise InterruptedRunError("SIGTERM: interrupted", signal.SIGTERM) from None
+    except Exception as error:  # Ray raises a dozen kinds, RuntimeError and ValueError among them
+        raise MachineError(f"{place}: {one_line(error)}") from None
