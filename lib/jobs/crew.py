@@ -343,10 +343,11 @@ class Crew:
         member.refusal = error
 
     def _all_refused(self, refused: list[Member]) -> LedgerError:
-        error = refused[0].refusal
-        assert error is not None
-        kind = type(error)
-        return kind(f"all {len(refused)} workers were refused: {refused[0]}: {error}")
+        """Return what ends a run that has no worker; a difference in identity outranks others."""
+        by_identity = [one for one in refused if isinstance(one.refusal, IdentityRefusedError)]
+        first = (by_identity or refused)[0]
+        kind = IdentityRefusedError if by_identity else type(first.refusal or MachineError(""))
+        return kind(f"all {len(refused)} workers were refused: {first}: {first.refusal}")
 
     def _let_go(self, member: Member, outcome: str, error: str) -> None:
         member.gone, member.outcome, member.error = True, outcome, error

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,18 +27,29 @@ __all__ = ["import_ray", "is_loss", "joined", "one_line", "room"]
 
 # A cluster on one machine shares its folder, so that only sequences go through the object store.
 _OBJECT_STORE_BYTES = 1 << 30
+_CONNECT_SECONDS = 10
 _PROBE_SECONDS = 60
-# Exits with 0 if a cluster answers whoever has a token of their own making, 9 if it refuses them.
-_PROBE = """
-import sys
-from ray._raylet import GcsClient
+# What the probe below exits with.
+_REFUSED, _OPEN = 8, 9
+# Asks a cluster with this machine's token, which has to do, and with one that it makes up, which
+# must not.
+_PROBE = f"""
+import os, secrets, sys
+from ray._raylet import AuthenticationTokenLoader, GcsClient
 from ray.exceptions import AuthenticationError
 try:
     GcsClient(sys.argv[1]).check_alive([], 20.0)
 except AuthenticationError:
-    sys.exit(9)
+    sys.exit({_REFUSED})
 except Exception as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(f"{{type(error).__name__}}: {{error}}")
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+AuthenticationTokenLoader.instance().reset_cache()
+try:
+    GcsClient(sys.argv[1]).check_alive([], 20.0)
+except AuthenticationError:
+    sys.exit(0)
+sys.exit({_OPEN})
 """
 
 
@@ -64,7 +76,7 @@ def joined(cluster: ClusterSettings, interruption: Interruption) -> Iterator[str
     _set_environment(joining=bool(address))
     ray = import_ray()
     if address:
-        _refuse_open(address)
+        _probe(address)
     try:
         _init(ray, address)
     finally:
@@ -133,25 +145,30 @@ def _token_file() -> Path:
     return Path.home() / ".ray" / "auth_token"
 
 
-def _refuse_open(address: str) -> None:
-    """Raise MachineError unless a cluster is there and refuses a token that was just made up."""
-    environment = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment.pop("RAY_AUTH_TOKEN_PATH", None)
+def _probe(address: str) -> None:
+    """Raise MachineError unless a cluster is there that takes this machine's token and no other."""
+    place = f"Ray cluster {address}"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:  # Ray itself would try for a minute
+        raise MachineError(f"{place}: {error}") from None
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE, address],
-            env=environment,
             capture_output=True,
             text=True,
             timeout=_PROBE_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise MachineError(f"Ray cluster {address}: no answer in {_PROBE_SECONDS} s") from None
-    if done.returncode == 0:
-        raise MachineError(f"Ray cluster {address}: asks for no token (RAY_AUTH_MODE=token)")
-    if done.returncode != 9:
+        raise MachineError(f"{place}: no answer in {_PROBE_SECONDS} s") from None
+    if done.returncode == _REFUSED:
+        raise MachineError(f"{place}: refuses the token of this machine")
+    if done.returncode == _OPEN:
+        raise MachineError(f"{place}: asks for no token (RAY_AUTH_MODE=token)")
+    if done.returncode:
         fact = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise MachineError(f"Ray cluster {address}: {fact[:300]}")
+        raise MachineError(f"{place}: {fact[:300]}")
 
 
 def _init(ray: ModuleType, address: str | None) -> None:
