@@ -22,6 +22,7 @@ class Reference:
         with torch.serialization.safe_globals([argparse.Namespace]):
             model, self._alphabet = esm.pretrained.load_model_and_alphabet_local(str(path))
         self._model = model.eval().float()
+        self.num_layers: int = self._model.num_layers
 
     def tokens(self, residues: str, layers: Iterable[int]) -> dict[int, Array]:
         """Return (residues + 2, hidden_dim) by layer, <cls> and <eos> included."""

@@ -212,7 +212,14 @@ def test_every_target_has_a_line_of_help() -> None:
 
 
 # What tests share; the last makes the folders of data that it stands beside.
-SHARED = {"catalogs.py", "interpreter.py", "preloaded.py", "processes.py", "reference.py", "make.py"}
+SHARED = {
+    "catalogs.py",
+    "interpreter.py",
+    "preloaded.py",
+    "processes.py",
+    "reference.py",
+    "make.py",
+}
 
 
 def test_tests_stand_in_the_folder_of_their_room() -> None:

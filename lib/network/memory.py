@@ -18,8 +18,15 @@ __all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 
 # Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
 # the feed-forward layer its input, its norm and its inner array, 4 times as wide; in attention q,
-# k, v and their copies.
-_ARRAYS_ALIVE = 10
+# k, v and their copies. That makes 10, and one is kept by the allocator.
+_ARRAYS_ALIVE = 11
+# glibc gives freed arrays back to the system only beyond its threshold for mmap, which grows up to
+# 32 MB. Of smaller ones a thread keeps a few, more where two packs are computed at once: in 13.5
+# arrays' place 11 were alive.
+_GIVEN_BACK_BYTES = 32 * 1024 * 1024
+_ARRAYS_KEPT = 3
+# What matrix products keep for themselves, whatever the size of the pack: 30 MB were measured.
+_SCRATCH_BYTES = 32 * 1024 * 1024
 
 
 def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
@@ -27,8 +34,10 @@ def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
 
     kept_layers: how many layers' per-token vectors are kept until the checkpoint has them.
     """
+    array = 4 * tokens * hidden_dim
+    arrays = _ARRAYS_ALIVE + (_ARRAYS_KEPT if array <= _GIVEN_BACK_BYTES else 0)
     # Kept vectors are in memory as arrays and again as the rows of a Parquet file.
-    return 4 * tokens * hidden_dim * (_ARRAYS_ALIVE + 3 * kept_layers)
+    return _SCRATCH_BYTES + array * (arrays + 3 * kept_layers)
 
 
 def contact_bytes(lengths: Sequence[int]) -> int:

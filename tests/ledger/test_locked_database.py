@@ -181,7 +181,15 @@ def test_a_file_system_that_maps_no_shared_memory_is_worked_on_without_wal(
     script: Script, place: Place, small_model: Path
 ) -> None:
     # As network file systems do, the kernel refuses to map SQLite's -shm file.
-    refusing: list[str | Path] = ["strace", "-f", "-o", os.devnull, "-P", f"{place.database}-shm"]
+    refusing: list[str | Path] = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-o",
+        os.devnull,
+        "-P",
+        f"{place.database}-shm",
+    ]
     refusing += ["-e", "trace=mmap", "-e", "inject=mmap:error=ENODEV", sys.executable]
     config: list[str | Path] = ["--config", place.config]
     weights: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]

@@ -52,39 +52,48 @@ def print_peak(
 
 
 @pytest.fixture(scope="module")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("wide") / "esm2_wide.pt"
-    make_model(path, 2, 1280, 20)
-    return path
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return models of 3 layers by their width: the second layer sees what the first has left."""
+    folder, heads = tmp_path_factory.mktemp("wide"), 20
+    paths = {width: folder / f"esm2_{width}.pt" for width in (640, 1280)}
+    for width, path in paths.items():
+        make_model(path, 3, width, heads)
+    return paths
+
+
+MEAN = [VectorColumn("mean", 3)]
+PER_TOK = [VectorColumn("per_tok", 1), VectorColumn("per_tok", 3)]
+CONTACTS = [VectorColumn("contacts")]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("packs", "count", "residues", "columns"),
+    ("width", "packs", "count", "residues", "columns"),
     [
-        (1, 16, 1022, [VectorColumn("mean", 2)]),
-        (2, 8, 1022, [VectorColumn("mean", 2)]),  # at once
-        (1, 1, 6_000, [VectorColumn("mean", 2)]),
-        (2, 1, 6_000, [VectorColumn("mean", 2)]),  # one after the other
-        (1, 16, 1022, [VectorColumn("per_tok", 1), VectorColumn("per_tok", 2)]),
-        (1, 2, 2_000, [VectorColumn("contacts")]),
+        (640, 1, 16, 1022, MEAN),
+        (1280, 1, 4, 1022, MEAN),
+        (640, 2, 8, 1022, MEAN),  # at once
+        (640, 2, 1, 6_000, MEAN),  # one after the other
+        (640, 1, 16, 1022, PER_TOK),
+        (640, 1, 2, 2_000, CONTACTS),
     ],
 )
 def test_packs_take_no_more_than_estimated(
-    wide_model: Path,
+    models: dict[int, Path],
     precision: str,
+    width: int,
     packs: int,
     count: int,
     residues: int,
     columns: list[VectorColumn],
 ) -> None:
     parts = range(0, packs * count, count)
-    done = run_function(partial(print_peak, wide_model, precision, parts, residues, columns))
+    done = run_function(partial(print_peak, models[width], precision, parts, residues, columns))
     assert done.status == 0, done.err
     kept = sum(column.kind == "per_tok" for column in columns)
-    maps = contact_bytes([residues] * count) if VectorColumn("contacts") in columns else 0
+    maps = contact_bytes([residues] * count) if columns == CONTACTS else 0
     at_once = packs if residues + 2 <= 2048 else 1
-    assert int(done.out) <= at_once * (pack_bytes(count * (residues + 2), 1280, kept) + maps)
+    assert int(done.out) <= at_once * (pack_bytes(count * (residues + 2), width, kept) + maps)
 
 
 def test_packs_of_default_size_take_at_most_a_gigabyte_at_the_largest_model() -> None:

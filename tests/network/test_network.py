@@ -15,9 +15,15 @@ from lib.network.esm2 import Network, load_network
 from lib.sequences.alphabet import LETTERS, tokenise
 from lib.settings import load_settings
 from tests.conftest import SOME_PROTEINS
-from tests.reference import Reference, fasta, worst_residue_error
+from tests.reference import Array, Reference, fasta, worst_residue_error
 
 FLOAT32_BOUND = 1e-5
+# Bounds of the design: the error of a residue at any layer; the cosine of pooled vectors.
+BOUNDS = {
+    torch.float32: (FLOAT32_BOUND, 0.9999),
+    torch.bfloat16: (2e-2, 0.9999),
+    torch.float16: (3e-3, 0.9999),
+}
 
 ALPHABET = LETTERS.decode()
 MIXED_PACK = sorted(
@@ -26,12 +32,10 @@ MIXED_PACK = sorted(
     reverse=True,
 )
 
-# layers, hidden_dim, heads: released shapes first (deep and wide ones cut to a few layers to
-# stay quick), then odd ones with heads 16, 24, 32, 64 and 128 wide.
+# layers, hidden_dim, heads: released shapes (deep and wide ones cut to a few layers to stay quick),
+# and odd ones with heads 16, 24, 32, 64 and 128 wide.
+IN_HALF_PRECISION = [(6, 320, 20), (12, 480, 20), (30, 640, 20), (2, 1280, 20), (33, 64, 4)]
 SHAPES = [
-    (6, 320, 20),
-    (12, 480, 20),
-    (30, 640, 20),
     (3, 1280, 20),
     (2, 2560, 40),
     (1, 16, 1),
@@ -61,69 +65,64 @@ def hidden(
         }
 
 
-def assert_equals_fair_esm(path: Path, pack: Sequence[str]) -> None:
-    network, reference = load(path), Reference(path)
+Truth = list[dict[int, Array]]
+
+
+def truth_of(path: Path, pack: Sequence[str]) -> Truth:
+    """Return what fair-esm has for every sequence of a pack, by layer."""
+    reference = Reference(path)
+    return [reference.tokens(sequence, range(reference.num_layers + 1)) for sequence in pack]
+
+
+def assert_within_bounds(
+    path: Path, pack: Sequence[str], truth: Truth, dtype: torch.dtype = torch.float32
+) -> None:
+    """Compare every residue at every layer, and the mean of a sequence."""
+    bound, cosine_bound = BOUNDS[dtype]
+    network = load(path, dtype)
     layers = range(network.shape.num_layers + 1)
     found = hidden(network, pack, layers)
     for i, sequence in enumerate(pack):
-        truth = reference.tokens(sequence, layers)
         for layer in layers:
-            error = worst_residue_error(found[layer][i], truth[layer])
-            assert error <= FLOAT32_BOUND, (sequence[:20], len(sequence), layer)
+            where = (dtype, sequence[:20], len(sequence), layer)
+            one, other = found[layer][i], truth[i][layer]
+            assert worst_residue_error(one, other) <= bound, where
+            one, other = one[1:-1].mean(0), other[1:-1].mean(0)
+            cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+            assert cosine >= cosine_bound, where
 
 
-@pytest.mark.parametrize(("num_layers", "hidden_dim", "heads"), SHAPES)
-def test_every_layer_of_a_mixed_pack_equals_fair_esm(
+@pytest.mark.parametrize(("num_layers", "hidden_dim", "heads"), [*SHAPES, *IN_HALF_PRECISION])
+def test_every_layer_of_a_mixed_pack_is_within_its_bounds_of_fair_esm(
     tmp_path: Path, num_layers: int, hidden_dim: int, heads: int
 ) -> None:
     path = tmp_path / "esm2_made.pt"
     make_model(path, num_layers, hidden_dim, heads)
-    assert_equals_fair_esm(path, MIXED_PACK)
+    truth = truth_of(path, MIXED_PACK)
+    assert_within_bounds(path, MIXED_PACK, truth)
+    if (num_layers, hidden_dim, heads) in IN_HALF_PRECISION:
+        assert_within_bounds(path, MIXED_PACK, truth, torch.bfloat16)
+        # float16 is a GPU's, and a CPU is slow at it: without the two longest where it is much.
+        start = 2 if num_layers * hidden_dim > 5_000 else 0
+        assert_within_bounds(path, MIXED_PACK[start:], truth[start:], torch.float16)
 
 
 def test_float16_weights_are_computed_in_float32_as_fair_esm_does(tmp_path: Path) -> None:
     # The 3B and 15B releases are stored so, rotary frequencies included.
     path = tmp_path / "esm2_half.pt"
     make_model(path, 3, 320, 20, dtype=torch.float16)
-    assert_equals_fair_esm(path, MIXED_PACK)
-
-
-# Bounds of the design, per residue at every layer; pooled vectors: cosine.
-HALF_BOUNDS = {torch.bfloat16: (2e-2, 0.9999), torch.float16: (3e-3, 0.9999)}
-
-
-@pytest.mark.parametrize("dtype", HALF_BOUNDS, ids=str)
-@pytest.mark.parametrize(
-    ("num_layers", "hidden_dim", "heads"),
-    [(6, 320, 20), (12, 480, 20), (30, 640, 20), (2, 1280, 20), (33, 64, 4)],
-)
-def test_half_precision_stays_within_its_bounds_at_every_layer(
-    tmp_path: Path, num_layers: int, hidden_dim: int, heads: int, dtype: torch.dtype
-) -> None:
-    path = tmp_path / "esm2_made.pt"
-    make_model(path, num_layers, hidden_dim, heads)
-    network, reference = load(path, dtype), Reference(path)
-    layers = range(num_layers + 1)
-    bound, cosine_bound = HALF_BOUNDS[dtype]
-    found = hidden(network, MIXED_PACK, layers)
-    for i, sequence in enumerate(MIXED_PACK):
-        truth = reference.tokens(sequence, layers)
-        for layer in layers:
-            error = worst_residue_error(found[layer][i], truth[layer])
-            assert error <= bound, (sequence[:20], len(sequence), layer)
-            one, other = found[layer][i][1:-1].mean(0), truth[layer][1:-1].mean(0)
-            cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
-            assert cosine >= cosine_bound, (sequence[:20], len(sequence), layer)
+    assert_within_bounds(path, MIXED_PACK, truth_of(path, MIXED_PACK))
 
 
 def test_without_token_dropout_embeddings_are_not_scaled(tmp_path: Path) -> None:
     path = tmp_path / "esm2_plain.pt"
     make_model(path, 2, 64, 4, token_dropout=False)
-    assert_equals_fair_esm(path, MIXED_PACK)
+    assert_within_bounds(path, MIXED_PACK, truth_of(path, MIXED_PACK))
 
 
 def test_real_proteins_in_one_pack_equal_fair_esm(small_model: Path) -> None:
-    assert_equals_fair_esm(small_model, [sequence for _, sequence in fasta(SOME_PROTEINS)])
+    pack = [sequence for _, sequence in fasta(SOME_PROTEINS)]
+    assert_within_bounds(small_model, pack, truth_of(small_model, pack))
 
 
 def test_pack_mates_do_not_change_a_vector(small_model: Path) -> None:
