@@ -187,7 +187,7 @@ class Worker(Base):
     outcome: Mapped[str | None] = mapped_column(
         comment="finished, refused, lost or failed; NULL while it lives"
     )
-    error: Mapped[str | None] = mapped_column(comment="why it was refused or failed")
+    error: Mapped[str | None] = mapped_column(comment="why it was refused, lost or failed")
 
 
 class Checkpoint(Base):

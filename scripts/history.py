@@ -27,6 +27,7 @@ from lib.ledger.overview import (
     history_table,
     progress_line,
     run_fields,
+    workers_table,
 )
 
 
@@ -83,6 +84,7 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
             detail.run.dictionaries()[0]
             | {
                 "attempts": detail.attempts.dictionaries(),
+                "workers": detail.workers.dictionaries(),
                 "checkpoints": detail.checkpoints.dictionaries(),
             }
         )
@@ -91,6 +93,10 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
     attempts, checkpoints = attempts_table(detail), checkpoints_table(detail)
     unneeded = ["pid", "tokens per pack", "threads", "host"]
     print_table(attempts.columns, attempts.rows, title="attempts", least_needed=unneeded)
+    if detail.workers.rows:
+        workers = workers_table(detail)
+        unneeded = ["pid", "residues", "checkpoints"]
+        print_table(workers.columns, workers.rows, title="workers", least_needed=unneeded)
     print_table(
         checkpoints.columns, checkpoints.rows, title="checkpoints", least_needed=["residues"]
     )

@@ -85,7 +85,7 @@ def main() -> None:
     """Obey."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
+    cluster: Any = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 0,

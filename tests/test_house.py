@@ -217,6 +217,7 @@ SHARED = {
     "interpreter.py",
     "preloaded.py",
     "processes.py",
+    "ray_nodes.py",
     "reference.py",
     "make.py",
 }

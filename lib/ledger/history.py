@@ -40,11 +40,12 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its row in the history, its attempts and its checkpoints."""
+    """One run: its row in the history, its attempts, their workers, and its checkpoints."""
 
     run: Table
     attempts: Table
     checkpoints: Table
+    workers: Table
 
 
 @contextmanager
@@ -97,11 +98,13 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         url,
         "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
         "checkpoints.records, residues, checkpoints.bytes, seconds, "
-        "committed_at AS committed, problem FROM checkpoints JOIN checkpoint_audit "
+        "committed_at AS committed, problem, worker_id AS worker "
+        "FROM checkpoints JOIN checkpoint_audit "
         "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
         [run_id],
     )
-    return RunDetail(_with_killed(line), attempts, checkpoints)
+    workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
+    return RunDetail(_with_killed(line), attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:

@@ -10,7 +10,7 @@ from lib.ledger.history import RunDetail, Table
 from lib.units import count, duration, moment, seconds_between, size
 
 __all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
-__all__ += ["run_fields"]
+__all__ += ["run_fields", "workers_table"]
 
 # Columns of history_table that are left out, in this order, until it fits the terminal.
 LEAST_NEEDED = ["include", "layers", "input", "took", "residues/s", "started (UTC)", "records"]
@@ -62,6 +62,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "records truncated": count(run["records_truncated"]),
         "letters read as X": count(run["residues_mapped"]),
         "residues per second": None if rate is None else count(rate),
+        **({"workers": count(run["workers"])} if run["workers"] else {}),
         "on disk": size(sum(row["bytes"] for row in detail.checkpoints.dictionaries())),
         "started (UTC)": moment(run["started"]),
         "finished (UTC)": run["finished"] and moment(run["finished"]),
@@ -94,21 +95,52 @@ def attempts_table(detail: RunDetail) -> Table:
     return Table(columns, rows)
 
 
+def workers_table(detail: RunDetail) -> Table:
+    """Return a row per worker of a cluster: its outcome, machine, device, work and error."""
+    columns = ["worker", "attempt", "outcome", "host", "pid", "device", "checkpoints", "residues"]
+    columns += ["residues/s", "error"]
+    rows = []
+    for one in detail.workers.dictionaries():
+        rate, device = one["residues_per_second"], one["device"]
+        rows.append(
+            [
+                one["worker"],
+                one["attempt"],
+                one["outcome"],
+                one["host"],
+                one["pid"],
+                None if device is None else f"{device} ({one['device_name']})",
+                one["checkpoints"],
+                count(one["residues"]),
+                None if rate is None else count(rate),
+                one["error"],
+            ]
+        )
+    return Table(columns, rows)
+
+
 def checkpoints_table(detail: RunDetail) -> Table:
-    """Return a row per checkpoint: its file, content, size, time taken and problem."""
-    columns = ["checkpoint", "file", "attempt", "records", "residues", "size", "took", "problem"]
+    """Return a row per checkpoint: its file, content, size, time taken and problem.
+
+    The worker is shown if any was computed by one.
+    """
+    checkpoints = detail.checkpoints.dictionaries()
+    by_workers = any(one["worker"] is not None for one in checkpoints)
+    columns = ["checkpoint", "file", "attempt", *(["worker"] if by_workers else [])]
+    columns += ["records", "residues", "size", "took", "problem"]
     rows = [
         [
             one["checkpoint"],
             one["path"],
             one["attempt"],
+            *([one["worker"]] if by_workers else []),
             count(one["records"]),
             count(one["residues"]),
             size(one["bytes"]),
             duration(one["seconds"]),
             one["problem"],
         ]
-        for one in detail.checkpoints.dictionaries()
+        for one in checkpoints
     ]
     return Table(columns, rows)
 

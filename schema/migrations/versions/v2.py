@@ -43,7 +43,7 @@ CREATE TABLE workers (
 	started_at VARCHAR NOT NULL /* UTC ISO 8601 */,
 	seen_at VARCHAR NOT NULL /* when it last answered, UTC ISO 8601 */,
 	outcome VARCHAR /* finished, refused, lost or failed; NULL while it lives */,
-	error VARCHAR /* why it was refused or failed */,
+	error VARCHAR /* why it was refused, lost or failed */,
 	PRIMARY KEY (id),
 	FOREIGN KEY(attempt_id) REFERENCES attempts (id)
 )""",
