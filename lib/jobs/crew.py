@@ -215,15 +215,22 @@ class Crew:
             self._write(member, "finished", None)
         self._record = None
 
-    def lose(self, member: Member, fact: str, outcome: str = "lost") -> None:
+    def refuse(self, member: Member, error: LedgerError) -> None:
+        """Have a worker compute nothing for this run."""
+        member.refusal = error
+        self._fact = str(error)
+        self._let_go(member, "refused", str(error))
+        self.say(f"{member}: refused: {error}")
+
+    def lose(self, member: Member, fact: str) -> None:
         """Give up a worker: it is killed if it still lives, and what it had is given to others."""
         if member.gone:
             return
         if not member.admitted:
             self._lost_at_start += 1
         self._fact = fact
-        self._let_go(member, outcome, fact)
-        self.say(f"{member}: {outcome}: {fact}")
+        self._let_go(member, "lost", fact)
+        self.say(f"{member}: lost: {fact}")
         self.on_loss(member, fact)
 
     def dismiss(self) -> None:
@@ -246,7 +253,7 @@ class Crew:
 
     def _start_missing(self) -> None:
         wanted = self._wanted()
-        refused = sum(one.outcome in ("refused", "failed") for one in self.members)
+        refused = sum(one.outcome == "refused" for one in self.members)
         alive = sum(not one.gone for one in self.members)
         if self._lost_at_start >= _LOST_AT_START:
             return
@@ -285,7 +292,7 @@ class Crew:
         if difference:
             name, ours, theirs = difference
             fact = f"{name} is {theirs} there, {ours} here"
-            self._refuse(member, MachineError(fact))
+            self.refuse(member, MachineError(fact))
             return
         self.mail.expect(member.actor.load.remote(self._settings), partial(self._loaded, member))
 
@@ -293,17 +300,17 @@ class Crew:
         if (said := self._result(member, done)) is None:
             return
         if isinstance(said, Failure):
-            self._refuse(member, said.error())
+            self.refuse(member, said.error())
             return
         member.readiness = said
         difference = self._identity_difference(said.config)
         if difference:
             key, ours, theirs = difference
             fact = f"{key} is {theirs} in {said.weights_path}, {ours} in the run"
-            self._refuse(member, IdentityRefusedError(fact))
+            self.refuse(member, IdentityRefusedError(fact))
             return
         if said.device.partition(":")[0] != self._settings.compute.device:
-            self._refuse(member, MachineError(f"its device is {said.device}"))
+            self.refuse(member, MachineError(f"its device is {said.device}"))
             return
         self._compare_devices(member)
         member.admitted = True
@@ -335,12 +342,6 @@ class Crew:
         ours, theirs = first.readiness.device_name, member.readiness.device_name
         if ours != theirs:
             self.say(f"{member}: its device is {theirs}, that of {first} is {ours}")
-
-    def _refuse(self, member: Member, error: LedgerError) -> None:
-        self._fact = str(error)
-        self.say(f"{member}: refused: {error}")
-        self._let_go(member, "refused", str(error))
-        member.refusal = error
 
     def _all_refused(self, refused: list[Member]) -> LedgerError:
         """Return what ends a run that has no worker; a difference in identity outranks others."""

@@ -212,7 +212,7 @@ class _Dispatch:
             sees = answer is None and copy.is_file() and copy.read_text() == said
             if not sees and self._job.settings.cluster.files == "shared":
                 fact = answer or f"{copy}: not what the driver wrote"
-                self._crew.lose(member, f"the run's folder is not shared: {fact}", "refused")
+                self._crew.refuse(member, MachineError(f"the run's folder is not shared: {fact}"))
                 return
             member.sent = not sees
             if not sees:

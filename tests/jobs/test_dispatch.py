@@ -1,0 +1,254 @@
+"""Dispatch: if this fails, what goes wrong with one worker loses or repeats work of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib.errors import MachineError
+from lib.jobs.messages import Answer, Failure
+from tests.conftest import UNIPROT_PART, Place, Script
+from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
+from tests.processes import Answer as Ended
+from tests.reference import assert_same_bits
+
+# Small packs, and one or two in a stretch.
+QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
+    """Ray in this process, on two machines with a CPU each."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "0")
+    return installed(monkeypatch.setitem)
+
+
+class Runs:
+    """The same run, here and on the cluster."""
+
+    def __init__(self, script: Script, place: Place, model: Path) -> None:
+        self.script, self.place = script, place
+        self._flags = ["--esm-model", model, "--input", UNIPROT_PART, *QUICK]
+        assert script("embed", *self._flags).status == 0
+
+    def embed(self, *flags: str) -> Ended:
+        return self.script("embed", *self._flags, "--ray", "auto", *flags)
+
+    def rows(self, statement: str) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.place.database)) as connection:
+            return connection.execute(statement).fetchall()
+
+    def check(self) -> None:
+        """Compare run 2 with run 1, and its files with the database."""
+        folder = self.place.output / "run-000002"
+        assert_same_bits(folder, self.place.output / "run-000001")
+        self.check_files()
+
+    def check_files(self) -> None:
+        listed = {path for (path,) in self.rows("SELECT path FROM checkpoints WHERE run_id = 2")}
+        folder = self.place.output / "run-000002"
+        assert {path.name for path in folder.iterdir()} == {".lock", *listed}
+
+    def outcomes(self) -> list[str]:
+        return [outcome for (outcome,) in self.rows("SELECT outcome FROM workers ORDER BY id")]
+
+
+@pytest.fixture
+def runs(script: Script, place: Place, small_model: Path, ray: InProcessRay) -> Runs:
+    return Runs(script, place, small_model)
+
+
+@pytest.mark.parametrize("files", ["auto", "sent"])
+def test_nothing_goes_wrong(runs: Runs, ray: InProcessRay, files: str) -> None:
+    answer = runs.embed("--set", f"cluster.files={files}")
+    assert answer.status == 0, answer.err
+    runs.check()
+    assert runs.outcomes() == ["finished", "finished"], answer.err
+    history = runs.script("history", "--run", "2", "--json").json
+    assert len(history["workers"]) == 2
+    assert sum(one["residues"] for one in history["workers"]) == history["residues_done"]
+    shown = runs.script("history", "--run", "2").out
+    assert "\nworkers\n" in shown
+
+
+def test_what_fails_on_three_workers_ends_the_run_with_its_line_and_the_rest_committed(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if packs[0].positions.start == 0:
+            return Answer(0, failure=Failure.of(MachineError("record 1 (x): too long"))), None
+        return true(order, packs)
+
+    ray.hooks["compute"] = fails
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.startswith("positions 0 to 2 failed 3 times: worker ")
+    assert answer.error.endswith("record 1 (x): too long")
+    runs.check_files()
+    ray.hooks.clear()
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_a_value_that_is_not_finite_ends_the_run_and_names_the_record(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs[:1])
+        if packs[0].positions.start < 10:
+            return answer, content
+        return replace(answer, failure=Failure("NonFiniteError", "record 7 (y): NaN")), content
+
+    ray.hooks["compute"] = fails
+    answer = runs.embed()
+    assert (answer.status, answer.error) == (2, "record 7 (y): NaN")
+    runs.check_files()
+    assert runs.rows("SELECT status FROM runs WHERE id = 2") == [("failed",)]
+    ray.hooks.clear()
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_what_a_worker_has_not_ended_another_does(runs: Runs, ray: InProcessRay) -> None:
+    def half(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs[:1])
+        return answer, content
+
+    ray.hooks["compute"] = half
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    runs.check()
+
+
+def test_what_a_worker_writes_that_was_given_up_is_never_taken(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    late = threading.Event()
+
+    def unreachable(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if actor is ray.actors[0] and not late.is_set():
+            late.set()
+            true(order, packs)
+            raise ActorError("cannot be reached")
+        return true(order, packs)
+
+    ray.hooks["compute"] = unreachable
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert "lost: ActorError: cannot be reached" in answer.err
+    assert runs.outcomes()[:2] == ["lost", "finished"]
+    runs.check()
+
+
+@pytest.mark.parametrize("files", ["shared", "sent"])
+def test_a_file_that_came_back_damaged_is_computed_again(
+    runs: Runs, ray: InProcessRay, files: str
+) -> None:
+    damaged: list[str] = []
+
+    def damage(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs)
+        if not damaged:
+            damaged.append(answer.name)
+            if content is None:
+                (order.rules.folder / answer.name).write_bytes(b"damaged")
+            else:
+                content = np.zeros_like(content)
+        return answer, content
+
+    ray.hooks["compute"] = damage
+    answer = runs.embed("--set", f"cluster.files={files}")
+    assert answer.status == 0, answer.err
+    assert f"{damaged[0]}: " in answer.err
+    assert ", computed again" in answer.err
+    runs.check()
+
+
+def test_a_folder_that_a_worker_does_not_see_has_its_files_sent_or_the_worker_refused(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def not_there(actor: Handle, true: Any, nonce: Path, copy: Path) -> Any:  # noqa: ANN401
+        return true(nonce, copy) if actor in ray.actors[::2] else f"{nonce}: No such file"
+
+    ray.hooks["copy_nonce"] = not_there
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert "/run-000002, its files are sent" in answer.err
+    runs.check()
+    answer = runs.embed("--set", "cluster.files=shared")
+    assert answer.status == 0, answer.err
+    assert "refused: the run's folder is not shared: " in answer.err
+
+
+def test_workers_that_are_lost_before_they_are_ready_end_in_one_line(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def dies(_: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        raise ActorError("died of it")
+
+    ray.hooks["load"] = dies
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.endswith(" workers were lost at their start: ActorError: died of it")
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
+    begun = threading.Event()
+
+    def interrupted(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if packs[0].positions.start > 8 and not begun.is_set():
+            begun.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(order, packs)
+
+    ray.hooks["compute"] = interrupted
+    answer = runs.embed()
+    assert answer.status == 143, answer.err
+    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed"
+    runs.check_files()
+    assert runs.outcomes() == ["finished", "finished"]
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessRay) -> None:
+    ray.machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.startswith("all 2 workers were refused: worker ")
+    assert answer.error.endswith(": device cuda: torch sees 0 CUDA devices")
+
+
+def test_more_workers_than_there_is_room_for_are_told(runs: Runs, ray: InProcessRay) -> None:
+    answer = runs.embed("--set", "cluster.workers=9")
+    assert answer.status == 0, answer.err
+    fact = "[cluster] workers = 9: the cluster has room for 2 workers with 1 CPUs each"
+    assert fact in answer.err.splitlines()
+    assert len(ray.actors) == 2
+
+
+def test_a_run_is_resumed_where_config_and_flags_say_now(runs: Runs, ray: InProcessRay) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        raise ActorError("gone")
+
+    ray.hooks["compute"] = fails
+    assert runs.embed().status == 4
+    ray.hooks.clear()
+    started = len(ray.actors)
+    answer = runs.script("resume", "--ray", "auto")
+    assert answer.status == 0, answer.err
+    assert len(ray.actors) == started + 2
+    runs.check()
