@@ -23,7 +23,7 @@ from lib.files import disk_errors
 from lib.jobs.actor import CONTROL, Actor
 from lib.jobs.loading import KnownModel, begin_config
 from lib.jobs.messages import Failure, Greeting, Readiness, own_versions
-from lib.jobs.ray_cluster import import_ray, one_line, room
+from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, room
 from lib.ledger.database import utc_now
 from lib.ledger.identity import first_difference
 from lib.ledger.runs import AttemptFacts
@@ -39,8 +39,11 @@ __all__ = ["Crew", "Member", "crew"]
 # How long a run without any worker waits for one.
 _ROOM_SECONDS = 60.0
 _BETWEEN_LOOKS = 2.0
-# Workers in a row that may be lost before one has loaded its weights.
+# Workers in a row that may be lost while they load their weights.
 _LOST_AT_START = 3
+# How long no worker is started after one was lost that had not even greeted, as on a machine that
+# Ray does not know to be dead, or where this program is missing. It doubles each time.
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 
 
 @dataclass(eq=False)
@@ -68,7 +71,7 @@ class Member:
     refusal: LedgerError | None = None
 
     def __str__(self) -> str:
-        return str(self.greeting) if self.greeting else "worker without a word"
+        return str(self.greeting) if self.greeting else "a worker"
 
 
 class Mailbox:
@@ -150,11 +153,12 @@ class Crew:
         self._config = config
         self._versions = own_versions()
         self._lost_at_start = 0
+        self._pause, self._not_before = _FIRST_PAUSE, 0.0
         self._record: tuple[Engine, int] | None = None
         self._looked = -_BETWEEN_LOOKS
         self._alone_since = time.monotonic()
         self._room_told = False
-        self._fact = "no worker has started"
+        self._fact = ""  # what became of the last worker that is gone
         self.tend()
 
     @property
@@ -201,7 +205,8 @@ class Crew:
                 f"{self._lost_at_start} workers were lost at their start: {self._fact}"
             )
         if now - self._alone_since >= _ROOM_SECONDS:
-            raise MachineError(f"no worker within {_ROOM_SECONDS:.0f} s: {self._room()}")
+            fact = f"; {self._fact}" if self._fact else ""
+            raise MachineError(f"no worker within {_ROOM_SECONDS:.0f} s: {self._room()}{fact}")
 
     def open_record(self, engine: Engine, attempt_id: int) -> None:
         """Write workers into the run database from now on, and those that are there already."""
@@ -226,11 +231,15 @@ class Crew:
         """Give up a worker: it is killed if it still lives, and what it had is given to others."""
         if member.gone:
             return
-        if not member.admitted:
+        if member.greeting is None:
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        elif not member.admitted:
             self._lost_at_start += 1
-        self._fact = fact
         self._let_go(member, "lost", fact)
-        self.say(f"{member}: lost: {fact}")
+        if member.greeting is not None or fact != self._fact:
+            self.say(f"{member}: lost: {fact}")
+        self._fact = fact
         self.on_loss(member, fact)
 
     def dismiss(self) -> None:
@@ -243,7 +252,8 @@ class Crew:
     def stop(self) -> None:
         """Have every worker begin no pack any more."""
         for member in self.admitted:
-            member.actor.stop.options(concurrency_group=CONTROL).remote()
+            with suppress(Exception):  # it is lost, which its answers will tell
+                member.actor.stop.options(concurrency_group=CONTROL).remote()
 
     @property
     def _weights_path(self) -> Any:  # noqa: ANN401
@@ -255,7 +265,7 @@ class Crew:
         wanted = self._wanted()
         refused = sum(one.outcome == "refused" for one in self.members)
         alive = sum(not one.gone for one in self.members)
-        if self._lost_at_start >= _LOST_AT_START:
+        if self._lost_at_start >= _LOST_AT_START or time.monotonic() < self._not_before:
             return
         for _ in range(wanted - refused - alive):
             self.members.append(self._start())
@@ -279,15 +289,17 @@ class Crew:
         needs = {"num_gpus": 1} if compute.device == "cuda" else {"num_cpus": compute.threads}
         # What is lost is replaced and given to others here, never started again by Ray.
         kept = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {CONTROL: 1}}
-        actor = ray.remote(**needs, **kept)(Actor).remote()
-        member = Member(actor, utc_now())
-        self.mail.expect(actor.greet.remote(), partial(self._greeted, member))
+        with ray_errors():
+            actor = ray.remote(**needs, **kept)(Actor).remote()
+            member = Member(actor, utc_now())
+            self.mail.expect(actor.greet.remote(), partial(self._greeted, member))
         return member
 
     def _greeted(self, member: Member, done: Future[Greeting]) -> None:
         if (greeting := self._result(member, done)) is None:
             return
         member.greeting = greeting
+        self._pause = _FIRST_PAUSE
         difference = _version_difference(self._versions, greeting.versions)
         if difference:
             name, ours, theirs = difference
@@ -387,8 +399,8 @@ def _threads(settings: Settings, kind: str) -> int:
     threads = cluster.threads_per_worker or settings.compute.threads
     if threads or kind == "cuda":
         return threads
-    machines = [one["Resources"].get("CPU", 0) for one in import_ray().nodes() if one["Alive"]]
-    return int(min((count for count in machines if count >= 1), default=1))
+    counts = [one.get("CPU", 0) for one in machines()]
+    return int(min((count for count in counts if count >= 1), default=1))
 
 
 def _version_difference(

@@ -31,7 +31,7 @@ from lib.jobs.division import Division, SizeRules, Stretch
 from lib.jobs.embedding import Job, Pulse
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.progress import computing_cost
-from lib.jobs.ray_cluster import import_ray, is_loss, one_line
+from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
 from lib.jobs.stretches import StretchRules
 from lib.jobs.worker import Order
 from lib.ledger.checkpoints import FinishedFile, temporary_name
@@ -131,7 +131,10 @@ class _Dispatch:
     def run(self) -> Generator[FinishedStretch]:
         """Yield what is finished until all of it is, or until it has to end."""
         while True:
-            if self._ending is None and self._job.interruption.requested is not None:
+            interruption = self._job.interruption
+            if interruption.insisted:  # and Ray has received it, where exceptions are lost
+                raise interruption.error("interrupted")
+            if self._ending is None and interruption.requested is not None:
                 self._end(StoppedError())
             if self._ending is None:
                 self._tend()
@@ -249,7 +252,8 @@ class _Dispatch:
         return self._task(stretch)
 
     def _task(self, stretch: Stretch, tries: int = 0) -> _Task:
-        return _Task(stretch, import_ray().put(list(stretch.packs)), tries)
+        with ray_errors():
+            return _Task(stretch, import_ray().put(list(stretch.packs)), tries)
 
     def _give(self, member: Member, task: _Task) -> None:
         token = secrets.token_hex(8)
@@ -258,7 +262,8 @@ class _Dispatch:
         rules = replace(self._rules, token=token, seconds=float("inf"), records=sys.maxsize)
         order = Order(rules, self._columns, self._per_tok_dtype, sent=bool(member.sent))
         compute = member.actor.compute.options(num_returns=2)
-        answer, content = compute.remote(order, task.packs)
+        with ray_errors():
+            answer, content = compute.remote(order, task.packs)
         given = _Given(task, member, path, content)
         member.given.append(given)
         self._crew.mail.expect(answer, partial(self._answered, given))

@@ -17,11 +17,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interruption:
     """Turns SIGINT, SIGTERM and SIGHUP into an InterruptedRunError.
 
-    Within `deferred()` the first signal only sets `requested`; a second one raises at once.
+    Within `deferred()` the first signal only sets `requested`; a second one raises at once, and
+    sets `insisted` for who calls code in which exceptions are lost.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self.insisted = False
         self._deferring = False
 
     @contextmanager
@@ -57,4 +59,5 @@ class Interruption:
         first = self.requested is None
         self.requested = signal.Signals(number)
         if not (self._deferring and first):
+            self.insisted = True
             raise self.error("interrupted")

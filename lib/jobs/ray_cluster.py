@@ -14,16 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from lib.errors import InterruptedRunError, MachineError, SettingsError
+from lib.errors import InterruptedRunError, LedgerError, MachineError, SettingsError
 from lib.jobs.interruption import Interruption
 from schema.settings import ClusterSettings
 
-__all__ = ["import_ray", "is_loss", "joined", "one_line", "room"]
+__all__ = ["import_ray", "is_loss", "joined", "machines", "one_line", "ray_errors", "room"]
 
 # A cluster on one machine shares its folder, so that only sequences go through the object store.
 _OBJECT_STORE_BYTES = 1 << 30
@@ -95,10 +96,16 @@ def room(device: str, threads: int) -> int:
 
     device: cuda for workers with a GPU each, cpu for workers with `threads` CPUs each.
     """
-    counts = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+    counts = machines()
     if device == "cuda":
         return sum(int(one.get("GPU", 0)) for one in counts)
     return sum(math.floor(one.get("CPU", 0) / threads) for one in counts)
+
+
+def machines() -> list[Mapping[str, float]]:
+    """Return what each machine of the cluster has: CPU, GPU and more, in use or not."""
+    with ray_errors():
+        return [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
 
 
 def is_loss(error: BaseException) -> bool:
@@ -112,9 +119,25 @@ def is_loss(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error of Ray's as one line: what it says at length is left out."""
+    """Return an error of Ray's as one line; of a method's exception, the exception itself."""
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, BaseException) else error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    # In between are addresses and a traceback; the last line says why, before it gives advice.
+    said = list(dict.fromkeys(line.partition(" Some common causes")[0] for line in lines))
+    ends = " … ".join([said[0][:200], said[-1][:300]] if len(said) > 1 else said)
+    return ": ".join(filter(None, [type(error).__name__, re.sub(r"\x1b\[\d*m", "", ends)]))
+
+
+@contextmanager
+def ray_errors() -> Iterator[None]:
+    """Turn what Ray raises, which may be anything, into a MachineError."""
+    try:
+        yield
+    except LedgerError:
+        raise
+    except Exception as error:
+        raise MachineError(f"Ray: {one_line(error)}") from None
 
 
 def _set_environment(*, joining: bool) -> None:
@@ -182,7 +205,15 @@ def _init(ray: ModuleType, address: str | None) -> None:
             logging_level="ERROR",
             **local,
         )
+        _silence(ray)
     except SystemExit:  # Ray's handler of SIGTERM
         raise InterruptedRunError("SIGTERM: interrupted", signal.SIGTERM) from None
     except Exception as error:  # Ray raises a dozen kinds, RuntimeError and ValueError among them
         raise MachineError(f"{place}: {one_line(error)}") from None
+
+
+def _silence(ray: ModuleType) -> None:
+    """Keep Ray from writing to stdout, where results go: it prints what its raylets report."""
+    module: Any = getattr(getattr(ray, "_private", None), "worker", None)
+    if hasattr(module, "print_to_stdstream"):
+        module.print_to_stdstream = lambda *_, **__: None

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -193,13 +194,16 @@ def test_a_lost_worker_a_lost_node_and_a_damaged_file_lose_nothing(
     for number in (kept, added):
         cluster.remove(number)
     assert answer.status == 0, said
+    assert answer.out.startswith("run 2 finished: 59 records in ")  # nothing of Ray's before it
+    assert answer.out.count("\n") == 1
     assert_same_bits(place.output / "run-000002", place.output / "run-000001")
     assert names(place, 2) == listed(place, 2)
     outcomes = [one["outcome"] for one in workers(place)]
     assert set(outcomes) == {"lost", "finished"}
-    assert "lost: ActorUnavailableError" in said
+    assert "cut off" in said
     assert ", computed again" in said
-    assert "lost: ActorDiedError" in said
+    # Of a killed process Ray says that it died or, at first, that it is unavailable.
+    assert len(re.findall(r": lost: Actor(?:Died|Unavailable)Error: ", said)) >= 2
 
 
 def test_a_killed_driver_loses_nothing_and_any_number_of_workers_goes_on(
