@@ -85,9 +85,10 @@ class Mailbox:
         self._arrived: queue.SimpleQueue[tuple[Callable[[Future[Any]], None], Future[Any]]]
         self._arrived = queue.SimpleQueue()
 
-    def expect(self, reference: Any, handle: Callable[[Future[Any]], None]) -> None:  # noqa: ANN401
-        """Have `handle` called with the result that Ray's reference stands for."""
-        reference.future().add_done_callback(lambda done: self._arrived.put((handle, done)))
+    def expect(self, awaited: Any, handle: Callable[[Future[Any]], None]) -> None:  # noqa: ANN401
+        """Have `handle` called with the result of a future, or of one of Ray's references."""
+        future = awaited if isinstance(awaited, Future) else awaited.future()
+        future.add_done_callback(lambda done: self._arrived.put((handle, done)))
 
     def handle_next(self, seconds: float) -> None:
         """Handle an answer, if one arrives within so many seconds."""

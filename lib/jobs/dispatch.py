@@ -14,7 +14,7 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +45,7 @@ __all__ = ["Workers"]
 
 _GIVEN = 2  # stretches that a worker has: one computed, one waiting
 _TRIES = 3  # workers that a stretch may fail on
+_READ_AT_ONCE = 4  # files that are verified at once, each by a thread
 
 
 class Workers:
@@ -122,7 +123,9 @@ class _Dispatch:
         self._exhausted = False
         self._again: deque[_Task] = deque()
         self._to_fetch: deque[tuple[_Given, Answer]] = deque()
-        self._fetching: _Given | None = None
+        self._fetching = 0
+        self._reading = 0
+        self._readers = ThreadPoolExecutor(_READ_AT_ONCE)
         self._finished: deque[tuple[FinishedStretch, list[int]]] = deque()
         self._ending: Exception | None = None
         self._unnamed: set[Path] = set()  # temporary files that may be there
@@ -156,6 +159,7 @@ class _Dispatch:
         """End the workers if any of them still computes, and remove files that nobody waits for."""
         if self._is_computing():
             self._crew.dismiss()
+        self._readers.shutdown(cancel_futures=True)
         for path in self._unnamed:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -164,7 +168,7 @@ class _Dispatch:
         return any(one.given for one in self._crew.admitted)
 
     def _is_over(self) -> bool:
-        if self._is_computing() or self._fetching or self._finished:
+        if self._is_computing() or self._fetching or self._reading or self._finished:
             return False
         return self._ending is not None or (self._exhausted and not self._again)
 
@@ -314,7 +318,7 @@ class _Dispatch:
             self._to_fetch.append((given, answer))
             self._fetch()
         else:
-            self._take(given, answer, _received)
+            self._read(given, answer, _received)
 
     def _go_on_after(self, given: _Given, answer: Answer) -> None:
         """Have the packs of a stretch computed that the worker has not."""
@@ -329,43 +333,56 @@ class _Dispatch:
         self._do_again(left, f"{member}: {fact}")
 
     def _fetch(self) -> None:
-        """Ask for the bytes of a file that is sent: of one at a time, which bounds memory."""
-        if self._fetching is None and self._to_fetch:
+        """Ask for the bytes of files that are sent: of a few at a time, which bounds memory."""
+        while self._to_fetch and self._fetching + self._reading < _READ_AT_ONCE:
             given, answer = self._to_fetch.popleft()
-            self._fetching = given
+            self._fetching += 1
             self._crew.mail.expect(given.content, partial(self._fetched, given, answer))
 
     def _fetched(self, given: _Given, answer: Answer, done: Future[Any]) -> None:
-        self._fetching = None
+        self._fetching -= 1
         try:
             content = done.result()
-        except Exception as error:  # Ray's own: it is lost with its node
-            fact = one_line(error)
-            self._crew.say(f"{given.member}: {fact}")
-            self._do_again(self._begun(given, answer), f"{given.member}: {fact}")
+        except Exception as error:  # Ray's own: it is lost with its machine
+            self._take_again(given, answer, one_line(error))
+            self._fetch()
         else:
-            self._take(given, answer, partial(_written, content))
-        self._fetch()
+            self._read(given, answer, partial(_written, content))
 
-    def _begun(self, given: _Given, answer: Answer) -> _Task:
-        return self._task(given.task.stretch.first(answer.packs), given.task.tries)
-
-    def _take(
+    def _read(
         self, given: _Given, answer: Answer, read: Callable[[Path, Answer], FinishedFile]
     ) -> None:
+        """Have a file verified by another thread."""
+        self._reading += 1
+        reading = self._readers.submit(read, given.path.with_name(answer.name), answer)
+        self._crew.mail.expect(reading, partial(self._verified, given, answer))
+
+    def _verified(self, given: _Given, answer: Answer, done: Future[FinishedFile]) -> None:
         """Take a file as finished if it is the one that the worker wrote."""
-        member, stretch = given.member, given.task.stretch.first(answer.packs)
+        self._reading -= 1
+        self._fetch()
+        stretch = given.task.stretch.first(answer.packs)
         try:
-            file = read(given.path.with_name(answer.name), answer)
-            if file.records != stretch.records:
-                raise _DamagedError(f"{answer.name}: {file.records} records of {stretch.records}")
+            file = done.result()
         except _DamagedError as error:
-            self._crew.say(f"{member}: {error}, computed again")
-            self._do_again(self._begun(given, answer), f"{member}: {error}")
+            self._take_again(given, answer, f"{error}, computed again")
             return
-        lengths = stretch.lengths
-        found = FinishedStretch(file, stretch.positions, sum(lengths), answer.seconds, member.row)
+        except MachineError as error:
+            self._end(error)
+            return
+        if file.records != stretch.records:
+            fact = f"{answer.name}: {file.records} records of {stretch.records}, computed again"
+            self._take_again(given, answer, fact)
+            return
+        lengths, row = stretch.lengths, given.member.row
+        found = FinishedStretch(file, stretch.positions, sum(lengths), answer.seconds, row)
         self._finished.append((found, lengths))
+
+    def _take_again(self, given: _Given, answer: Answer, fact: str) -> None:
+        """Have what a worker computed computed again, as its file is lost or damaged."""
+        self._crew.say(f"{given.member}: {fact}")
+        begun = self._task(given.task.stretch.first(answer.packs), given.task.tries)
+        self._do_again(begun, f"{given.member}: {fact}")
 
 
 class _DamagedError(Exception):
@@ -376,7 +393,7 @@ def _received(path: Path, answer: Answer) -> FinishedFile:
     """Return a file that a worker wrote into the run's folder; raises _DamagedError."""
     try:
         with path.open("rb") as file:
-            return _verified(path, file, answer)
+            return _digested(path, file, answer)
     except OSError as error:
         raise _DamagedError(f"{path.name}: {error.strerror or error}") from None
 
@@ -388,10 +405,10 @@ def _written(content: npt.NDArray[np.uint8], path: Path, answer: Answer) -> Fini
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
-        return _verified(path, file, answer)
+        return _digested(path, file, answer)
 
 
-def _verified(
+def _digested(
     path: Path, file: io.BufferedReader | io.BufferedRandom, answer: Answer
 ) -> FinishedFile:
     """Return an open file with its digest, taken through its descriptor."""

@@ -17,7 +17,7 @@ __all__ = ["Division", "SizeRules", "Stretch"]
 # A stretch aims at this share of checkpoint_seconds: its last packs may be slower than the first.
 _AIM = 0.75
 _LEAST_PER_WORKER = 8
-_LEAST_SECONDS = 2.0  # so that a file and a transaction cost next to nothing
+_LEAST_SECONDS = 1.0  # so that a file and a transaction cost next to nothing
 _LARGEST_BYTES = 256 << 20
 
 

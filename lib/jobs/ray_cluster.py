@@ -122,11 +122,12 @@ def one_line(error: BaseException) -> str:
     """Return an error of Ray's as one line; of a method's exception, the exception itself."""
     cause = getattr(error, "cause", None)
     error = cause if isinstance(cause, BaseException) else error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # In between are addresses and a traceback; the last line says why, before it gives advice.
-    said = list(dict.fromkeys(line.partition(" Some common causes")[0] for line in lines))
-    ends = " … ".join([said[0][:200], said[-1][:300]] if len(said) > 1 else said)
-    return ": ".join(filter(None, [type(error).__name__, re.sub(r"\x1b\[\d*m", "", ends)]))
+    # Where it happened is a list of numbers, and after the reason comes advice.
+    text = re.sub(r"\x1b\[\d*m|, *\x1b\[\d*mray::.*| Some common causes.*", "", str(error))
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    # Between the first and the last line are addresses and a traceback.
+    ends = " … ".join([lines[0][:200], lines[-1][:300]] if len(lines) > 1 else lines)
+    return ": ".join(filter(None, [type(error).__name__, ends]))
 
 
 @contextmanager

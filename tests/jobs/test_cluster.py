@@ -213,7 +213,7 @@ def test_a_killed_driver_loses_nothing_and_any_number_of_workers_goes_on(
     assert script("embed", *flags).status == 0
     first = cluster.add()
     on_cluster: list[str | Path] = ["--ray", cluster.address, "--set", "cluster.files=sent"]
-    within_a_write = partial(processes.at_call, "lib.jobs.dispatch._verified", 4, processes.die)
+    within_a_write = partial(processes.at_call, "lib.jobs.dispatch._digested", 4, processes.die)
     with started(place, *flags, *on_cluster, prepare=within_a_write) as process:
         assert process.end().status == -signal.SIGKILL
     assert any(name.endswith(".tmp") for name in names(place, 2))
