@@ -77,7 +77,9 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
     joined = f"--address=first:{20007}"
     starts = [words for words in asked(tmp_path, "ray") if words[0] == "start"]
     assert sorted("--head" in words for words in starts) == [False, True]
-    assert [joined in words for words in starts if "--head" not in words] == [True]
+    (other,) = [words for words in starts if "--head" not in words]
+    assert joined in other
+    assert not any(word.startswith("--include-dashboard") for word in other)  # Ray refuses it there
     (embed,) = asked(tmp_path, "python")
     assert embed[:3] == ["scripts/embed.py", "--ray", "first:20007"]
 
@@ -86,10 +88,10 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
 def test_ray_knows_the_options_of_the_page() -> None:
     commands = importlib.import_module("ray.scripts.scripts")
     known = {word for option in commands.start.params for word in option.opts}
-    options = "".join(line for line in BATCH.splitlines() if line.startswith("options="))
+    options = "".join(re.findall(r"^options=.*|ray start .*", BATCH, re.MULTILINE))
     table = "".join(line for line in PAGE.splitlines() if line.startswith("| `--"))
     said = {*re.findall(r"--[a-z-]+", options + table)}
-    assert len(said) == 11
+    assert len(said) == 13
     assert said <= known
     assert "--generate" in {word for one in commands.get_auth_token.params for word in one.opts}
 
