@@ -2,7 +2,7 @@
 #
 # Variables, the same everywhere (all optional):
 #   MODEL   a released name in full, or the path of weights
-#   INPUT   the FASTA file
+#   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
@@ -35,7 +35,8 @@ export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
 model := $${esm_model:+--esm-model "$$esm_model"}
-input := $${esm_input:+--input "$$esm_input"}
+# As in config.ini: a path, or words that each name one.
+input := $${esm_input:+--set "input.fasta=$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
 ray := $${esm_ray:+--ray "$$esm_ray"}
@@ -126,6 +127,8 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)
 
+# What stands there is whole: it is renamed into place when it is.
+.PRECIOUS: $(demo_model)
 $(demo_model): | $(installed)
 	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -19,8 +20,12 @@ __all__ = [
     "file_sha256",
     "listing_sha256",
     "new_path",
+    "rename_new",
     "sync_folder",
 ]
+
+# Of a file system that has no hard links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def file_sha256(path: Path) -> str:
@@ -51,6 +56,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_new(path: Path, to: Path) -> bool:
+    """Rename a file without replacing anything; return False if `to` exists. Raises OSError."""
+    try:
+        os.link(path, to)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if to.exists():
+            return False
+        path.rename(to)
+    else:
+        path.unlink()
+    return True
 
 
 @contextlib.contextmanager

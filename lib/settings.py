@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,21 @@ from marshmallow import ValidationError
 
 from lib.catalog import RELEASED
 from lib.errors import SettingsError
-from schema.settings import SECTIONS, SettingsSchema, SettingsSections
+from schema.settings import SECTIONS, STANDARD_INPUT, SettingsSchema, SettingsSections
 
-__all__ = ["DEFAULT_CONFIG", "Settings", "from_snapshot", "load_settings", "override", "snapshot"]
+__all__ = [
+    "DEFAULT_CONFIG",
+    "Overrides",
+    "Settings",
+    "from_snapshot",
+    "load_settings",
+    "override",
+    "snapshot",
+]
 
 Settings = SettingsSections
+# "section.option" to text as in config.ini, or to a list of paths, which are taken as they are.
+Overrides = Mapping[str, str | list[str]]
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.ini"
 
@@ -23,14 +34,15 @@ _PATHS = (
     ("model", "esm_model"),
     ("model", "base_model"),
     ("model", "weights_directory"),
-    ("input", "fasta"),
     ("output", "folder"),
     ("database", "url"),
 )
 
 
-def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = {}) -> Settings:
-    """Read config.ini, lay `overrides` ("section.option" to text) over it and check every option.
+def load_settings(
+    config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str | list[str]] = {}
+) -> Settings:
+    """Read config.ini, lay `overrides` over it and check every option.
 
     Relative paths in config.ini start at its folder, relative paths in `overrides` at the current
     folder; all are returned absolute. An option with an empty value counts as not set.
@@ -41,8 +53,8 @@ def load_settings(config: Path = DEFAULT_CONFIG, overrides: Mapping[str, str] = 
     return _check(_laid_over(values, overrides))
 
 
-def override(settings: Settings, overrides: Mapping[str, str]) -> Settings:
-    """Return `settings` with `overrides` ("section.option" to text) laid over them."""
+def override(settings: Settings, overrides: Overrides) -> Settings:
+    """Return `settings` with `overrides` laid over them."""
     return _check(_laid_over(snapshot(settings), overrides))
 
 
@@ -63,9 +75,9 @@ def from_snapshot(stored: object) -> Settings:
 
 
 def _laid_over(
-    values: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, str]
+    values: Mapping[str, Mapping[str, Any]], overrides: Overrides
 ) -> dict[str, dict[str, Any]]:
-    said: dict[str, dict[str, str]] = {}
+    said: dict[str, dict[str, str | list[str]]] = {}
     for key, value in overrides.items():
         section, _, option = key.partition(".")
         said.setdefault(section, {})[option] = value
@@ -98,7 +110,7 @@ def _read_config(config: Path) -> dict[str, dict[str, str]]:
     return values
 
 
-def _refuse_unknown(values: Mapping[str, Mapping[str, str]], source: str) -> None:
+def _refuse_unknown(values: Mapping[str, Mapping[str, object]], source: str) -> None:
     for section, options in values.items():
         if section not in SECTIONS:
             raise SettingsError(f"{source}: unknown section [{section}]")
@@ -109,26 +121,65 @@ def _refuse_unknown(values: Mapping[str, Mapping[str, str]], source: str) -> Non
 
 
 def _resolve(
-    values: Mapping[str, Mapping[str, str]], folder: Path, source: str
+    values: Mapping[str, Mapping[str, str | list[str]]], folder: Path, source: str
 ) -> dict[str, dict[str, Any]]:
     """Drop options with empty values and make paths absolute, starting at `folder`."""
     resolved: dict[str, dict[str, Any]] = {
-        section: {option: value for option, value in options.items() if value.strip()}
+        section: {
+            option: value
+            for option, value in options.items()
+            if isinstance(value, list) or value.strip()
+        }
         for section, options in values.items()
     }
     for section, option in _PATHS:
         value = resolved.get(section, {}).get(option)
         if value is None:
             continue
-        if "\0" in value:
-            raise SettingsError(f"{source}: [{section}] {option} has a NUL byte")
+        place = f"{source}: [{section}] {option}"
         is_path = "://" not in value if option == "url" else value not in RELEASED
-        if is_path:
-            try:
-                resolved[section][option] = str((folder / Path(value).expanduser()).absolute())
-            except RuntimeError as error:  # ~NAME, but there is no user NAME
-                raise SettingsError(f"{source}: [{section}] {option} = {value}: {error}") from None
+        resolved[section][option] = _absolute(value, folder, place, is_path=is_path)
+    fasta = resolved.get("input", {}).pop("fasta", None)
+    paths = _paths_in(fasta, folder) if isinstance(fasta, str) else fasta or []
+    place = f"{source}: [input] fasta"
+    named = [path for path in paths if path.strip()]
+    if named:
+        resolved["input"]["fasta"] = [
+            _absolute(path, folder, place, is_path=path != STANDARD_INPUT) for path in named
+        ]
     return resolved
+
+
+def _paths_in(text: str, folder: Path) -> list[str]:
+    """Return the paths of an option that may have several.
+
+    What leads to a file or folder as a whole is one path, blanks and quotes included. Else it is
+    split into words as a shell splits them; what a shell could not split is one path.
+    """
+    if text == STANDARD_INPUT or _exists(text, folder):
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote that does not end
+        return [text]
+
+
+def _exists(text: str, folder: Path) -> bool:
+    try:
+        return (folder / Path(text).expanduser()).exists()
+    except (OSError, RuntimeError, ValueError):  # too long, ~NAME without a user, a NUL byte
+        return False
+
+
+def _absolute(value: str, folder: Path, place: str, *, is_path: bool) -> str:
+    if "\0" in value:
+        raise SettingsError(f"{place} has a NUL byte")
+    if not is_path:
+        return value
+    try:
+        return str((folder / Path(value).expanduser()).absolute())
+    except RuntimeError as error:  # ~NAME, but there is no user NAME
+        raise SettingsError(f"{place} = {value}: {error}") from None
 
 
 def _check(values: Mapping[str, Any]) -> Settings:

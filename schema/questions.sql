@@ -22,6 +22,10 @@ SELECT run, file, problem FROM checkpoint_audit WHERE problem IS NOT NULL;
 SELECT run, model, model_sha256 FROM checkpoint_audit
 WHERE file LIKE '%/run-000001/checkpoint-000001.parquet';
 
+-- Which file is this record from?
+SELECT file, 100 - first_record AS record_in_file FROM record_files
+WHERE run = 1 AND 100 BETWEEN first_record AND last_record;
+
 -- Which inputs were embedded with more than one model?
 SELECT input_path, count(DISTINCT model_id) AS models, group_concat(DISTINCT id) AS runs
 FROM runs GROUP BY input_sha256 HAVING count(DISTINCT model_id) > 1;

@@ -10,6 +10,7 @@ from marshmallow import Schema, fields, post_load, validate
 __all__ = [
     "INCLUDES",
     "SECTIONS",
+    "STANDARD_INPUT",
     "ClusterSettings",
     "ComputeSettings",
     "DatabaseSettings",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 INCLUDES = ("mean", "bos", "per_tok", "contacts")
+STANDARD_INPUT = "-"  # in [input] fasta
 _LARGEST = 2**31 - 1  # lengths are int32 in checkpoints, and SQLite's integers end
 _POSITIVE = validate.Range(min=1, max=_LARGEST)
 
@@ -31,6 +33,14 @@ class Words(fields.List[Any]):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if isinstance(value, str):
             value = value.replace(",", " ").split()
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class Paths(fields.List[Any]):
+    """A list of paths; runs that were started with one file have it stored as text."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        value = [value] if isinstance(value, str) else value
         return super()._deserialize(value, attr, data, **kwargs)
 
 
@@ -52,9 +62,9 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class InputSettings:
-    """[input]: the FASTA file and what is done about letters, lengths and repeated ids."""
+    """[input]: the FASTA files and what is done about letters, lengths and repeated ids."""
 
-    fasta: str | None
+    fasta: list[str] | None
     max_residues: int
     long_sequences: str
     unknown_residues: str
@@ -136,7 +146,9 @@ class ModelSchema(Schema):
 class InputSchema(Schema):
     """Options of [input]."""
 
-    fasta = fields.String(load_default=None, allow_none=True)
+    fasta = Paths(
+        fields.String(), load_default=None, allow_none=True, validate=validate.Length(min=1)
+    )
     max_residues = fields.Integer(load_default=1022, validate=_POSITIVE)
     long_sequences = fields.String(
         load_default="truncate", validate=validate.OneOf(["truncate", "error", "whole"])

@@ -13,6 +13,7 @@ __all__ = [
     "Attempt",
     "Base",
     "Checkpoint",
+    "Input",
     "Model",
     "Run",
     "SchemaVersion",
@@ -105,6 +106,7 @@ class Run(Base):
     unknown_residues: Mapped[str] = mapped_column(comment="error, or x: mapped to X")
     duplicate_ids: Mapped[str] = mapped_column(comment="error or keep")
     plan: Mapped[str] = mapped_column(comment="how the order of work is decided")
+    # Of several files: the path of the first, the size of all, the digest of their digests.
     input_path: Mapped[str] = mapped_column(comment="the FASTA file, absolute")
     input_bytes: Mapped[int] = mapped_column(comment="size of the FASTA file, bytes")
     input_sha256: Mapped[str] = mapped_column(comment="SHA-256 of the FASTA file")
@@ -126,12 +128,31 @@ class Run(Base):
     finished_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL if unfinished")
 
     model: Mapped[Model | None] = relationship()
+    inputs: Mapped[list[Input]] = relationship(order_by="Input.number")
     attempts: Mapped[list[Attempt]] = relationship(back_populates="run", order_by="Attempt.id")
     checkpoints: Mapped[list[Checkpoint]] = relationship(
         back_populates="run",
         order_by="Checkpoint.first_position",
         foreign_keys="Checkpoint.run_id",
     )
+
+
+class Input(Base):
+    """A FASTA file of a run's input; of several, `runs` has the first path and a digest of all."""
+
+    __tablename__ = "inputs"
+    __table_args__ = (UniqueConstraint("run_id", "number"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, comment="number of the row")
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), comment="its run")
+    number: Mapped[int] = mapped_column(comment="its place in the input, 0-based")
+    path: Mapped[str] = mapped_column(
+        comment="the file, absolute; of standard input, the copy that was kept"
+    )
+    sha256: Mapped[str] = mapped_column(comment="SHA-256 of the file")
+    bytes: Mapped[int] = mapped_column(comment="size of the file")
+    first_record: Mapped[int] = mapped_column(comment="number of its first record in the run")
+    records: Mapped[int] = mapped_column(comment="records in the file")
 
 
 class Attempt(Base):

@@ -19,8 +19,11 @@ SELECT
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
     -- what is kept: mean, bos, per_tok, contacts
     (SELECT group_concat(value, ' ') FROM json_each(runs.include)) AS include,
-    -- the FASTA file, absolute
-    runs.input_path AS input,
+    -- the FASTA file, absolute; of several the first, and how many more
+    runs.input_path || coalesce(
+        (SELECT ' and ' || (count(*) - 1) || ' more' FROM inputs
+        WHERE inputs.run_id = runs.id HAVING count(*) > 1), ''
+    ) AS input,
     -- running, interrupted, failed or finished
     runs.status AS status,
     -- records in its checkpoints
@@ -80,6 +83,28 @@ LEFT JOIN (
     FROM checkpoints GROUP BY run_id
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
+
+-- The input files of each run, and which of its records are from each.
+CREATE VIEW record_files AS
+SELECT
+    -- number of the run
+    run_id AS run,
+    -- place of the file in the input, 0-based
+    number AS number,
+    -- the FASTA file, absolute; of standard input, the copy that was kept
+    path AS file,
+    -- number of its first record
+    first_record AS first_record,
+    -- number of its last record
+    first_record + records - 1 AS last_record,
+    -- records in the file
+    records AS records,
+    -- size of the file
+    bytes AS bytes,
+    -- SHA-256 of the file
+    sha256 AS sha256
+FROM inputs
+ORDER BY run_id, number;
 
 -- Every checkpoint with its model, and the problem with its metadata if there is one.
 CREATE VIEW checkpoint_audit AS

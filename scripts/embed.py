@@ -1,8 +1,13 @@
-"""Embed a FASTA file with ESM-2, as a run on the record.
+"""Embed FASTA files with ESM-2, as a run on the record.
 
     python scripts/embed.py --esm-model esm2_t33_650M_UR50D --input proteins.fasta
     python scripts/embed.py --input proteins.fasta --include mean bos --repr-layers 0 18 -1
+    python scripts/embed.py --input a.fasta b.fasta.gz folder_of_fasta
+    zcat proteins.fasta.gz | python scripts/embed.py --input -
     python scripts/embed.py --input examples/proteins.fasta --validate-config
+
+Several files are one input, whose records count from the first file on. Standard input is kept in
+the folder of the run.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
@@ -14,6 +19,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -36,6 +42,7 @@ from lib.jobs.interruption import Interruption
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
+from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
 from lib.settings import load_settings
@@ -53,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruption.handled(), ExitStack() as opened:
         settings = load_settings(parsed.config, overrides(parsed))
         if parsed.validate_config:
-            validation = validate(settings, note)
+            with standard_input_for_now(settings.input) as standard_input:
+                validation = validate(settings, note, standard_input)
             content, lines = validation_json(validation), describe_validation(validation)
             print_result(content, lines, as_json=parsed.json)
             return 0
@@ -62,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
         show_model(detection)
-        inventory = preflight(settings.input)
+        standard_input = opened.enter_context(
+            copied_standard_input(settings.input, Path(settings.output.folder))
+        )
+        inventory = preflight(settings.input, standard_input)
         show_input(inventory, settings)
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)

@@ -25,6 +25,7 @@ from lib.ledger.overview import (
     attempts_table,
     checkpoints_table,
     history_table,
+    inputs_table,
     progress_line,
     run_fields,
     workers_table,
@@ -77,12 +78,13 @@ def show_history(url: str, *, as_json: bool) -> None:
 
 
 def show_run(url: str, run_id: int, *, as_json: bool) -> None:
-    """Print one run, its attempts and its checkpoints."""
+    """Print one run, its input files if there are several, its attempts and its checkpoints."""
     detail = run_detail(url, run_id)
     if as_json:
         print_json(
             detail.run.dictionaries()[0]
             | {
+                "inputs": detail.inputs.dictionaries(),
                 "attempts": detail.attempts.dictionaries(),
                 "workers": detail.workers.dictionaries(),
                 "checkpoints": detail.checkpoints.dictionaries(),
@@ -90,6 +92,9 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
         )
         return
     print_fields(run_fields(detail))
+    inputs = inputs_table(detail)
+    if len(inputs.rows) > 1:
+        print_table(inputs.columns, inputs.rows, title="inputs", least_needed=["sha256", "size"])
     attempts, checkpoints = attempts_table(detail), checkpoints_table(detail)
     unneeded = ["pid", "tokens per pack", "threads", "host"]
     print_table(attempts.columns, attempts.rows, title="attempts", least_needed=unneeded)

@@ -23,6 +23,7 @@ from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.jobs.interruption import Interruption
 from lib.jobs.validation import audit_run, try_run, validate
+from lib.ledger.standard_input import standard_input_for_now
 from lib.settings import load_settings
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = overrides(parsed)
     with Interruption().handled():
         if parsed.run is None:
-            validation = validate(load_settings(parsed.config, said), note)
+            settings = load_settings(parsed.config, said)
+            with standard_input_for_now(settings.input) as standard_input:
+                validation = validate(settings, note, standard_input)
             content, lines = validation_json(validation), describe_validation(validation)
             print_result(content, lines, as_json=parsed.json)
             return 0

@@ -90,3 +90,17 @@ def test_a_refusal_comes_through_make_with_its_line(place: Place) -> None:
     assert done.stderr.startswith("error: esm_model ")
     assert "Error 2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_demo_model_that_another_make_has_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nmkdir -p models && echo whole > $5 && exit 2\n")
+    python.chmod(0o755)
+    model = tmp_path / "models" / "esm2_untrained_t6_8M.pt"
+    done = make(str(model.relative_to(tmp_path)), f"python={python}", folder=tmp_path)
+    assert done.returncode != 0
+    assert model.read_text() == "whole\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.errors import SettingsError
 from lib.settings import (
     DEFAULT_CONFIG,
+    Overrides,
     Settings,
     from_snapshot,
     load_settings,
@@ -152,6 +154,11 @@ def test_words_stand_between_spaces_or_commas(tmp_path: Path) -> None:
 # ---- Paths
 
 
+def path_in(settings: Settings, section: str, option: str) -> object:
+    found = getattr(getattr(settings, section), option)
+    return found[0] if isinstance(found, list) and len(found) == 1 else found
+
+
 @pytest.mark.parametrize(("section", "option"), PATHS)
 def test_paths_in_config_start_at_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, option: str
@@ -159,9 +166,9 @@ def test_paths_in_config_start_at_its_folder(
     (tmp_path / "elsewhere").mkdir()
     config = write(tmp_path, f"[{section}]\n{option} = some/file\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = getattr(getattr(load_settings(Path("../config.ini")), section), option)
+    found = path_in(load_settings(Path("../config.ini")), section, option)
     assert found == str(tmp_path / "some/file")
-    assert found == getattr(getattr(load_settings(config), section), option)
+    assert found == path_in(load_settings(config), section, option)
 
 
 @pytest.mark.parametrize(("section", "option"), PATHS)
@@ -172,19 +179,19 @@ def test_paths_in_flags_start_at_the_current_folder(
     config = write(tmp_path, f"[{section}]\n{option} = some/file\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
     settings = load_settings(config, {f"{section}.{option}": "some/file"})
-    assert getattr(getattr(settings, section), option) == str(tmp_path / "elsewhere/some/file")
+    assert path_in(settings, section, option) == str(tmp_path / "elsewhere/some/file")
 
 
 @pytest.mark.parametrize(("section", "option"), PATHS)
 def test_absolute_paths_stay(tmp_path: Path, section: str, option: str) -> None:
     config = write(tmp_path, f"[{section}]\n{option} = /some/file\n")
-    assert getattr(getattr(load_settings(config), section), option) == "/some/file"
+    assert path_in(load_settings(config), section, option) == "/some/file"
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = write(tmp_path, "[input]\nfasta = ~/a.fasta\n")
-    assert load_settings(config).input.fasta == str(tmp_path / "a.fasta")
+    assert load_settings(config).input.fasta == [str(tmp_path / "a.fasta")]
 
 
 def test_released_names_and_database_urls_are_no_paths(tmp_path: Path) -> None:
@@ -200,14 +207,64 @@ def test_outputs_that_nobody_placed_go_to_the_project(tmp_path: Path) -> None:
     assert settings.database.url == str(DEFAULT_CONFIG.parent / "runs.sqlite")
 
 
+SEVERAL = {
+    "a.fasta": ["a.fasta"],
+    "a.fasta b.fasta.gz": ["a.fasta", "b.fasta.gz"],
+    "'x y.fasta' z\\ w.fa": ["x y.fasta", "z w.fa"],
+    "a.fasta\n    b.fasta": ["a.fasta", "b.fasta"],
+    "it's missing.fasta": ["it's missing.fasta"],
+    "there is.fasta": ["there is.fasta"],
+    "'there is'.fasta there is.fasta": ["there is.fasta", "there", "is.fasta"],
+    "a.fasta -": ["a.fasta", "-"],
+    "-": ["-"],
+    "./-": ["-/"],
+}
+
+
+@pytest.mark.parametrize("said", SEVERAL)
+def test_an_input_is_a_path_or_words_as_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there is.fasta").touch()
+    expected = [one if one == "-" else str(tmp_path / one.strip("/")) for one in SEVERAL[said]]
+    config = write(tmp_path, f"[input]\nfasta = {said}\n")
+    assert load_settings(config).input.fasta == expected
+    assert load_settings(DEFAULT_CONFIG, {"input.fasta": said}).input.fasta == expected
+
+
+def test_the_paths_of_a_list_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = ["a b.fasta", "'c'", "", "-"]
+    found = load_settings(DEFAULT_CONFIG, {"input.fasta": paths}).input.fasta
+    assert found == [str(tmp_path / "a b.fasta"), str(tmp_path / "'c'"), "-"]
+
+
+@pytest.mark.parametrize("said", ["", "''", " ''  \"\""])
+def test_an_input_of_empty_words_says_nothing(place: Place, said: str) -> None:
+    place.set("input", "fasta", "/data/a.fasta")
+    assert load_settings(place.config, {"input.fasta": said}).input.fasta == ["/data/a.fasta"]
+    assert load_settings(DEFAULT_CONFIG, {"input.fasta": said}).input.fasta is None
+
+
+def test_a_run_that_stored_one_path_as_text_has_this_path(place: Place) -> None:
+    stored = snapshot(load_settings(place.config))
+    stored["input"]["fasta"] = "/data/some proteins.fasta"
+    assert from_snapshot(stored).input.fasta == ["/data/some proteins.fasta"]
+
+
 @pytest.mark.parametrize(
     "name", ["100%.fasta", "%(home)s.fasta", "a b  c.fasta", "protéines 蛋白.fasta", "${x}#;=.fa"]
 )
-def test_odd_names_stay_as_written(tmp_path: Path, name: str) -> None:
+def test_odd_names_stay_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
     config = write(tmp_path, f"[input]\nfasta = {name}\n")
-    assert load_settings(config).input.fasta == str(tmp_path / name)
+    assert load_settings(config).input.fasta == [str(tmp_path / name)]
     settings = load_settings(config, {"input.fasta": name})
-    assert settings.input.fasta == str(Path.cwd() / name)
+    assert settings.input.fasta == [str(tmp_path / name)]
 
 
 # ---- What is refused
@@ -306,7 +363,7 @@ def test_a_malformed_config_is_refused_with_its_name(tmp_path: Path, text: str) 
     assert str(config) in refusal(config)
 
 
-def accepts_or_refuses_in_one_line(config: Path, overrides: dict[str, str]) -> None:
+def accepts_or_refuses_in_one_line(config: Path, overrides: Overrides) -> None:
     try:
         settings = load_settings(config, overrides)
     except SettingsError as error:
@@ -358,7 +415,9 @@ def test_what_flags_say_arrives_as_it_is_and_is_a_setting_or_refused_in_one_line
     argv += [f"--set={'.'.join(option)}={value}", "--include", *kinds]
     argv += ["--repr-layers", *map(str, layers)]
     said = overrides(parser.parse_args(argv))
-    expected = {".".join(option): value} | {FLAGS[flag]: text for flag, text in flags.items()}
+    expected: dict[str, object] = {".".join(option): value}
+    for flag, text in flags.items():
+        expected[FLAGS[flag]] = [text] if flag == "--input" else text
     expected["output.include"] = " ".join(kinds)
     expected["model.repr_layers"] = " ".join(map(str, layers))
     assert said == expected
@@ -406,7 +465,7 @@ VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("model", "hidden_dim"): LARGE,
     ("model", "attention_heads"): LARGE,
     ("model", "token_dropout"): st.booleans(),
-    ("input", "fasta"): ANY_PATH,
+    ("input", "fasta"): st.lists(ANY_PATH | st.just("-"), min_size=1, max_size=3),
     ("input", "max_residues"): LARGE,
     ("input", "long_sequences"): st.sampled_from(["truncate", "error", "whole"]),
     ("input", "unknown_residues"): st.sampled_from(["error", "x"]),
@@ -439,7 +498,8 @@ def test_what_an_option_may_be_comes_out_as_said(
 ) -> None:
     section, name = option
     value = data.draw(VALID[option])
-    said = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    join = shlex.join if name == "fasta" else " ".join
+    said = join(map(str, value)) if isinstance(value, list) else str(value)
     scratch.write_text(f"[{section}]\n{name} = {said}\n", encoding="utf-8")
     for settings in (
         load_settings(scratch),
@@ -458,7 +518,7 @@ def test_a_snapshot_of_settings_reads_back(place: Place) -> None:
         "model.token_dropout": "no",
         "output.include": "mean per_tok",
         "output.checkpoint_seconds": "0.25",
-        "input.fasta": "protéines %.fasta",
+        "input.fasta": "'protéines %.fasta' -",
     }
     settings = load_settings(place.config, said)
     assert from_snapshot(json.loads(json.dumps(snapshot(settings)))) == settings

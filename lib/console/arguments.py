@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lib.errors import LedgerError
-from lib.settings import DEFAULT_CONFIG, load_settings
+from lib.settings import DEFAULT_CONFIG, Overrides, load_settings
 from schema.settings import ClusterSettings
 
 __all__ = ["arguments", "cluster_settings", "database_url", "overrides", "settings_arguments"]
@@ -45,7 +45,6 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
     group = parser.add_argument_group("overriding config.ini")
     helps = {
         "esm_model": ("MODEL", "a released name in full, or the path of weights"),
-        "input": ("FASTA", "the FASTA file"),
         "output": ("FOLDER", "the folder that gets a folder for every run"),
         "ray": ("ADDRESS", "compute on a Ray cluster: HOST:PORT, or auto (docs/cluster.md)"),
     }
@@ -53,6 +52,14 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
         if flag in flags:
             option = f"--{flag.replace('_', '-')}"
             group.add_argument(option, metavar=metavar, help=explanation)
+    if "input" in flags:
+        group.add_argument(
+            "--input",
+            nargs="+",
+            action="extend",
+            metavar="FASTA",
+            help="FASTA files, folders of them, or - for standard input: one input, in this order",
+        )
     if "include" in flags:
         group.add_argument(
             "--include", nargs="+", metavar="KIND", help="mean, bos, per_tok, contacts"
@@ -74,9 +81,12 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
     )
 
 
-def overrides(parsed: argparse.Namespace) -> dict[str, str]:
-    """Return the overrides as "section.option" to text; a flag takes precedence over --set."""
-    said: dict[str, str] = {}
+def overrides(parsed: argparse.Namespace) -> dict[str, str | list[str]]:
+    """Return the overrides as "section.option" to text; a flag takes precedence over --set.
+
+    The paths of --input stay a list: the shell has split them.
+    """
+    said: dict[str, str | list[str]] = {}
     for setting in getattr(parsed, "set", []):
         key, equals, value = setting.partition("=")
         if not equals or "." not in key:
@@ -84,18 +94,26 @@ def overrides(parsed: argparse.Namespace) -> dict[str, str]:
         said[key.strip()] = value
     for flag, key in _FLAGS.items():
         value = getattr(parsed, flag, None)
-        if value is not None:
+        if value is None:
+            continue
+        if flag == "input":
+            said[key] = value
+        else:
             said[key] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return said
 
 
 def database_url(parsed: argparse.Namespace) -> str:
     """Return the run database that --database, --set or else config.ini names."""
-    said = {key: value for key, value in overrides(parsed).items() if key == "database.url"}
+    said: Overrides = {
+        key: value for key, value in overrides(parsed).items() if key == "database.url"
+    }
     return load_settings(parsed.config, said).database.url
 
 
 def cluster_settings(parsed: argparse.Namespace) -> ClusterSettings:
     """Return the [cluster] of config.ini as it is today, with --ray and --set laid over it."""
-    said = {key: text for key, text in overrides(parsed).items() if key.startswith("cluster.")}
+    said: Overrides = {
+        key: text for key, text in overrides(parsed).items() if key.startswith("cluster.")
+    }
     return load_settings(parsed.config, said).cluster

@@ -92,7 +92,7 @@ def detection_json(detection: Detection, proof: Proof | None) -> dict[str, Any]:
 def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
     """Return the findings of the preflight as lines, with every change made to a sequence."""
     lines = [
-        f"input {inventory.path}: {inventory.records} records, {inventory.sequences} different "
+        f"input {inventory.name}: {inventory.records} records, {inventory.sequences} different "
         f"sequences, {inventory.residues} residues to embed, longest {inventory.longest}"
     ]
     if inventory.truncated:
@@ -130,6 +130,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "model": run.esm2_config,
         "input": run.input_path,
+        "inputs": [file.path for file in run.inputs],
         "records": run.records_total,
         "output_folder": run.output_folder,
         "checkpoints": [one.path for one in run.checkpoints],
@@ -171,8 +172,16 @@ def validation_json(validation: Validation) -> dict[str, Any]:
         "input": None
         if inventory is None
         else {
-            "path": str(inventory.path),
+            "path": inventory.files[0].source.name,
             "sha256": inventory.sha256,
+            "files": [
+                {
+                    "path": file.source.name,
+                    "sha256": file.sha256,
+                    "records": file.records,
+                }
+                for file in inventory.files
+            ],
             "records": inventory.records,
             "sequences": inventory.sequences,
             "residues": inventory.residues,

@@ -72,6 +72,8 @@ def write_anndata(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         {name: described.column(name).to_numpy() for name in described.schema.names}
     )
     obs.insert(0, "record", run.records)
+    if len(run.inputs) > 1:
+        obs["input_file"] = pandas.Categorical(run.input_files)
     refuse_repeats(run, run.ids, "obs name")
     obs = obs.set_index("id")
     with (

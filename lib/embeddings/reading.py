@@ -4,6 +4,7 @@
 
     run = open_run("runs.sqlite", 1)
     run.ids, run.matrix()              # (N,) and (N, hidden_dim) float32, in FASTA order
+    run.input_files                    # (N,) the FASTA file that each record is from
     run.matrix(to="vectors.npy")       # the same, memory-mapped
     run.residues(7)                    # (embedded_length, hidden_dim) of record 7
     run.contacts(7)                    # (embedded_length, embedded_length) of record 7
@@ -72,20 +73,27 @@ def open_run(
         raise SettingsError(
             f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
         )
+    inputs = query(
+        url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
+    ).dictionaries()
     folder = Path(facts["output_folder"])
     files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
-    return RunEmbeddings(facts, [verified_file(file, digest=verify) for file in files])
+    return RunEmbeddings(facts, inputs, [verified_file(file, digest=verify) for file in files])
 
 
 class RunEmbeddings:
     """The vectors of one run, in FASTA order; `open_run` makes it.
 
     facts: the row of the run in the table `runs`, by column.
+    inputs: the rows of its input files in the table `inputs`, in their order.
     records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
-    def __init__(self, facts: dict[str, Any], files: list[VerifiedFile]) -> None:
+    def __init__(
+        self, facts: dict[str, Any], inputs: list[dict[str, Any]], files: list[VerifiedFile]
+    ) -> None:
         self.facts = facts
+        self.inputs = inputs
         self._files = files
         numbers, places = _find_records(files)
         order = np.argsort(numbers)
@@ -118,6 +126,14 @@ class RunEmbeddings:
         """First word of every header, in FASTA order."""
         ids: list[str] = self.table("id").column("id").to_pylist()
         return ids
+
+    @cached_property
+    def input_files(self) -> list[str]:
+        """The path of the input file that each record is from, in FASTA order."""
+        paths = [one["path"] for one in self.inputs]
+        firsts = [one["first_record"] for one in self.inputs]
+        numbers = np.searchsorted(firsts, self.records, side="right") - 1
+        return [paths[number] for number in numbers.tolist()]
 
     def table(self, *columns: str) -> pa.Table:
         """Return columns that are not vectors (id, description, length...), in FASTA order."""

@@ -33,7 +33,10 @@ class Selection:
 
 
 def facts_of(run: RunEmbeddings, column: VectorColumn | None = None) -> dict[str, Any]:
-    """Return what identifies a run and its model; with `column` also its layer and pooling."""
+    """Return what identifies a run and its model; with `column` also its layer and pooling.
+
+    `input` is the first of several files, `inputs` then has a list for each of their properties.
+    """
     facts = {
         "model": run.model["name"],
         "model_sha256": run.model["sha256"],
@@ -47,6 +50,9 @@ def facts_of(run: RunEmbeddings, column: VectorColumn | None = None) -> dict[str
         "records": len(run),
         "records_total": run.facts["records_total"],
     }
+    if len(run.inputs) > 1:
+        keys = ("path", "sha256", "first_record", "records")
+        facts["inputs"] = {key: [one[key] for one in run.inputs] for key in keys}
     if column is not None:
         pooling = column.kind if column.is_pooled else "none"
         facts |= {"layer": column.layer, "pooling": pooling}

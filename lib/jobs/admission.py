@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lib.errors import (
@@ -20,6 +20,7 @@ from lib.ledger.audit import (
     missing_positions,
 )
 from lib.ledger.identity import (
+    check_digests,
     check_input,
     check_properties,
     check_regression,
@@ -28,9 +29,9 @@ from lib.ledger.identity import (
     run_config,
 )
 from lib.models.detection import Detection, detect
+from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
-from lib.sequences.records import input_sha256
-from lib.settings import Settings, from_snapshot, override
+from lib.settings import Overrides, Settings, from_snapshot, override
 from schema.tables import Checkpoint, Run
 
 __all__ = [
@@ -59,7 +60,7 @@ class Admission:
     missing: list[range]
 
 
-def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) -> Admission:
+def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admission:
     """Check all that continuing a run rests on, before any tensor is read.
 
     overrides: "section.option" to text, for what lies elsewhere now or is not part of a run's
@@ -81,12 +82,17 @@ def admit(run: Run, overrides: Mapping[str, str], *, recompute_damaged: bool) ->
     return Admission(settings, detection, sha256, inventory, damaged, missing)
 
 
-def settings_of(run: Run, overrides: Mapping[str, str]) -> Settings:
-    """Return the settings a run was started with, with its weights where they last lay."""
+def settings_of(run: Run, overrides: Overrides) -> Settings:
+    """Return the settings a run was started with, with its weights and input where they last lay.
+
+    The input is the files that were read, so that a folder may have got others since.
+    """
     try:
         settings = from_snapshot(run.settings)
     except SettingsError as error:
         raise IdentityRefusedError(f"run {run.id}: stored settings: {error}") from None
+    files = [file.path for file in run.inputs]
+    settings = replace(settings, input=replace(settings.input, fasta=files or None))
     if run.attempts:
         last = run.attempts[-1].weights_path
         settings = replace(settings, model=replace(settings.model, esm_model=last))
@@ -123,13 +129,9 @@ def input_in_hand(run: Run, settings: Settings) -> Inventory:
         inventory = preflight(settings.input)
     except InputError:
         # What has another digest is another input, whatever else is wrong with it.
-        digest = input_sha256(settings.input)
-        if digest == run.input_sha256:
-            raise
-        raise IdentityRefusedError(
-            f"run {run.id}: sha256 of the input is {run.input_sha256} in the run, {digest} in "
-            f"{settings.input.fasta}"
-        ) from None
+        sources = input_sources(settings.input)
+        check_digests(run, [(source.name, source_sha256(source)) for source in sources])
+        raise
     check_input(run, inventory)
     return inventory
 

@@ -149,6 +149,15 @@ def _rules(job: Job) -> StretchRules:
             "run": run.id,
             "identity": run_identity(run),
             "settings": run.settings,
+            "inputs": [
+                {
+                    "path": file.path,
+                    "sha256": file.sha256,
+                    "first_record": file.first_record,
+                    "records": file.records,
+                }
+                for file in run.inputs
+            ],
         },
         seconds=output.checkpoint_seconds,
         records=output.checkpoint_records,

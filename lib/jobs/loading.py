@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from _thread import start_new_thread
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -135,7 +135,7 @@ def _read(
 
 
 def _beside(work: Callable[[], Digest]) -> Future[Digest]:
-    """Begin `work` in a daemon thread: a signal need not wait for the digest of a large file."""
+    """Begin `work` in a thread that dies with the process: a signal need not wait for its end."""
     future: Future[Digest] = Future()
 
     def run() -> None:
@@ -144,5 +144,6 @@ def _beside(work: Callable[[], Digest]) -> Future[Digest]:
         except BaseException as error:  # raised where the result is asked for
             future.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    # A signal that raises within Thread.start() makes the new thread print a traceback.
+    start_new_thread(run, ())
     return future

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
@@ -15,7 +16,7 @@ from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
-from lib.settings import Settings
+from lib.settings import Overrides, Settings
 from schema.tables import Run
 
 __all__ = [
@@ -62,11 +63,13 @@ class Validation:
     unfinished: list[Unfinished]
 
 
-def validate(settings: Settings, say: Callable[[str], None]) -> Validation:
+def validate(
+    settings: Settings, say: Callable[[str], None], standard_input: Path | None = None
+) -> Validation:
     """Check settings, weights, input and database, in this order; `say` is told what is good.
 
-    The weights are digested, loaded and tried on one short sequence. Raises the LedgerError of
-    the first thing that is wrong.
+    standard_input: the file in which it is kept meanwhile. The weights are digested, loaded and
+    tried on one short sequence. Raises the LedgerError of the first thing that is wrong.
     """
     detection = detect(settings.model, contacts="contacts" in settings.output.include)
     say(f"settings: good, model {detection.name}")
@@ -77,13 +80,13 @@ def validate(settings: Settings, say: Callable[[str], None]) -> Validation:
     say(f"model: good, one short sequence embedded on {model.facts.device}")
     inventory = None
     if settings.input.fasta is not None:
-        inventory = preflight(settings.input)
+        inventory = preflight(settings.input, standard_input)
         say(f"input: good, {inventory.records} records")
     unfinished = list_unfinished(settings.database.url, model, detection)
     return Validation(model, inventory, settings.input.max_residues, unfinished)
 
 
-def audit_run(url: str, run_id: int, overrides: Mapping[str, str]) -> RunAudit:
+def audit_run(url: str, run_id: int, overrides: Overrides) -> RunAudit:
     """Check a run's rows and checkpoint files, then the weights and the input in hand.
 
     overrides: "section.option" to text, for what lies elsewhere now. No tensor is read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from lib.models.detection import Detection
 from lib.network.device import use_threads
 from lib.network.memory import available_bytes, ran_out
 from lib.sequences.windows import read_windows
+from lib.settings import Overrides
 from schema.parquet import VectorColumn, vector_columns
 from schema.tables import Run
 
@@ -151,7 +152,7 @@ class _Compared:
 def verify_run(
     url: str,
     run_id: int,
-    overrides: Mapping[str, str],
+    overrides: Overrides,
     sample: int,
     seed: int,
     say: Callable[[str], None],

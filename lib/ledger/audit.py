@@ -11,6 +11,7 @@ from lib.files import file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
 from lib.ledger.footer import read_footer
 from lib.ledger.identity import first_difference, run_config, run_identity
+from lib.sequences.inputs import combined_sha256
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run
 
@@ -77,6 +78,11 @@ def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:
             f"{config.contact_regression_sha256} in its model metadata",
             damaged=False,
         )
+    if not _inputs_fit(run):
+        yield Finding(
+            f"run {run.id}: its rows in inputs do not make its input_sha256 and records_total",
+            damaged=False,
+        )
     if run.model is None:
         yield Finding(f"run {run.id}: model_id is {run.model_id}: no such model", damaged=False)
         return
@@ -88,6 +94,17 @@ def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:
         yield Finding(
             f"run {run.id}: {key} is {was} in its model metadata, {now} in models", damaged=False
         )
+
+
+def _inputs_fit(run: Run) -> bool:
+    """Tell whether the files of a run's input follow each other and are those of its row."""
+    first = 0
+    for number, file in enumerate(run.inputs):
+        if (file.number, file.first_record) != (number, first):
+            return False
+        first += file.records
+    digests = [file.sha256 for file in run.inputs]
+    return (combined_sha256(digests), first) == (run.input_sha256, run.records_total)
 
 
 def _audit_row(run: Run, config: ESM2Config, checkpoint: Checkpoint) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +10,13 @@ from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from lib.errors import MachineError
-from lib.files import disk_errors, sync_folder
+from lib.files import disk_errors, rename_new, sync_folder
 from lib.ledger.checkpoints import FinishedFile, checkpoint_name, checkpoint_number
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.runs import Ownership, show_alive
 from schema.tables import Checkpoint, Worker
 
 __all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"]
-
-# Of a file system that has no hard links.
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -74,27 +69,10 @@ def rename_into_place(file: FinishedFile, path: Path) -> bool:
     """
     with disk_errors(path):
         _refuse_replaced(file, file.temporary)
-        if not _link(file.temporary, path):
+        if not rename_new(file.temporary, path):
             return False
         _refuse_replaced(file, path)
         sync_folder(path.parent)
-    return True
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    """Rename without replacing anything; return False if `path` exists."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if path.exists():
-            return False
-        temporary.rename(path)
-    else:
-        temporary.unlink()
     return True
 
 

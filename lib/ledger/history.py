@@ -40,9 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its row in the history, its attempts, their workers, and its checkpoints."""
+    """One run: its row in the history, its inputs, attempts, workers and checkpoints."""
 
     run: Table
+    inputs: Table
     attempts: Table
     checkpoints: Table
     workers: Table
@@ -87,6 +88,12 @@ def run_detail(url: str, run_id: int) -> RunDetail:
     )
     if not line.rows:
         raise SettingsError(f"run {run_id}: not in database {database_path(url)}")
+    inputs = query(
+        url,
+        "SELECT number, file, first_record, last_record, records, bytes, sha256 "
+        "FROM record_files WHERE run = ? ORDER BY number",
+        [run_id],
+    )
     attempts = query(
         url,
         "SELECT id AS attempt, outcome, started_at AS started, heartbeat_at AS heartbeat, "
@@ -104,7 +111,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         [run_id],
     )
     workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
-    return RunDetail(_with_killed(line), attempts, checkpoints, workers)
+    return RunDetail(_with_killed(line), inputs, attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.errors import IdentityRefusedError
+from lib.sequences.inputs import named
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings
@@ -14,6 +15,7 @@ from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Run
 
 __all__ = [
+    "check_digests",
     "check_input",
     "check_properties",
     "check_regression",
@@ -105,6 +107,7 @@ def check_regression(run: Run, sha256: str, path: Path) -> None:
 
 def check_input(run: Run, inventory: Inventory) -> None:
     """Compare the FASTA in hand with the run's; raises IdentityRefusedError if it changed."""
+    check_digests(run, [(file.source.name, file.sha256) for file in inventory.files])
     expected = {
         "sha256": run.input_sha256,
         "records": run.records_total,
@@ -115,8 +118,26 @@ def check_input(run: Run, inventory: Inventory) -> None:
     if difference:
         key, was, now = difference
         raise IdentityRefusedError(
-            f"run {run.id}: {key} of the input is {was} in the run, {now} in {inventory.path}"
+            f"run {run.id}: {key} of the input is {was} in the run, {now} in {inventory.name}"
         )
+
+
+def check_digests(run: Run, digests: Sequence[tuple[str, str]]) -> None:
+    """Compare the digests of input files with those of a run, in their order.
+
+    digests: (name, SHA-256) of each file. Raises IdentityRefusedError at the first difference.
+    """
+    if len(digests) != len(run.inputs):
+        raise IdentityRefusedError(
+            f"run {run.id}: {len(run.inputs)} files in the input of the run, {len(digests)} in "
+            f"{named([name for name, _ in digests])}"
+        )
+    for file, (name, sha256) in zip(run.inputs, digests, strict=True):
+        if sha256 != file.sha256:
+            which = "the input" if len(digests) == 1 else f"input file {file.number}"
+            raise IdentityRefusedError(
+                f"run {run.id}: sha256 of {which} is {file.sha256} in the run, {sha256} in {name}"
+            )
 
 
 def check_settings(run: Run, settings: Settings) -> None:

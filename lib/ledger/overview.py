@@ -10,7 +10,7 @@ from lib.ledger.history import RunDetail, Table
 from lib.units import count, duration, moment, seconds_between, size
 
 __all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
-__all__ += ["run_fields", "workers_table"]
+__all__ += ["inputs_table", "run_fields", "workers_table"]
 
 # Columns of history_table that are left out, in this order, until it fits the terminal.
 LEAST_NEEDED = ["include", "layers", "input", "took", "residues/s", "started (UTC)", "records"]
@@ -69,6 +69,23 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "took": None if took is None else duration(took),
         "computing": duration(worked),
     }
+
+
+def inputs_table(detail: RunDetail) -> Table:
+    """Return a row per input file: its records, size and SHA-256."""
+    columns = ["input", "file", "first record", "records", "size", "sha256"]
+    rows = [
+        [
+            one["number"],
+            one["file"],
+            count(one["first_record"]),
+            count(one["records"]),
+            size(one["bytes"]),
+            one["sha256"],
+        ]
+        for one in detail.inputs.dictionaries()
+    ]
+    return Table(columns, rows)
 
 
 def attempts_table(detail: RunDetail) -> Table:

@@ -21,11 +21,12 @@ from lib.files import disk_errors, sync_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.standard_input import is_kept, keep_in_folder
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
 from schema.esm2_config import ESM2Config
-from schema.tables import Attempt, Base, Checkpoint, Model, Run, Worker
+from schema.tables import Attempt, Base, Checkpoint, Input, Model, Run, Worker
 
 __all__ = [
     "AttemptFacts",
@@ -79,8 +80,8 @@ def create_run(
     """Record a new run with its folder, its first attempt and this process as its owner.
 
     All of it appears in one transaction or not at all; what leaves the block early is recorded as
-    the attempt's end. Raises SettingsError if the folder that the run would get has something in
-    it, or for contacts that no checkpoint can hold.
+    the attempt's end. A copy of standard input moves into the folder. Raises SettingsError if the
+    folder that the run would get has something in it, or for contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
     with transaction(engine) as session:
@@ -92,7 +93,7 @@ def create_run(
             repr_layers=list(config.repr_layers),
             **settings_identity(settings),
             plan=PLAN,
-            input_path=str(inventory.path),
+            input_path=str(inventory.files[0].source.path),
             input_bytes=inventory.bytes,
             input_sha256=inventory.sha256,
             records_total=inventory.records,
@@ -109,7 +110,9 @@ def create_run(
         session.flush()
         folder = Path(settings.output.folder) / f"run-{run.id:06d}"
         run.output_folder = str(folder)
-        lock = _make_folder(folder)
+        lock = _make_folder(folder, inventory, run.uuid)
+        run.inputs = _inputs(inventory)
+        run.input_path = run.inputs[0].path
         attempt = _attempt(run.id, facts)
         session.add(attempt)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
@@ -242,6 +245,7 @@ def load_run(engine: Engine, run_id: int) -> Run:
                 .where(Run.id == run_id)
                 .options(
                     selectinload(Run.model),
+                    selectinload(Run.inputs),
                     selectinload(Run.attempts),
                     selectinload(Run.checkpoints).selectinload(Checkpoint.attempt),
                 )
@@ -251,7 +255,7 @@ def load_run(engine: Engine, run_id: int) -> Run:
     if run is None:
         raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
     models = [run.model] if run.model is not None else []
-    for row in (run, *models, *run.attempts, *run.checkpoints):
+    for row in (run, *models, *run.inputs, *run.attempts, *run.checkpoints):
         _check_types(run_id, row)
     return run
 
@@ -309,6 +313,20 @@ def _model(session: Session, config: ESM2Config) -> Model:
     return model
 
 
+def _inputs(inventory: Inventory) -> list[Input]:
+    return [
+        Input(
+            number=number,
+            path=str(file.source.path),
+            sha256=file.sha256,
+            bytes=file.bytes,
+            first_record=file.first_record,
+            records=file.records,
+        )
+        for number, file in enumerate(inventory.files)
+    ]
+
+
 def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
     now = utc_now()
     packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
@@ -346,15 +364,28 @@ def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _make_folder(folder: Path) -> IO[bytes]:
-    """Make a run's folder and take its lock; an empty one may be left of a start that died."""
+def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> IO[bytes]:
+    """Make a run's folder, take its lock and keep standard input there.
+
+    One without work may be left of a start that died.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if path.name != LOCK_NAME]
+        strange = [path.name for path in folder.iterdir() if not _may_be_there(path.name)]
         if strange:
             raise SettingsError(f"output folder {folder}: holds {strange[0]} already")
         sync_folder(folder.parent)
     try:
-        return take_lock(folder)
+        lock = take_lock(folder)
     except HeldError:
         raise MachineError(f"output folder {folder}: owned by another process") from None
+    try:
+        keep_in_folder(inventory, folder, uuid)
+    except MachineError:
+        lock.close()
+        raise
+    return lock
+
+
+def _may_be_there(name: str) -> bool:
+    return name == LOCK_NAME or is_kept(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -43,16 +44,22 @@ def make_model(
 
     The file has the keys and tensor names of a release (cfg Namespace, `encoder.` prefixes,
     language-model head, rotary buffers) and the mark `untrained` in its cfg. Returns the path
-    of the contact regression. Raises SettingsError for a shape that no ESM-2 can have and for a
-    file that exists, MachineError if the disk fails.
+    of the contact regression. One of the same bytes may be there, as an interruption between the
+    two files leaves it. Raises SettingsError for a shape that no ESM-2 can have and for a file
+    that exists, MachineError if the disk fails.
     """
     shape = ModelShape(num_layers, hidden_dim, attention_heads, token_dropout)
     _check_shape(shape)
     regression = regression_path(path)
     _make_parents(path)
+    drawn = io.BytesIO()
+
+    def is_the_same(found: Path) -> bool:
+        return not drawn.getvalue() or found.read_bytes() == drawn.getvalue()
+
     with (
         new_path(path, folder=False) as model_part,
-        new_path(regression, folder=False) as regression_part,
+        new_path(regression, folder=False, replaceable=is_the_same) as regression_part,
     ):
         trunk, contact = _drawn(shape, seed, dtype)
         state = {
@@ -61,7 +68,8 @@ def make_model(
         }
         state["encoder.lm_head.weight"] = state["encoder.sentence_encoder.embed_tokens.weight"]
         _save({"cfg": {"model": _fair_esm_cfg(shape)}, "model": state}, model_part, path)
-        _save({"model": contact}, regression_part, regression)
+        torch.save({"model": contact}, drawn)
+        regression_part.write_bytes(drawn.getvalue())
     return regression
 
 

@@ -18,7 +18,7 @@ from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, new_path
 from lib.ledger.history import RunDetail, Table, query, run_detail
-from lib.ledger.overview import attempts_table, run_fields, workers_table
+from lib.ledger.overview import attempts_table, inputs_table, run_fields, workers_table
 from lib.ledger.sqlite_file import database_path
 from lib.pages.figures import (
     Figure,
@@ -37,6 +37,7 @@ from schema.version import VERSION
 __all__ = ["Report", "default_place", "make_report", "write_report"]
 
 _ATTEMPTS_SHOWN = 20
+_INPUTS_SHOWN = 100
 _SEAL = re.compile(rb"<!-- esm-ledger: end of the report, sha256 ([0-9a-f]{64}) -->\n\Z")
 _SEAL_BYTES = 120
 
@@ -46,6 +47,7 @@ class Report:
     """The content of a report.
 
     model: its name, with (untrained) if it is. facts: of the run. properties: of the model.
+    inputs: the input files, if there are several.
     """
 
     run: int
@@ -59,6 +61,8 @@ class Report:
     properties: dict[str, str | None]
     figures: list[Figure]
     extremes: Table
+    inputs: Table
+    inputs_left_out: int
     attempts: Table
     attempts_left_out: int
     workers: Table
@@ -91,13 +95,15 @@ def make_report(url: str, run_id: int, written: str) -> Report:
     ).dictionaries()
     checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
     work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
-    table, workers = attempts_table(detail), workers_table(detail)
+    table, inputs = attempts_table(detail), inputs_table(detail)
+    several = inputs.rows if len(inputs.rows) > 1 else []
+    workers = workers_table(detail)
     return Report(
         run=run_id,
         uuid=run.facts["uuid"],
         status=line["status"],
         model=line["model"],
-        input_name=PurePath(run.facts["input_path"]).name,
+        input_name=PurePath(line["input"]).name,
         written=moment(written),
         warnings=_warnings(run, found, detail, attempts),
         facts=_facts(run, detail),
@@ -109,6 +115,8 @@ def make_report(url: str, run_id: int, written: str) -> Report:
             norms_figure(found),
         ],
         extremes=_extremes(found),
+        inputs=Table(inputs.columns, several[:_INPUTS_SHOWN]),
+        inputs_left_out=max(0, len(several) - _INPUTS_SHOWN),
         attempts=Table(table.columns, table.rows[-_ATTEMPTS_SHOWN:]),
         attempts_left_out=max(0, len(table.rows) - _ATTEMPTS_SHOWN),
         workers=Table(workers.columns, workers.rows[-_ATTEMPTS_SHOWN:]),

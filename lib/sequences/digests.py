@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ __all__ = ["Digests"]
 
 _BYTES = 16
 # Digests that `first_equal` compares at once: its temporary arrays stay small.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 
 
 class Digests:
@@ -20,23 +21,15 @@ class Digests:
     def __init__(self) -> None:
         self._digests = bytearray()
 
-    def add(self, text: bytes) -> None:
-        """Append the digest of a text."""
-        self._digests += hashlib.blake2b(text, digest_size=_BYTES).digest()
-
-    def all_differ(self) -> bool:
-        """Return whether no two texts are equal; False can be wrong, True cannot.
-
-        This compares half of each digest, with a third of the memory that `first_equal` needs.
-        """
-        halves = np.sort(np.frombuffer(self._digests, dtype=np.uint64)[::2])
-        return not (halves[1:] == halves[:-1]).any()
+    def extend(self, texts: Iterable[bytes]) -> None:
+        """Append the digests of texts."""
+        made = [hashlib.blake2b(text, digest_size=_BYTES).digest() for text in texts]
+        self._digests += b"".join(made)
 
     def first_equal(self) -> npt.NDArray[np.int64]:
         """Return (N,), for each text, the number of the first text that equals it."""
         halves = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)
-        # lexsort is stable: the first of several equal texts stays first.
-        order = np.lexsort((halves[:, 0], halves[:, 1]))
+        order = _sorted(halves)
         first = np.empty(len(order), dtype=np.int64)
         for start in range(0, len(order), _CHUNK):
             part = order[start : start + _CHUNK]
@@ -50,3 +43,15 @@ class Digests:
             before = first[order[start - 1]] if start else 0
             first[part] = np.where(places < 0, before, part[places])
         return first
+
+
+def _sorted(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return (N,) an order in which equal digests follow each other, the first of them first."""
+    # Both sorts are stable. Sorting halves takes half of the time and memory, and suffices unless
+    # two texts share a half: one in 3,700 times among a hundred million.
+    order = np.argsort(halves[:, 0], kind="stable")
+    for start in range(0, len(order), _CHUNK):
+        ordered = halves[order[start : start + _CHUNK + 1]]
+        if ((ordered[1:, 0] == ordered[:-1, 0]) & (ordered[1:, 1] != ordered[:-1, 1])).any():
+            return np.lexsort((halves[:, 1], halves[:, 0]))
+    return order

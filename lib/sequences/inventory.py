@@ -1,15 +1,17 @@
 """Inventory: the whole input checked and counted before a model is loaded.
 
-`preflight` reads the file as a stream and remembers, for each record, only its embedded length and
-the first record with the same residues. The digest of the input is taken of the bytes of this read;
-`lib.sequences.windows` reads the file again for the work and compares it.
+`preflight` reads the files as a stream and remembers, for each record, only its embedded length and
+the first record with the same residues. The digest of a file is taken of the bytes of this read;
+`lib.sequences.windows` reads the files again for the work and compares them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import lt
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,14 @@ from lib.errors import InputError
 from lib.sequences.compression import DigestedRead
 from lib.sequences.digests import Digests
 from lib.sequences.entries import shortened
-from lib.sequences.records import (
-    Owner,
-    Record,
-    input_path,
-    read_records,
-    read_same_records,
+from lib.sequences.inputs import (
+    InputFile,
+    combined_sha256,
+    input_sources,
+    named,
     refuse_if_changed,
 )
+from lib.sequences.records import Owner, Record, read_file, read_same_records
 from schema.settings import InputSettings
 
 __all__ = [
@@ -55,9 +57,7 @@ class WindowSummary:
 class Inventory:
     """The counts of preflight. `residues` counts what is embedded, identical sequences once."""
 
-    path: Path
-    bytes: int
-    sha256: str
+    files: list[InputFile]
     records: int = 0
     sequences: int = 0
     residues: int = 0
@@ -73,21 +73,49 @@ class Inventory:
     # Records that repeat a sequence of an earlier window, by the first record that has it.
     strays: dict[int, list[Owner]] = field(default_factory=dict)
 
+    def file_of(self, record: int) -> InputFile:
+        """Return the file of a record."""
+        return next(one for one in reversed(self.files) if one.first_record <= record)
+
+    @property
+    def name(self) -> str:
+        """The files of the input in a few words."""
+        return named([file.source.name for file in self.files])
+
+    @property
+    def bytes(self) -> int:
+        """The size of the files as stored."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the only file, or of the list of those of several."""
+        return combined_sha256([file.sha256 for file in self.files])
+
 
 class WindowDigest:
-    """A digest of all that the plan takes from the records of a window."""
+    """A digest of all that the plan takes from the records of a window.
+
+    It does not depend on how many records come at once.
+    """
 
     def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hashes = [hashlib.blake2b(digest_size=16) for _ in range(4)]
 
-    def add(self, record: Record) -> None:
-        """Take in the next record."""
-        header = f"{record.id}\0{record.description}\0{record.length}\0"
-        self._hash.update(header.encode("utf-8", "surrogatepass") + record.residues + b"\0")
+    def add(self, records: Sequence[Record]) -> None:
+        """Take in the next records."""
+        columns = (
+            "".join([f"{record.id}\0" for record in records]).encode(),
+            "".join([f"{record.description}\0" for record in records]).encode(),
+            np.array([record.length for record in records], np.int64).tobytes(),
+            b"".join([record.residues + b"\0" for record in records]),
+        )
+        for column, content in zip(self._hashes, columns, strict=True):
+            column.update(content)
 
     def digest(self) -> bytes:
         """Return the digest of the records so far."""
-        return self._hash.digest()
+        return b"".join(one.digest() for one in self._hashes)
 
 
 class _Windows:
@@ -97,14 +125,26 @@ class _Windows:
         self._cut: list[WindowSummary] = []
         self._begin(0)
 
-    def add(self, record: Record) -> None:
-        """Take in the next record; a window that is full without it ends before it."""
-        size = len(record.residues)
-        records = record.number - self._first
-        if records and (records >= WINDOW_RECORDS or self._residues + size > WINDOW_RESIDUES):
-            self._end(record.number)
-        self._residues += size
-        self._digest.add(record)
+    def add(self, records: list[Record]) -> None:
+        """Take in the next records; a window that is full without one ends before it."""
+        residues = sum([len(record.residues) for record in records])
+        if self._has_room(records[-1].number - self._first, residues):
+            self._residues += residues
+            self._digest.add(records)
+            return
+        start = 0
+        for place, record in enumerate(records):
+            size = len(record.residues)
+            held = record.number - self._first
+            if held and not self._has_room(held, size):
+                self._digest.add(records[start:place])
+                self._end(record.number)
+                start = place
+            self._residues += size
+        self._digest.add(records[start:])
+
+    def _has_room(self, held: int, residues: int) -> bool:
+        return held < WINDOW_RECORDS and self._residues + residues <= WINDOW_RESIDUES
 
     def finish(self, stop: int) -> list[WindowSummary]:
         """Return the windows of all records before `stop`."""
@@ -119,31 +159,36 @@ class _Windows:
         self._begin(stop)
 
 
-def preflight(rules: InputSettings) -> Inventory:
+def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inventory:
     """Read the whole of [input] fasta, check every record and count.
 
-    Raises InputError naming record, id, position and letter at the first fault, or if the file
-    changes meanwhile.
+    standard_input: the file in which standard input is kept. Raises InputError naming record, id,
+    position and letter at the first fault, or if a file changes meanwhile.
     """
-    path = input_path(rules)
-    before, read = path.stat(), DigestedRead(path)
-    inventory = Inventory(path=path, bytes=0, sha256="")
-    sequences, ids, lengths = Digests(), Digests(), array("i")
+    sources = input_sources(rules, standard_input)
+    before = [source.path.stat() for source in sources]
+    inventory = Inventory(files=[])
+    # Of ids 64 bits are enough: those that seem to repeat are compared.
+    sequences, ids, lengths = Digests(), array("q"), array("i")
     windows = _Windows()
-    for record in read_records(rules, read):
-        windows.add(record)
-        sequences.add(record.residues)
-        ids.add(record.id.encode())
-        lengths.append(len(record.residues))
-        _count(record, inventory)
-    inventory.bytes, inventory.sha256 = read.bytes_read, read.sha256()
+    for source in sources:
+        read, first = DigestedRead(source.path), len(lengths)
+        for batch in read_file(source, rules, first, read, several=len(sources) > 1):
+            windows.add(batch)
+            residues = [record.residues for record in batch]
+            sequences.extend(residues)
+            ids.extend([hash(record.id) for record in batch])
+            lengths.extend(map(len, residues))
+            _count(batch, residues, inventory)
+        records = len(lengths) - first
+        if not records:
+            raise InputError(f"{source.name}: no records")
+        inventory.files.append(InputFile(source, read.bytes_read, read.sha256(), first, records))
     inventory.records = len(lengths)
-    if not inventory.records:
-        raise InputError(f"{path}: no records")
     inventory.windows = windows.finish(inventory.records)
     if rules.duplicate_ids == "error":
-        _refuse_repeated_ids(ids, rules)
-    del ids  # 1.6 GB at a hundred million records, as are the digests of sequences
+        _refuse_repeated_ids(np.frombuffer(ids, np.int64), inventory, rules)
+    del ids  # 800 MB at a hundred million records; the digests of sequences are twice that
     inventory.same_as = sequences.first_equal()
     del sequences
     inventory.lengths = _planned_lengths(np.frombuffer(lengths, dtype=np.int32), inventory)
@@ -151,30 +196,44 @@ def preflight(rules: InputSettings) -> Inventory:
     inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
     inventory.strays = _find_strays(inventory, rules)
     # A file that is still being written is refused now, not after the work.
-    refuse_if_changed(path, before, path.stat())
+    for source, stat in zip(sources, before, strict=True):
+        refuse_if_changed(source, stat, source.path.stat())
     return inventory
 
 
-def _count(record: Record, inventory: Inventory) -> None:
-    inventory.truncated += len(record.residues) < record.length
-    inventory.mapped += record.mapped
-    inventory.nucleotide_like += not record.residues.translate(None, b"ACGTUN")
-    inventory.longest = max(inventory.longest, record.length)
+def _count(records: list[Record], residues: list[bytes], inventory: Inventory) -> None:
+    lengths = [record.length for record in records]
+    inventory.truncated += sum(map(lt, map(len, residues), lengths))
+    inventory.mapped += sum([record.mapped for record in records])
+    inventory.nucleotide_like += [one.lstrip(b"ACGTUN") for one in residues].count(b"")
+    inventory.longest = max(inventory.longest, *lengths)
 
 
-def _refuse_repeated_ids(ids: Digests, rules: InputSettings) -> None:
-    if ids.all_differ():
+def _refuse_repeated_ids(
+    hashes: npt.NDArray[np.int64], inventory: Inventory, rules: InputSettings
+) -> None:
+    """Raise InputError at the first record with an earlier one's id; hashes: (records,) of ids."""
+    ordered = np.sort(hashes)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(twice):
         return
-    first = ids.first_equal()
-    repeated = np.flatnonzero(first != np.arange(len(first)))
-    if not len(repeated):
-        return
-    second = int(repeated[0])
-    for record in read_records(rules):
-        if record.number == second:
-            raise InputError(
-                f"record {second} ({shortened(record.id)}): id repeats record {first[second]}'s"
-            )
+    suspected = np.isin(hashes, twice)
+    seen: dict[str, int] = {}
+    for record in read_same_records(rules, inventory.files):
+        if suspected[record.number] and seen.setdefault(record.id, record.number) != record.number:
+            raise InputError(_repeats(record, seen[record.id], inventory))
+
+
+def _repeats(record: Record, earlier: int, inventory: Inventory) -> str:
+    """Return the error of a record with an earlier one's id; of several files, both are named."""
+    name = shortened(record.id)
+    if len(inventory.files) == 1:
+        return f"record {record.number} ({name}): id repeats record {earlier}'s"
+    file, other = inventory.file_of(record.number), inventory.file_of(earlier)
+    return (
+        f"{file.source.name}: record {record.number - file.first_record} ({name}): id repeats "
+        f"that of record {earlier - other.first_record} in {other.source.name}"
+    )
 
 
 def _planned_lengths(lengths: npt.NDArray[np.int32], inventory: Inventory) -> npt.NDArray[np.int32]:
@@ -194,12 +253,13 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     """Return the records that repeat a sequence of an earlier window, by its first record."""
     if len(inventory.windows) == 1:
         return {}
-    starts = np.array([window.first_record for window in inventory.windows])
-    window_of = np.searchsorted(starts, np.arange(inventory.records), side="right")
-    strayed = window_of[inventory.same_as] != window_of
+    strayed = np.empty(inventory.records, bool)
+    for window in inventory.windows:
+        records = slice(window.first_record, window.stop_record)
+        strayed[records] = inventory.same_as[records] < window.first_record
     strays: dict[int, list[Owner]] = {}
     if strayed.any():
-        for record in read_same_records(rules, inventory.sha256):
+        for record in read_same_records(rules, inventory.files):
             if strayed[record.number]:
                 owner = Owner(record.number, record.id, record.description, record.length)
                 strays.setdefault(int(inventory.same_as[record.number]), []).append(owner)

@@ -1,39 +1,37 @@
-"""Records: the entries of the input after the rules of [input], and the file they come from."""
+"""Records: the entries of the input after the rules of [input]."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from itertools import count, repeat
 from typing import NamedTuple
 
-from lib.errors import InputError, MachineError
+from lib.errors import InputError
 from lib.sequences.alphabet import LETTERS
 from lib.sequences.compression import DigestedRead
-from lib.sequences.entries import Entry, read_entries, shortened
+from lib.sequences.entries import BLANKS, Block, Entry, read_blocks, read_errors, shortened
+from lib.sequences.inputs import InputFile, Source, input_sources
 from schema.settings import InputSettings
 
 __all__ = [
     "Owner",
     "Record",
-    "input_path",
-    "input_sha256",
+    "read_file",
     "read_records",
     "read_same_records",
-    "refuse_if_changed",
 ]
 
 # The letters that `unknown_residues = x` reads as X. Digits and blanks stay errors: they come from
 # residue numbering or a broken file, and would add residues that the protein does not have.
 _UNKNOWN = bytes(set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ*?") - set(LETTERS))
+_PLAIN = LETTERS + b">"
 _TO_X = bytes.maketrans(_UNKNOWN, b"X" * len(_UNKNOWN))
 
 
 class Record(NamedTuple):
     """One FASTA entry after the rules of [input].
 
-    number: position in the file, from 0; length: residues before truncation; residues: the
+    number: position in the input, from 0; length: residues before truncation; residues: the
     letters to embed; mapped: how many of them were unknown and became X.
     """
 
@@ -54,64 +52,110 @@ class Owner(NamedTuple):
     length: int
 
 
-def read_records(rules: InputSettings, read: DigestedRead | None = None) -> Iterator[Record]:
-    """Yield the records of [input] fasta in file order.
+def read_records(rules: InputSettings) -> Iterator[Record]:
+    """Yield the records of [input] fasta, file by file; raises what `read_file` raises."""
+    sources = input_sources(rules)
+    first = 0
+    for source in sources:
+        for records in read_file(source, rules, first, several=len(sources) > 1):
+            yield from records
+            first += len(records)
 
-    read: of that file, if the read is to be digested. Raises InputError at the first entry that
-    breaks the rules, and what `read_entries` raises.
+
+def read_file(
+    source: Source,
+    rules: InputSettings,
+    first: int,
+    read: DigestedRead | None = None,
+    *,
+    several: bool,
+) -> Iterator[list[Record]]:
+    """Yield the records of one file, one or many at a time.
+
+    first: the number of its first record; read: of this file, if the read is to be digested;
+    several: whether errors must name the file. They then count its records from 0. Raises
+    InputError at the first entry that breaks the rules, that is not FASTA or whose compressed
+    stream is damaged; MachineError if the system cannot read the file.
     """
-    for number, entry in enumerate(read_entries(input_path(rules), read)):
-        yield _apply_rules(number, entry, rules)
+    done = 0
+    with read_errors(source, lambda: done):
+        for block in read_blocks(source, read):
+            records = _plain_records(block, first + done, rules)
+            if records is None:
+                try:
+                    records = _checked_records(block, done, rules)
+                except InputError as error:
+                    if not several:
+                        raise
+                    raise InputError(f"{source.name}: {error}") from None
+                if first:
+                    records = [one._replace(number=first + one.number) for one in records]
+            if records:
+                done += len(records)
+                yield records
 
 
-def read_same_records(rules: InputSettings, sha256: str) -> Iterator[Record]:
-    """Yield the records of [input] fasta; raises InputError if its bytes have another digest.
+def read_same_records(rules: InputSettings, files: Sequence[InputFile]) -> Iterator[Record]:
+    """Yield the records of files that were read before.
 
-    The digest is known, and compared, after the last record.
+    Raises InputError, after the last record of a file, if its bytes have another digest.
     """
-    read = DigestedRead(input_path(rules))
-    yield from read_records(rules, read)
-    if read.sha256() != sha256:
-        raise InputError(f"{read.path}: changed while it was being read")
+    for file in files:
+        read = DigestedRead(file.source.path)
+        for records in read_file(
+            file.source, rules, file.first_record, read, several=len(files) > 1
+        ):
+            yield from records
+        if read.sha256() != file.sha256:
+            raise InputError(f"{file.source.name}: changed while it was being read")
 
 
-def input_path(rules: InputSettings) -> Path:
-    """Return the path of [input] fasta; raises InputError unless it is a regular file."""
-    if rules.fasta is None:
-        raise InputError("no input: [input] fasta is empty and no --input was given")
-    path = Path(rules.fasta)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file")
-    return path
+def _plain_records(block: Block, first: int, rules: InputSettings) -> list[Record] | None:
+    """Return the records of a block, split as a whole.
 
-
-def input_sha256(rules: InputSettings) -> str:
-    """Return the SHA-256 of [input] fasta as stored, compressed or not.
-
-    Raises InputError if the file changes meanwhile, MachineError if it cannot be read.
+    Returns None if it has anything but headers and known letters, which `_checked_records` reads
+    line by line: comments, blanks, other letters, faults. first: the number of the first record.
     """
-    path = input_path(rules)
+    if not block.text.startswith(b">"):
+        return None
+    entries = [entry.partition(b"\n") for entry in block.text[1:].split(b"\n>")]
+    letters = b">".join([lines for _, _, lines in entries]).translate(None, b"\n")
+    if letters.translate(None, _PLAIN):
+        letters = (letters.upper() + b">").replace(b"*>", b">")[:-1]
+        if letters.translate(None, _PLAIN):
+            return None
+    sequences = letters.split(b">")
+    if len(sequences) != len(entries) or b"" in sequences:
+        return None
+    headers = b"\n".join([header for header, _, _ in entries])
+    words = _words(headers)
+    lengths = [*map(len, sequences)]
+    residues = sequences
+    if words is None:
+        return None
+    if max(lengths) > rules.max_residues:
+        if rules.long_sequences == "error":
+            return None
+        if rules.long_sequences == "truncate":
+            residues = [sequence[: rules.max_residues] for sequence in sequences]
+    ids = [one[0] for one in words]
+    descriptions = [one[1] if len(one) > 1 else "" for one in words]
+    return [*map(Record, count(first), ids, descriptions, lengths, residues, repeat(0))]
+
+
+def _words(headers: bytes) -> list[list[str]] | None:
+    """Return the first word and the rest of each header, one a line; None if one has a fault."""
     try:
-        with path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}") from None
-    refuse_if_changed(path, before, after)
-    return digest
+        text = headers.decode()
+    except UnicodeDecodeError:
+        return None
+    words = [header.rstrip(BLANKS).split(maxsplit=1) for header in text.split("\n")]
+    return None if "\0" in text or [] in words else words
 
 
-def refuse_if_changed(path: Path, before: os.stat_result, after: os.stat_result) -> None:
-    """Raise InputError unless it is one file, of one size and modification time, before and after.
-
-    Who alters a file can put all of these back: what is computed from it is compared by digest.
-    """
-    keys = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-    if any(getattr(before, key) != getattr(after, key) for key in keys):
-        raise InputError(f"{path}: changed while it was being read")
+def _checked_records(block: Block, first: int, rules: InputSettings) -> list[Record]:
+    """Return the records of a block; raises InputError at the first that breaks the rules."""
+    return [_apply_rules(number, one, rules) for number, one in enumerate(block.entries(), first)]
 
 
 def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from lib.errors import InputError
+from lib.sequences.inputs import source_sha256
 from lib.sequences.inventory import Inventory, WindowDigest, WindowSummary
 from lib.sequences.records import Owner, Record, read_same_records
 from schema.settings import InputSettings
@@ -40,15 +41,15 @@ class Window:
 def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]:
     """Yield the windows of the plan, each checked to be what preflight read.
 
-    Before the last one, the digest of the file's bytes is compared too. Raises InputError if the
-    file has changed since.
+    At the end of each file, which is before the last window, the digest of its bytes is compared
+    too. Raises InputError if a file has changed since.
     """
-    records = read_same_records(rules, inventory.sha256)
+    records = read_same_records(rules, inventory.files)
     position = 0
     for summary in inventory.windows:
         sequences = _sequences(records, summary, inventory)
         if summary.stop_record == inventory.records and next(records, None) is not None:
-            raise InputError(f"{inventory.path}: changed while it was being read")
+            raise _changed(summary, inventory)
         yield Window(position, sequences)
         position += len(sequences)
 
@@ -59,8 +60,9 @@ def _sequences(
     """Read the records of a window; return its sequences in the order of the plan."""
     digest = WindowDigest()
     sequences: dict[int, Sequence] = {}
-    for record in islice(records, summary.stop_record - summary.first_record):
-        digest.add(record)
+    read = list(islice(records, summary.stop_record - summary.first_record))
+    digest.add(read)
+    for record in read:
         first = int(inventory.same_as[record.number])
         owner = Owner(record.number, record.id, record.description, record.length)
         strays = inventory.strays.get(first, [])
@@ -71,6 +73,19 @@ def _sequences(
             owners = sequences[first].owners
             owners.insert(len(owners) - len(strays), owner)
     if digest.digest() != summary.digest:
-        raise InputError(f"{inventory.path}: changed while it was being read")
+        raise _changed(summary, inventory)
     # sorted() is stable: sequences of equal length stay in file order.
     return sorted(sequences.values(), key=lambda sequence: -len(sequence.residues))
+
+
+def _changed(window: WindowSummary, inventory: Inventory) -> InputError:
+    """Return the error that names what has changed of the files that a window is from."""
+    files = [
+        file
+        for file in inventory.files
+        if file.first_record < window.stop_record
+        and file.first_record + file.records > window.first_record
+    ]
+    changed = [one for one in files if len(files) > 1 and source_sha256(one.source) != one.sha256]
+    names = ", ".join(file.source.name for file in changed or files)
+    return InputError(f"{names}: changed while it was being read")

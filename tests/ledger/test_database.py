@@ -22,8 +22,8 @@ from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import assert_same_bits
 
-TABLES = ["attempts", "checkpoints", "models", "runs", "schema_version", "workers"]
-VIEWS = ["checkpoint_audit", "model_usage", "run_history", "run_progress"]
+TABLES = ["attempts", "checkpoints", "inputs", "models", "runs", "schema_version", "workers"]
+VIEWS = ["checkpoint_audit", "model_usage", "record_files", "run_history", "run_progress"]
 VIEWS += ["worker_throughput"]
 
 

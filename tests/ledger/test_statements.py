@@ -46,6 +46,7 @@ def test_every_statement_of_the_schema_is_read() -> None:
     assert [view.sql.split()[2] for view in views] == [
         "run_history",
         "run_progress",
+        "record_files",
         "checkpoint_audit",
         "model_usage",
         "worker_throughput",

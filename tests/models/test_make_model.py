@@ -60,6 +60,20 @@ def test_an_existing_file_is_not_overwritten(
     assert small_model.read_bytes() == before
 
 
+def test_what_an_interruption_between_the_two_files_left_is_taken(
+    script: Script, place: Place
+) -> None:
+    path = place.folder / "esm2_made.pt"
+    flags = ["--to", path, "--num-layers", "1", "--hidden-dim", "32", "--attention-heads", "2"]
+    regression = Path(script("make_model", *flags, "--json").json["regression"])
+    whole = path.read_bytes()
+    path.unlink()
+    assert script("make_model", *flags, "--seed", "1").error == f"{regression}: exists already"
+    assert not path.exists()
+    assert script("make_model", *flags).status == 0
+    assert path.read_bytes() == whole
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     script: Script, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,7 @@ from backports import zstd
 
 from lib.sequences import inventory as inventories
 from lib.sequences import records
-from lib.sequences.compression import DigestedRead
 from lib.sequences.inventory import Inventory
-from schema.settings import InputSettings
 from tests.conftest import ROOT, Script
 from tests.reference import read_run
 
@@ -38,24 +36,22 @@ def flipped(content: bytes, place: int) -> bytes:
 def being_written(patch: pytest.MonkeyPatch, path: Path) -> None:
     """A record comes in while preflight reads."""
     path.write_bytes(GOOD)
-    read = records.read_records
+    read = records.read_file
 
-    def read_while_it_grows(
-        rules: InputSettings, digested: DigestedRead
-    ) -> Iterator[records.Record]:
-        yield from read(rules, digested)
+    def read_while_it_grows(*args: Any, several: bool) -> Iterator[list[records.Record]]:  # noqa: ANN401
+        yield from read(*args, several=several)
         with path.open("ab") as end:
             end.write(b">c\nMK\n")
 
-    patch.setattr(inventories, "read_records", read_while_it_grows)
+    patch.setattr(inventories, "read_file", read_while_it_grows)
 
 
 def changing_after_preflight(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     preflight = inventories.preflight
 
-    def preflight_then_change(rules: InputSettings) -> Inventory:
-        inventory = preflight(rules)
+    def preflight_then_change(*args: Any) -> Inventory:  # noqa: ANN401
+        inventory = preflight(*args)
         path.write_bytes(GOOD.replace(b"GG", b"GA"))
         return inventory
 
@@ -116,7 +112,7 @@ INPUTS: dict[str, bytes | list[bytes] | Change] = {
     "xz, one bit flipped": flipped(lzma.compress(GOOD), 30),
     "zstd, one bit flipped": flipped(zstd.compress(GOOD, options=CHECKED), -2),
     "other bytes behind a compressed stream": bz2.compress(GOOD) + b"BZ?",
-    "a folder": lambda _, path: path.mkdir(),
+    "a folder without FASTA files": lambda _, path: path.mkdir(),
     "a FIFO, a device": lambda _, path: os.mkfifo(path),
     "no such file": lambda _, path: path.unlink(missing_ok=True),
     "a file that is being written": being_written,
@@ -134,7 +130,7 @@ RECORDS: dict[str, list[tuple[str, str, int]]] = {
 }
 ROWS = [
     tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:4])
-    for line in (ROOT / "docs/input.md").read_text().splitlines()
+    for line in (ROOT / "docs/input.md").read_text().split("## Several files")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| input ")
 ]
 

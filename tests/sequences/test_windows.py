@@ -189,17 +189,17 @@ def test_repeats_in_later_windows_are_read_from_the_same_bytes(
     """
     content = b">a\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n"
     path.write_bytes(content)
-    read: Callable[..., Iterator[Record]] = records.read_records
+    read: Callable[..., Iterator[list[Record]]] = records.read_file
     reads = []
 
-    def swapped_the_second_time(*args: object) -> Iterator[Record]:
+    def swapped_the_second_time(*args: object, several: bool) -> Iterator[list[Record]]:
         reads.append(args)
         swap(path, content.replace(b">d", b">x") if len(reads) == 2 else content)
-        yield from read(*args)
+        yield from read(*args, several=several)
         swap(path, content)
 
-    monkeypatch.setattr(records, "read_records", swapped_the_second_time)
-    monkeypatch.setattr(inventories, "read_records", swapped_the_second_time)
+    monkeypatch.setattr(records, "read_file", swapped_the_second_time)
+    monkeypatch.setattr(inventories, "read_file", swapped_the_second_time)
     with pytest.raises(InputError, match="changed while it was being read"):
         preflight(rules(path))
     assert len(reads) == 2

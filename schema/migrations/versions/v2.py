@@ -1,7 +1,7 @@
 """Version 2: released models are proven, adapters name their base, workers and reuse have columns.
 
-`released` follows from the digest on record. Nothing else is filled in: what version 1 did not
-record stays NULL.
+A run may have several input files; each older run has its one. `released` follows from the digest
+on record. Nothing else is filled in: what version 1 did not record stays NULL.
 """
 
 from __future__ import annotations
@@ -47,6 +47,22 @@ CREATE TABLE workers (
 	PRIMARY KEY (id),
 	FOREIGN KEY(attempt_id) REFERENCES attempts (id)
 )""",
+    """
+CREATE TABLE inputs (
+	id INTEGER NOT NULL /* number of the row */,
+	run_id INTEGER NOT NULL /* its run */,
+	number INTEGER NOT NULL /* its place in the input, 0-based */,
+	path VARCHAR NOT NULL /* the file, absolute; of standard input, the copy that was kept */,
+	sha256 VARCHAR NOT NULL /* SHA-256 of the file */,
+	bytes INTEGER NOT NULL /* size of the file */,
+	first_record INTEGER NOT NULL /* number of its first record in the run */,
+	records INTEGER NOT NULL /* records in the file */,
+	PRIMARY KEY (id),
+	UNIQUE (run_id, number),
+	FOREIGN KEY(run_id) REFERENCES runs (id)
+)""",
+    "INSERT INTO inputs (run_id, number, path, sha256, bytes, first_record, records)"
+    " SELECT id, 0, input_path, input_sha256, input_bytes, 0, records_total FROM runs",
     "CREATE INDEX ix_workers_attempt_id ON workers (attempt_id)",
     "ALTER TABLE checkpoints ADD COLUMN worker_id INTEGER REFERENCES workers (id)"
     " /* the worker that computed it; NULL: the attempt itself */",

@@ -1,0 +1,145 @@
+"""Standard input: copied whole to a file before it is read, so that its run can be resumed.
+
+Until there is a run, the copy has a temporary name in the output folder. Its file lock dies with
+the process: what a killed process left is removed by the next that reads standard input there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+from lib.errors import InputError, MachineError
+from lib.files import disk_errors, rename_new, sync_folder
+from lib.sequences.inputs import Source
+from lib.sequences.inventory import Inventory
+from schema.settings import STANDARD_INPUT, InputSettings
+
+__all__ = ["copied_standard_input", "is_kept", "keep_in_folder", "standard_input_for_now"]
+
+_BLOCK = 1 << 20
+_KEPT = ".stdin-{}.fasta"
+
+
+@contextmanager
+def copied_standard_input(rules: InputSettings, folder: Path) -> Iterator[Path | None]:
+    """Give a copy of standard input in `folder` if it is part of the input, else None.
+
+    At the end of the block the copy is removed, unless `keep_in_folder` has given it a name.
+    Raises InputError if nothing can be read from standard input, MachineError if the disk fails.
+    """
+    if STANDARD_INPUT not in (rules.fasta or []):
+        yield None
+        return
+    source = _standard_input()
+    made = not folder.exists()
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        path, file = _new_file(folder)
+        try:
+            with file:
+                _copy(source, file, path)
+                yield path
+        finally:
+            with suppress(OSError):  # the run has it
+                path.unlink()
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty any more
+                folder.rmdir()
+
+
+@contextmanager
+def standard_input_for_now(rules: InputSettings) -> Iterator[Path | None]:
+    """Give a copy of standard input for the block, in a new folder for temporary files."""
+    if STANDARD_INPUT not in (rules.fasta or []):
+        yield None
+        return
+    with ExitStack() as opened:
+        with disk_errors(Path(tempfile.gettempdir())):
+            folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="esm-ledger-"))
+        yield opened.enter_context(copied_standard_input(rules, Path(folder)))
+
+
+def keep_in_folder(inventory: Inventory, folder: Path, uuid: str) -> None:
+    """Move the copy of standard input, if there is one, into the folder of a run.
+
+    The name is hidden, so that who reads the folder as one table does not read it, and the run's
+    own, so that it replaces nothing. Raises MachineError if the disk fails.
+    """
+    for number, file in enumerate(inventory.files):
+        if file.source.is_copy:
+            path = folder / _KEPT.format(uuid[:8])
+            with disk_errors(path):
+                if not rename_new(file.source.path, path):
+                    raise MachineError(f"{path}: exists already")
+                sync_folder(folder)
+            inventory.files[number] = replace(file, source=Source(path, str(path)))
+
+
+def is_kept(name: str) -> bool:
+    """Tell whether a file in a run's folder is a copy of standard input, perhaps another run's."""
+    start, end = _KEPT.split("{}")
+    return name.startswith(start) and name.endswith(end)
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("standard input is closed")
+    if sys.stdin.isatty():
+        raise InputError("standard input is a terminal: nothing is piped into it")
+    return sys.stdin.buffer
+
+
+def _copy(source: BinaryIO, file: FileIO, path: Path) -> None:
+    while block := _read(source):
+        with disk_errors(path):
+            while block:
+                block = block[file.write(block) :]
+    with disk_errors(path):
+        os.fsync(file.fileno())
+
+
+def _read(source: BinaryIO) -> memoryview:
+    try:
+        return memoryview(source.read(_BLOCK))
+    except OSError as error:
+        raise MachineError(f"standard input: {error.strerror}") from None
+
+
+def _new_file(folder: Path) -> tuple[Path, FileIO]:
+    """Make and lock a temporary file of this process."""
+    path = folder / f"{_leftover()}{os.getpid()}.tmp"
+    with disk_errors(path):
+        while True:
+            file = path.open("xb", buffering=0)  # closing it has nothing left to write
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Another process may have taken it for a leftover before it was locked.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    return path, file
+            file.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the copies of processes of this machine that have died."""
+    for path in folder.glob(f"{_leftover()}*.tmp"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _leftover() -> str:
+    """Return how the names of this machine's temporary files begin: locks may not reach others."""
+    return f".stdin-{socket.gethostname()}-"
