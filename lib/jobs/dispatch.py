@@ -28,7 +28,7 @@ from lib.errors import InputError, LedgerError, MachineError
 from lib.files import disk_errors
 from lib.jobs.crew import Crew, Member
 from lib.jobs.division import Division, SizeRules, Stretch
-from lib.jobs.embedding import Job, Pulse
+from lib.jobs.embedding import Job, Pulse, lengths_left
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.progress import computing_cost
 from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
@@ -113,11 +113,7 @@ class _Dispatch:
         self._per_tok_dtype = run.per_tok_dtype
         width = run_config(run).hidden_dim
         self._cost_of = partial(_cost_of, hidden_dim=width)
-        lengths = job.inventory.lengths
-        cost = computing_cost(lengths, width) - sum(
-            computing_cost(lengths[one.first_position : one.stop_position], width)
-            for one in run.checkpoints
-        )
+        cost = sum(computing_cost(lengths, width) for lengths in lengths_left(job))
         sizes = SizeRules(rules.seconds, rules.records, crew.at_once, self._columns, width)
         self._division = Division(packs, sizes, self._cost_of, cost)
         self._exhausted = False

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from sqlalchemy import Engine
 
 from lib.columns import Vectors
@@ -21,14 +23,14 @@ from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.inventory import Inventory
-from lib.sequences.plan import Pack, packs_left
+from lib.sequences.plan import Pack, packs_left, remaining
 from lib.sequences.windows import read_windows
 from lib.settings import Settings
 from schema.parquet import checkpoint_columns, vector_columns
 from schema.tables import Run
 from schema.version import WRITER
 
-__all__ = ["Computer", "Job", "Pulse", "ThisProcess", "work"]
+__all__ = ["Computer", "Job", "Pulse", "ThisProcess", "lengths_left", "work"]
 
 _HEARTBEAT_SECONDS = 10.0
 
@@ -127,13 +129,27 @@ def work(job: Job) -> Run:
     return run
 
 
+def lengths_left(job: Job) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield the residues of the sequences that no checkpoint covers, in parts."""
+    lengths, done = job.inventory.lengths, _done(job)
+    for left in remaining(range(len(lengths)), done):
+        yield lengths[left.start : left.stop]
+
+
+def _done(job: Job) -> list[range]:
+    """Return the positions that checkpoints cover, ascending."""
+    run = job.ownership.run
+    done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
+    return sorted(done, key=lambda one: one.start)
+
+
 def _packs_left(job: Job) -> Iterator[Pack]:
     """Return the packs that no checkpoint covers."""
     return packs_left(
         read_windows(job.settings.input, job.inventory),
         job.settings.compute.tokens_per_pack,
         job.computer.at_once,
-        [range(one.first_position, one.stop_position) for one in job.ownership.run.checkpoints],
+        _done(job),
     )
 
 
