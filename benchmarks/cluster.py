@@ -39,6 +39,7 @@ from lib.catalog import RELEASED
 from lib.console.output import print_json, print_line, print_table
 from lib.jobs import crew as crews
 from lib.jobs import division
+from lib.jobs.interruption import Interruption
 from lib.jobs.progress import computing_cost
 from lib.models.detection import detect
 from lib.models.untrained import make_model
@@ -269,10 +270,10 @@ def in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict
         return pool.apply(function, arguments)
 
 
-def waiting_for(count: int) -> Callable[[crews.Crew], None]:
+def waiting_for(count: int) -> Callable[[crews.Crew, Interruption], None]:
     """Return a `wait_for_one` that waits for more, so that starting up is not measured."""
 
-    def wait(crew: crews.Crew) -> None:
+    def wait(crew: crews.Crew, _: Interruption) -> None:
         while len(crew.admitted) < count:
             crew.tend()
             crew.mail.handle_next(1.0)

@@ -36,6 +36,6 @@ def made_ready(
         return
     with (
         joined(settings.cluster, interruption) as where,
-        crew(settings, detection, sha256, where, say) as (known, started),
+        crew(settings, detection, sha256, where, interruption, say) as (known, started),
     ):
         yield known, Workers(started)

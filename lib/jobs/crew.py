@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 from lib.errors import IdentityRefusedError, LedgerError, MachineError
 from lib.files import disk_errors
 from lib.jobs.actor import CONTROL, Actor
+from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel, begin_config
 from lib.jobs.messages import Failure, Greeting, Readiness, own_versions
 from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, room
@@ -103,6 +104,7 @@ def crew(
     detection: Detection,
     sha256: str | None,
     where: str,
+    interruption: Interruption,
     say: Callable[[str], None],
 ) -> Iterator[tuple[KnownModel, Crew]]:
     """Start workers on the cluster that this process has joined, and yield when the first is ready.
@@ -118,7 +120,12 @@ def crew(
     tokens, pack_reason = choose_pack(settings.compute, device)
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
     threads = _threads(settings, kind)
-    config = begin_config(detection, sha256)
+    digests = begin_config(detection, sha256)
+
+    def config() -> ESM2Config:
+        with disk_errors(weights.path):
+            return digests()
+
     theirs = replace(
         settings,
         model=replace(settings.model, repr_layers=list(detection.repr_layers)),
@@ -126,7 +133,7 @@ def crew(
     )
     made = Crew(theirs, config, say)
     try:
-        made.wait_for_one()
+        made.wait_for_one(interruption)
         first = made.admitted[0].readiness
         assert first is not None
         facts = AttemptFacts(weights.path, kind, first.device_name, first.threads, tokens)
@@ -144,14 +151,14 @@ class Crew:
     ) -> None:
         """Start as many workers as there is room for.
 
-        settings: what a worker loads; config: waits for the identity that it is to have.
+        settings: what a worker loads; config: waits for the identity of the driver's weights.
         """
         self.mail = Mailbox()
         self.say = say
         self.members: list[Member] = []
         self.on_loss: Callable[[Member, str], None] = lambda _member, _fact: None
         self._settings = settings
-        self._config = config
+        self._wait_for_config = config
         self._versions = own_versions()
         self._lost_at_start = 0
         self._pause, self._not_before = _FIRST_PAUSE, 0.0
@@ -162,11 +169,10 @@ class Crew:
         self._fact = ""  # what became of the last worker that is gone
         self.tend()
 
-    @property
+    @cached_property
     def config(self) -> ESM2Config:
         """The identity of the driver's weights; waits for their digest."""
-        with disk_errors(self._weights_path):
-            return self._config()
+        return self._wait_for_config()
 
     @property
     def at_once(self) -> int:
@@ -178,9 +184,11 @@ class Crew:
         """The workers that may be given work."""
         return [one for one in self.members if one.admitted and not one.gone]
 
-    def wait_for_one(self) -> None:
+    def wait_for_one(self, interruption: Interruption) -> None:
         """Return when a worker is admitted; raises what keeps all of them from it."""
         while not self.admitted:
+            if interruption.insisted:
+                raise interruption.error("interrupted")
             self.tend()
             self.mail.handle_next(1.0)
 
@@ -255,10 +263,6 @@ class Crew:
         for member in self.admitted:
             with suppress(Exception):  # it is lost, which its answers will tell
                 member.actor.stop.options(concurrency_group=CONTROL).remote()
-
-    @property
-    def _weights_path(self) -> Any:  # noqa: ANN401
-        return self._settings.model.esm_model
 
     # ---- Starting and admitting
 

@@ -73,9 +73,9 @@ class Workers:
         try:
             yield from dispatch.run()
         finally:
-            dispatch.close()
             with suppress(MachineError):  # the database has been reported already
                 self._crew.close_record()
+            dispatch.close()
 
 
 @dataclass
@@ -131,7 +131,7 @@ class _Dispatch:
         """Yield what is finished until all of it is, or until it has to end."""
         while True:
             interruption = self._job.interruption
-            if interruption.insisted:  # and Ray has received it, where exceptions are lost
+            if interruption.insisted:  # within Ray, where exceptions are lost
                 raise interruption.error("interrupted")
             if self._ending is None and interruption.requested is not None:
                 self._end(StoppedError())
@@ -197,10 +197,9 @@ class _Dispatch:
             said = secrets.token_hex(16)
             with disk_errors(nonce):
                 nonce.write_text(said)
-            self._crew.mail.expect(
-                member.actor.copy_nonce.remote(nonce, copy),
-                partial(self._shared, member, nonce, copy, said),
-            )
+            with ray_errors():
+                copied = member.actor.copy_nonce.remote(nonce, copy)
+            self._crew.mail.expect(copied, partial(self._shared, member, nonce, copy, said))
 
     def _shared(
         self, member: Member, nonce: Path, copy: Path, said: str, done: Future[str | None]

@@ -155,7 +155,8 @@ def _set_environment(*, joining: bool) -> None:
             "no token of the cluster: RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH are not set, and "
             f"{_token_file()} is not there"
         )
-    # Known to this process and to those that it starts.
+    # Known to this process and to those that it starts, which are as urgent as a run without Ray.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 

@@ -228,7 +228,7 @@ def _ended(
     try:
         assert_same_bits(bench.run, bench.reference)
     except AssertionError as error:
-        return str(error)[:300]
+        return f"other bits: {error!r:.300}"
     listed = {".lock", *_rows(bench, "SELECT path FROM checkpoints")}
     strange = {path.name for path in bench.run.iterdir()} - listed
     if strange:
