@@ -14,7 +14,7 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from lib.files import disk_errors
 from lib.jobs.crew import Crew, Member
 from lib.jobs.division import Division, SizeRules, Stretch
 from lib.jobs.embedding import Job, Pulse, lengths_left
+from lib.jobs.loading import beside
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.progress import computing_cost
 from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
@@ -45,7 +46,7 @@ __all__ = ["Workers"]
 
 _GIVEN = 2  # stretches that a worker has: one computed, one waiting
 _TRIES = 3  # workers that a stretch may fail on
-_READ_AT_ONCE = 4  # files that are verified at once, each by a thread
+_TAKEN_AT_ONCE = 4  # files that are fetched or verified at once, each by a thread
 
 
 class Workers:
@@ -118,10 +119,8 @@ class _Dispatch:
         self._division = Division(packs, sizes, self._cost_of, cost)
         self._exhausted = False
         self._again: deque[_Task] = deque()
-        self._to_fetch: deque[tuple[_Given, Answer]] = deque()
-        self._fetching = 0
-        self._reading = 0
-        self._readers = ThreadPoolExecutor(_READ_AT_ONCE)
+        self._to_take: deque[tuple[_Given, Answer]] = deque()
+        self._taking = 0
         self._finished: deque[tuple[FinishedStretch, list[int]]] = deque()
         self._ending: Exception | None = None
         self._unnamed: set[Path] = set()  # temporary files that may be there
@@ -155,7 +154,6 @@ class _Dispatch:
         """End the workers if any of them still computes, and remove files that nobody waits for."""
         if self._is_computing():
             self._crew.dismiss()
-        self._readers.shutdown(cancel_futures=True)
         for path in self._unnamed:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -164,7 +162,7 @@ class _Dispatch:
         return any(one.given for one in self._crew.admitted)
 
     def _is_over(self) -> bool:
-        if self._is_computing() or self._fetching or self._reading or self._finished:
+        if self._is_computing() or self._taking or self._finished:
             return False
         return self._ending is not None or (self._exhausted and not self._again)
 
@@ -309,11 +307,8 @@ class _Dispatch:
             return
         begun = stretch.first(answer.packs)
         member.rate = begun.cost / max(answer.seconds, 1e-3)
-        if member.sent:
-            self._to_fetch.append((given, answer))
-            self._fetch()
-        else:
-            self._read(given, answer, _received)
+        self._to_take.append((given, answer))
+        self._take()
 
     def _go_on_after(self, given: _Given, answer: Answer) -> None:
         """Have the packs of a stretch computed that the worker has not."""
@@ -327,20 +322,23 @@ class _Dispatch:
         left = self._task(stretch.without(answer.packs), given.task.tries)
         self._do_again(left, f"{member}: {fact}")
 
-    def _fetch(self) -> None:
-        """Ask for the bytes of files that are sent: of a few at a time, which bounds memory."""
-        while self._to_fetch and self._fetching + self._reading < _READ_AT_ONCE:
-            given, answer = self._to_fetch.popleft()
-            self._fetching += 1
-            self._crew.mail.expect(given.content, partial(self._fetched, given, answer))
+    def _take(self) -> None:
+        """Take the files that came back: a few at a time, which bounds memory."""
+        while self._to_take and self._taking < _TAKEN_AT_ONCE:
+            given, answer = self._to_take.popleft()
+            self._taking += 1
+            if given.member.sent:
+                self._crew.mail.expect(given.content, partial(self._fetched, given, answer))
+            else:
+                self._read(given, answer, _received)
 
     def _fetched(self, given: _Given, answer: Answer, done: Future[Any]) -> None:
-        self._fetching -= 1
         try:
             content = done.result()
         except Exception as error:  # Ray's own: it is lost with its machine
+            self._taking -= 1
             self._take_again(given, answer, one_line(error))
-            self._fetch()
+            self._take()
         else:
             self._read(given, answer, partial(_written, content))
 
@@ -348,14 +346,13 @@ class _Dispatch:
         self, given: _Given, answer: Answer, read: Callable[[Path, Answer], FinishedFile]
     ) -> None:
         """Have a file verified by another thread."""
-        self._reading += 1
-        reading = self._readers.submit(read, given.path.with_name(answer.name), answer)
+        reading = beside(partial(read, given.path.with_name(answer.name), answer))
         self._crew.mail.expect(reading, partial(self._verified, given, answer))
 
     def _verified(self, given: _Given, answer: Answer, done: Future[FinishedFile]) -> None:
-        """Take a file as finished if it is the one that the worker wrote."""
-        self._reading -= 1
-        self._fetch()
+        """List a file as finished if it is the one that the worker wrote."""
+        self._taking -= 1
+        self._take()
         stretch = given.task.stretch.first(answer.packs)
         try:
             file = done.result()

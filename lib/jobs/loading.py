@@ -26,9 +26,9 @@ from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
-__all__ = ["KnownModel", "LoadedModel", "begin_config", "load_model", "try_model"]
+__all__ = ["KnownModel", "LoadedModel", "begin_config", "beside", "load_model", "try_model"]
 
-Digest = TypeVar("Digest", str, str | None)
+Result = TypeVar("Result")
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
@@ -88,8 +88,8 @@ def begin_config(detection: Detection, sha256: str | None) -> Callable[[], ESM2C
     That raises OSError, and WeightsError if the weights have changed meanwhile.
     """
     weights = detection.require_weights()
-    digest = _beside(weights.sha256) if sha256 is None else None
-    md5 = _beside(detection.take_md5) if sha256 is None else None
+    digest = beside(weights.sha256) if sha256 is None else None
+    md5 = beside(detection.take_md5) if sha256 is None else None
 
     def finish() -> ESM2Config:
         config = detection.config(
@@ -134,9 +134,9 @@ def _read(
     return config, network
 
 
-def _beside(work: Callable[[], Digest]) -> Future[Digest]:
+def beside(work: Callable[[], Result]) -> Future[Result]:
     """Begin `work` in a thread that dies with the process: a signal need not wait for its end."""
-    future: Future[Digest] = Future()
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:

@@ -148,7 +148,7 @@ def test_what_a_worker_writes_that_was_given_up_is_never_taken(
     answer = runs.embed()
     assert answer.status == 0, answer.err
     assert "lost: ActorError: cannot be reached" in answer.err
-    assert runs.outcomes()[:2] == ["lost", "finished"]
+    assert set(runs.outcomes()) == {"lost", "finished"}
     runs.check()
 
 
