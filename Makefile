@@ -1,13 +1,14 @@
 # esm-ledger: every task is a target. `make` prints them.
 #
 # Variables, the same everywhere (all optional):
-#   MODEL   a released name in full, or the path of weights
+#   MODEL   a released name in full, facebook/NAME of the Hugging Face Hub, or the path of weights
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
 #   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
-#   FORMAT  export: hdf5, esm-extract, npy, virnucpro or anndata
-#   TO      export, report: where to write
+#   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
+#   TO      export, neighbours, crate, report: where to write
+#   QUERY   neighbours: the number of a run, or a FASTA file
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
 
@@ -19,10 +20,16 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 installed_dev := $(venv)/.installed-dev
-pip_install := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+pip_install := $(python) -m pip install --disable-pip-version-check --constraint constraints.txt
 
 # FASTA headers are UTF-8 whatever the locale says.
 export PYTHONUTF8 := 1
+
+# `make embed model=FILE` would go on without a word, with another model.
+upper = $(shell echo '$(1)' | tr a-z A-Z)
+$(foreach name,model input output run ray format to query config args,\
+  $(if $(findstring command line,$(origin $(name))),\
+    $(error $(name)= is not a variable, $(call upper,$(name))= is)))
 
 # Values reach the scripts through the environment, not through the text of a recipe: blanks,
 # quotes, `%` and `$` in a path stay what they are.
@@ -34,6 +41,7 @@ export esm_ray := $(value RAY)
 export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
+export esm_query := $(value QUERY)
 model := $${esm_model:+--esm-model "$$esm_model"}
 # As in config.ini: a path, or words that each name one.
 input := $${esm_input:+--set "input.fasta=$$esm_input"}
@@ -45,6 +53,7 @@ cluster := $(if $(RAY),$(venv)/.installed-cluster)
 config := $${esm_config:+--config "$$esm_config"}
 format := $${esm_format:+--format "$$esm_format"}
 to := $${esm_to:+--to "$$esm_to"}
+query := $${esm_query:+--query "$$esm_query"}
 
 demo_model := models/esm2_untrained_t6_8M.pt
 
@@ -58,8 +67,11 @@ setup: $(installed) $(cluster) ## install what the scripts need, pinned, into .v
 
 $(installed): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]}: 3.11 to 3.13 is needed (make PYTHON=python3.12)")'
+	@echo "$(venv): a Python with the packages of pyproject.toml at the versions of constraints.txt."
+	@echo "With torch's CPU build these are 1.2 GB on disk, with CUDA more; pip shows the size of each."
 	$(PYTHON) -m venv $(venv)
 	$(pip_install) --editable '.[export]'
+	@du -sh $(venv)
 	@touch $@
 
 # The tests, the linters and the torture need everything that any target needs.
@@ -116,8 +128,16 @@ upgrade: $(installed) ## bring an older run database to this version, after a ba
 	@$(python) scripts/upgrade.py $(config) $(ARGS)
 
 .PHONY: export
-export: $(installed) ## write RUN= in FORMAT= (hdf5, esm-extract, npy, virnucpro, anndata) TO=
+export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
 	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
+
+.PHONY: neighbours
+neighbours: $(installed) ## nearest records in RUN= for each of QUERY= (a run or a FASTA file) TO=
+	@$(python) scripts/neighbours.py $(config) $(run) $(query) $(to) $(model) $(ARGS)
+
+.PHONY: crate
+crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO-Crate) TO=
+	@$(python) scripts/crate.py $(config) $(run) $(to) $(ARGS)
 
 .PHONY: report
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
@@ -133,12 +153,17 @@ $(demo_model): | $(installed)
 	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@
 
 .PHONY: demo
-demo: $(installed) $(demo_model) ## detect, validate and embed examples/proteins.fasta (untrained weights)
+demo: $(installed) $(demo_model) ## validate and embed examples/proteins.fasta (untrained weights)
 	@echo "Untrained weights: this shows how it works; the vectors mean nothing."
-	@$(python) scripts/detect.py $(config) --esm-model $(demo_model)
 	@$(python) scripts/validate.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta
 	@$(python) scripts/embed.py $(config) --esm-model $(demo_model) --input examples/proteins.fasta $(output)
 	@$(python) scripts/history.py $(config)
+	@run=$$($(python) scripts/query.py $(config) --format csv 'select max(id) from runs' | tail -n 1); \
+	  echo; \
+	  echo "What to do next:"; \
+	  echo "  make report RUN=$$run                    # the run as a page: facts, warnings, figures"; \
+	  echo "  make export RUN=$$run FORMAT=npy TO=demo  # its vectors as a matrix, in a new folder"; \
+	  echo "  make embed MODEL=esm2_t6_8M_UR50D INPUT=examples/proteins.fasta  # trained weights (30 MB)"
 
 # One thread each, and none that waits actively: processes share the cores.
 .PHONY: test
@@ -154,6 +179,14 @@ lint: $(installed_dev) ## check style and types (ruff, mypy)
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
+
+.PHONY: clean
+clean: ## remove caches and build leftovers; runs, models and .venv stay
+	@for path in .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info; do \
+	  if [ -d "$$path" ]; then rm -rf "$$path" && echo "removed $$path"; fi; \
+	done
+	@find benchmarks docs lib schema scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	@echo "removed __pycache__ of the program's folders"
 
 .PHONY: benchmark
 benchmark: $(venv)/.installed-benchmark ## measure beside fair-esm and transformers (untrained weights)

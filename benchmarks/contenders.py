@@ -112,7 +112,7 @@ def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens:
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        planned = [FastaSequence(sequences[i], [Owner(i, "", "", 0)]) for i in order]
+        planned = [FastaSequence(sequences[i], [Owner(i, "", "", 0, "")]) for i in order]
         lengths = [len(sequence.residues) for sequence in planned]
         result = np.empty((len(planned), network.shape.hidden_dim), np.float32)
         packs = [

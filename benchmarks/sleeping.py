@@ -45,12 +45,12 @@ class SleepingActor(Actor):
         """Sleep for as long as the packs cost, and write vectors of zeros."""
         start, rules, width = time.monotonic(), order.rules, self._sleep.width
         lengths = [len(one.residues) for pack in packs for one in pack.sequences]
-        owners = [one.owners for pack in packs for one in pack.sequences]
+        sequences = [one for pack in packs for one in pack.sequences]
         positions = range(packs[0].positions.start, packs[-1].positions.stop)
         name = temporary_name(rules.attempt_id, positions.start, rules.token)
         writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
         zeros = np.zeros((len(lengths), width), np.float32)
-        writer.add(lengths, owners, Vectors(dict.fromkeys(order.columns, zeros)))
+        writer.add(sequences, Vectors(dict.fromkeys(order.columns, zeros)))
         cost = computing_cost(np.asarray(lengths), width)
         time.sleep(max(0.0, cost / self._sleep.rate - (time.monotonic() - start)))
         file = writer.finish(positions, sum(lengths), time.monotonic() - start)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from schema.esm2_config import ModelShape
 
-__all__ = ["RELEASED", "HubFiles", "PublishedFile", "ReleasedModel", "shown_name"]
+__all__ = [
+    "RELEASED",
+    "HubFiles",
+    "PublishedFile",
+    "ReleasedModel",
+    "named_on_hub",
+    "shown_name",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ def shown_name(name: str, released: bool | None) -> str:
     return f"{name} (not the released file)" if name in RELEASED and released is False else name
 
 
+def named_on_hub(name: str) -> str | None:
+    """Return the released name that the Hub's name of a model ends in; None for any other text."""
+    owner, _, released = name.partition("/")
+    return released if owner == _HUB_OWNER and released in RELEASED else None
+
+
+# Whose models the released ones are on the Hugging Face Hub.
+_HUB_OWNER = "facebook"
 # Shapes: Lin et al. 2022 (doi:10.1126/science.ade2574), table S1, and the released files.
 # Sizes and digests: Meta publishes none. SHA-256 and Hugging Face revisions are from models.toml of
 # github.com/Synthyra/FastPLMs, the MD5 of the 15B file from torchdrug/models/esm.py of

@@ -21,6 +21,11 @@ class LedgerError(Exception):
         # characters that a terminal would obey.
         super().__init__("".join(map(_printable, " ".join(message.splitlines()))))
 
+    @property
+    def shown(self) -> str:
+        """What a script prints; the message is what is recorded."""
+        return str(self)
+
 
 def _printable(letter: str) -> str:
     return letter if letter.isprintable() else ascii(letter)[1:-1]
@@ -51,8 +56,17 @@ class MachineError(LedgerError):
 
 
 class InterruptedRunError(LedgerError):
-    """A signal ended the work; all finished work is committed."""
+    """A signal ended the work; all finished work is committed.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    run_id: the run that can be continued, if there is one.
+    """
+
+    def __init__(self, message: str, signal_number: int, run_id: int | None = None) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+        self.run_id = run_id
+
+    @property
+    def shown(self) -> str:
+        """The message, and what continues the run."""
+        return str(self) if self.run_id is None else f"{self} (make resume RUN={self.run_id})"

@@ -20,6 +20,7 @@ __all__ = [
     "file_sha256",
     "listing_sha256",
     "new_path",
+    "refuse_existing",
     "rename_new",
     "sync_folder",
 ]
@@ -98,9 +99,7 @@ def new_path(
 
     Raises SettingsError if `path` exists or its folder does not, MachineError if the disk fails.
     """
-    _refuse_existing(path, replaceable)
-    if not path.parent.is_dir():
-        raise SettingsError(f"{path.parent}: no such folder")
+    refuse_existing(path, replaceable)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with disk_errors(path):
@@ -114,7 +113,7 @@ def new_path(
                     os.fsync(written.fileno())
             if folder:
                 sync_folder(temporary)
-            _refuse_existing(path, replaceable)
+            refuse_existing(path, replaceable)
             temporary.rename(path)
             sync_folder(path.parent)
     finally:
@@ -124,6 +123,9 @@ def new_path(
             temporary.unlink(missing_ok=True)
 
 
-def _refuse_existing(path: Path, replaceable: Callable[[Path], bool] | None) -> None:
+def refuse_existing(path: Path, replaceable: Callable[[Path], bool] | None = None) -> None:
+    """Raise SettingsError for what `new_path` refuses, before work for it is begun."""
+    if not path.parent.is_dir():
+        raise SettingsError(f"{path.parent}: no such folder")
     if (path.exists() or path.is_symlink()) and not (replaceable and replaceable(path)):
         raise SettingsError(f"{path}: exists already")

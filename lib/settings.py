@@ -10,7 +10,7 @@ from typing import Any
 
 from marshmallow import ValidationError
 
-from lib.catalog import RELEASED
+from lib.catalog import RELEASED, named_on_hub
 from lib.errors import SettingsError
 from schema.settings import SECTIONS, STANDARD_INPUT, SettingsSchema, SettingsSections
 
@@ -137,7 +137,7 @@ def _resolve(
         if value is None:
             continue
         place = f"{source}: [{section}] {option}"
-        is_path = "://" not in value if option == "url" else value not in RELEASED
+        is_path = "://" not in value if option == "url" else not _is_released(value)
         resolved[section][option] = _absolute(value, folder, place, is_path=is_path)
     fasta = resolved.get("input", {}).pop("fasta", None)
     paths = _paths_in(fasta, folder) if isinstance(fasta, str) else fasta or []
@@ -182,11 +182,30 @@ def _absolute(value: str, folder: Path, place: str, *, is_path: bool) -> str:
         raise SettingsError(f"{place} = {value}: {error}") from None
 
 
+def _take_source_of_hub_names(model: dict[str, Any]) -> None:
+    """Turn `facebook/NAME` into the released name and the source that it says.
+
+    The source is that of esm_model, or of base_model where esm_model is a path.
+    """
+    options = ["esm_model"]
+    if not _is_released(str(model.get("esm_model"))):
+        options.append("base_model")
+    for option in options:
+        name = named_on_hub(str(model.get(option)))
+        if name is not None:
+            model |= {option: name, "source": "huggingface"}
+
+
+def _is_released(value: str) -> bool:
+    return value in RELEASED or named_on_hub(value) is not None
+
+
 def _check(values: Mapping[str, Any]) -> Settings:
     # Relative default paths start at the project's folder, as those in its config.ini do.
     filled = {section: dict(values.get(section) or {}) for section in (*SECTIONS, *values)}
     filled["output"].setdefault("folder", str(DEFAULT_CONFIG.parent / "embeddings"))
     filled["database"].setdefault("url", str(DEFAULT_CONFIG.parent / "runs.sqlite"))
+    _take_source_of_hub_names(filled["model"])
     try:
         settings: Settings = SettingsSchema().load(filled)
     except ValidationError as error:

@@ -11,7 +11,10 @@ __all__ = ["VOCABULARY", "WEIGHTS_FORMATS", "ESM2Config", "ModelShape", "load_sn
 
 VOCABULARY = 33  # tokens in the ESM-2 alphabet
 # What a snapshot may have as its format; `+lora` where an adapter was merged into the weights.
-WEIGHTS_FORMATS = ("fair-esm", "huggingface", "fair-esm+lora", "huggingface+lora")
+WEIGHTS_FORMATS = (
+    *("fair-esm", "huggingface", "safetensors", "state-dict"),
+    *("fair-esm+lora", "huggingface+lora", "safetensors+lora", "state-dict+lora"),
+)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ WHERE file LIKE '%/run-000001/checkpoint-000001.parquet';
 SELECT file, 100 - first_record AS record_in_file FROM record_files
 WHERE run = 1 AND 100 BETWEEN first_record AND last_record;
 
+-- What was copied from earlier runs, and from which?
+SELECT run_id AS run, reused_run_id AS from_run, sum(records) AS records
+FROM checkpoints WHERE reused_run_id IS NOT NULL GROUP BY run_id, reused_run_id;
+
 -- Which inputs were embedded with more than one model?
 SELECT input_path, count(DISTINCT model_id) AS models, group_concat(DISTINCT id) AS runs
 FROM runs GROUP BY input_sha256 HAVING count(DISTINCT model_id) > 1;

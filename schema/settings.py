@@ -90,6 +90,7 @@ class OutputSettings:
     per_tok_dtype: str
     checkpoint_seconds: float
     checkpoint_records: int
+    reuse: bool
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class OutputSchema(Schema):
         load_default=60.0, allow_nan=False, validate=validate.Range(min=0)
     )
     checkpoint_records = fields.Integer(load_default=20_000, validate=_POSITIVE)
+    reuse = fields.Boolean(load_default=True)
 
 
 class DatabaseSchema(Schema):

@@ -66,6 +66,7 @@ class Model(Base):
     parameters: Mapped[int | None] = mapped_column(
         comment="numbers in the embedding trunk (no language-model head)"
     )
+    # Of tensors alone: safetensors or state-dict. The comment of version 1 stays in its databases.
     weights_format: Mapped[str | None] = mapped_column(
         comment="fair-esm or huggingface; +lora: with an adapter"
     )
@@ -126,6 +127,15 @@ class Run(Base):
     )
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     finished_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL if unfinished")
+    has_digests: Mapped[bool | None] = mapped_column(
+        comment="1 if its files have embedded_sha256 and sequence_md5; NULL: they lack them"
+    )
+    sequences_reused: Mapped[int | None] = mapped_column(
+        comment="sequences that its plan copies from earlier runs; NULL: it has no such plan"
+    )
+    reuse_sha256: Mapped[str | None] = mapped_column(
+        comment="SHA-256 of that plan, the file .reuse-UUID in its output folder"
+    )
 
     model: Mapped[Model | None] = relationship()
     inputs: Mapped[list[Input]] = relationship(order_by="Input.number")
@@ -237,6 +247,9 @@ class Checkpoint(Base):
     )
     reused_run_id: Mapped[int | None] = mapped_column(
         ForeignKey("runs.id"), comment="the run that its rows were copied from; NULL: computed"
+    )
+    residues_reused: Mapped[int | None] = mapped_column(
+        comment="residues of the sequences that were copied for it; NULL: computed"
     )
 
     run: Mapped[Run] = relationship(back_populates="checkpoints", foreign_keys=[run_id])

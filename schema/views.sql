@@ -30,6 +30,8 @@ SELECT
     coalesce(done.records, 0) AS records_done,
     -- records in the input
     runs.records_total AS records_total,
+    -- records of its checkpoints that were copied from earlier runs
+    coalesce(done.reused, 0) AS reused,
     -- residues computed per second of its checkpoints
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
     -- workers of clusters that computed for it; 0 if the processes of its attempts did
@@ -43,29 +45,43 @@ SELECT
 FROM runs
 LEFT JOIN models ON models.id = runs.model_id
 LEFT JOIN (
-    SELECT run_id, sum(records) AS records, sum(residues) AS residues, sum(seconds) AS seconds,
+    SELECT
+        run_id,
+        sum(records) AS records,
+        sum(reused) AS reused,
+        sum(residues) AS residues,
+        sum(seconds) AS seconds,
         sum(workers) AS workers
     FROM (
-        SELECT run_id, sum(records) AS records, sum(residues) AS residues,
+        SELECT
+            run_id,
+            sum(records) AS records,
+            sum(records) FILTER (WHERE reused_run_id IS NOT NULL) AS reused,
+            sum(residues) AS residues,
             count(DISTINCT worker_id) AS workers,
             -- Several workers compute at the same time: from the begin of the first checkpoint to
             -- the end of the last.
-            CASE WHEN count(worker_id) = 0 THEN sum(seconds) ELSE 86400.0 * (
-                max(julianday(committed_at)) - min(julianday(committed_at) - seconds / 86400.0)
-            ) END AS seconds
+            CASE
+                WHEN count(worker_id) = 0 THEN sum(seconds) FILTER (WHERE reused_run_id IS NULL)
+                ELSE 86400.0 * (
+                    max(julianday(committed_at)) FILTER (WHERE reused_run_id IS NULL)
+                    - min(julianday(committed_at) - seconds / 86400.0)
+                        FILTER (WHERE reused_run_id IS NULL)
+                )
+            END AS seconds
         FROM checkpoints GROUP BY run_id, attempt_id
     ) GROUP BY run_id
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
 
--- The progress of each run, in residues computed, and the last sign of life of its process.
+-- The progress of each run, in residues of different sequences, and the last sign of life of its process.
 CREATE VIEW run_progress AS
 SELECT
     -- number of the run
     runs.id AS run,
     -- running, interrupted, failed or finished
     runs.status AS status,
-    -- residues computed and committed
+    -- residues computed or copied, and committed
     coalesce(done.residues, 0) AS residues_done,
     -- residues of the different sequences in the input
     runs.residues_total AS residues_total,
@@ -79,7 +95,10 @@ SELECT
     (SELECT max(heartbeat_at) FROM attempts WHERE attempts.run_id = runs.id) AS heartbeat
 FROM runs
 LEFT JOIN (
-    SELECT run_id, sum(residues) AS residues, count(*) AS checkpoints
+    SELECT
+        run_id,
+        sum(residues + coalesce(residues_reused, 0)) AS residues,
+        count(*) AS checkpoints
     FROM checkpoints GROUP BY run_id
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
@@ -124,6 +143,8 @@ SELECT
     checkpoints.esm2_config ->> 'sha256' AS model_sha256,
     -- rows in the file
     checkpoints.records AS records,
+    -- number of the run that the rows were copied from; NULL if they were computed
+    checkpoints.reused_run_id AS reused_run,
     -- size of the file
     checkpoints.bytes AS bytes,
     -- UTC ISO 8601
@@ -150,9 +171,14 @@ SELECT
                 EXCEPT SELECT key, value FROM json_each(runs.esm2_config)
             )
         )
+        WHEN checkpoints.reused_run_id = checkpoints.run_id THEN 'copied from its own run'
+        WHEN sources.esm2_config ->> 'sha256' <> runs.esm2_config ->> 'sha256'
+            OR sources.precision <> runs.precision
+            THEN 'copied from a run of another model or precision'
     END AS problem
 FROM checkpoints
 JOIN runs ON runs.id = checkpoints.run_id
+LEFT JOIN runs AS sources ON sources.id = checkpoints.reused_run_id
 ORDER BY checkpoints.id;
 
 -- The runs, records and speed of each model.
@@ -171,8 +197,8 @@ SELECT
     models.sha256 AS sha256,
     -- runs that used it
     count(DISTINCT runs.id) AS runs,
-    -- records that it embedded
-    coalesce(sum(done.records), 0) AS records,
+    -- records that it embedded; not those that were copied
+    coalesce(sum(done.records - coalesce(done.reused, 0)), 0) AS records,
     -- residues that it computed
     coalesce(sum(done.residues), 0) AS residues,
     -- residues computed per second of its checkpoints
@@ -182,7 +208,12 @@ SELECT
 FROM models
 LEFT JOIN runs ON runs.model_id = models.id
 LEFT JOIN (
-    SELECT run_id, sum(records) AS records, sum(residues) AS residues, sum(seconds) AS seconds
+    SELECT
+        run_id,
+        sum(records) AS records,
+        sum(records) FILTER (WHERE reused_run_id IS NOT NULL) AS reused,
+        sum(residues) AS residues,
+        sum(seconds) FILTER (WHERE reused_run_id IS NULL) AS seconds
     FROM checkpoints GROUP BY run_id
 ) AS done ON done.run_id = runs.id
 GROUP BY models.id

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
+
 from lib.console.arguments import arguments, database_url
 from lib.console.output import print_result
 from lib.console.program import run_script

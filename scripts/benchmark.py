@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -26,9 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.plot import draw

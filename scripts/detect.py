@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
+
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.display import describe_detection, detection_json
 from lib.console.output import print_json, print_table

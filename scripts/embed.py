@@ -7,7 +7,8 @@
     python scripts/embed.py --input examples/proteins.fasta --validate-config
 
 Several files are one input, whose records count from the first file on. Standard input is kept in
-the folder of the run.
+the folder of the run. What an earlier run embedded with the same model and settings is copied from
+it, unless --no-reuse is given.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
@@ -16,13 +17,12 @@ refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.console.bars import download_bar
@@ -33,7 +33,14 @@ from lib.console.display import (
     describe_weights,
     validation_json,
 )
-from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
+from lib.console.embedding import (
+    embed_under_bar,
+    refuse_missing_input,
+    show_input,
+    show_model,
+    show_result,
+    show_reuse,
+)
 from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.jobs.computing import made_ready
@@ -51,7 +58,9 @@ from lib.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Detect, preflight, record, embed."""
     parser = arguments(__doc__)
-    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers", "ray")
+    settings_arguments(
+        parser, "esm_model", "input", "output", "include", "repr_layers", "reuse", "ray"
+    )
     parser.add_argument(
         "--validate-config", action="store_true", help="check all that validate.py does, and stop"
     )
@@ -67,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
 
         # ---- What will be done: detected, checked, displayed
+        refuse_missing_input(settings)
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
         show_model(detection)
         standard_input = opened.enter_context(
             copied_standard_input(settings.input, Path(settings.output.folder))
         )
-        inventory = preflight(settings.input, standard_input)
+        inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
@@ -82,14 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         note(describe_proof(model.config))
         note(describe_start(model))
+        reuse = show_reuse(engine, model, inventory)
 
         # ---- On the record
         with (
             interruption.deferred(),
-            create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
+            create_run(
+                engine, model.settings, model.config, inventory, model.facts, reuse
+            ) as ownership,
         ):
             note(f"run {ownership.run.id}")
-            run = embed_under_bar(engine, ownership, model, computer, inventory, interruption)
+            run = embed_under_bar(
+                engine, ownership, model, computer, inventory, reuse, interruption
+            )
     show_result(run, as_json=parsed.json)
     return 0
 

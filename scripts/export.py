@@ -5,9 +5,10 @@
     python scripts/export.py --run 1 --format esm-extract --to folder
 
 Formats: hdf5 (UniProt's layout), esm-extract (a .pt per record), npy (a folder with the matrix and
-the ids), virnucpro (one .pt), anndata (.h5ad). Records are in the order of the FASTA. An existing
-file is never replaced. Exit status: 0 written, 2 refused, 3 files differ from what the database
-lists, 4 disk failed.
+the ids), virnucpro (one .pt), anndata (.h5ad), csv, dataset (a folder for the Hugging Face Hub).
+Every export says which run and which model its vectors come from. Records are in the order of the
+FASTA. An existing file is never replaced.
+Exit status: 0 written, 2 refused, 3 files differ from what the database lists, 4 disk failed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
+
 from lib.console.arguments import arguments, database_url
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
-from lib.embeddings.export import FORMATS, export
-from lib.embeddings.selection import Selection, facts_of
+from lib.embeddings.export import FORMATS, export, exported_columns
+from lib.embeddings.provenance import facts_of
+from lib.embeddings.selection import Selection
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bos", action="store_true", help="the vectors of <cls> instead of the means"
     )
     kind.add_argument(
-        "--per-residue", action="store_true", help="hdf5: all residues instead of the means"
+        "--per-residue",
+        action="store_true",
+        help="hdf5, dataset: all residues instead of the means",
     )
     parser.add_argument("--dtype", choices=["float16", "float32"], help="hdf5: default as stored")
     parser.add_argument(
@@ -47,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     wanted = "per_tok" if parsed.per_residue else "bos" if parsed.bos else "mean"
     run = open_run(database_url(parsed), parsed.run, partial=parsed.partial, verify=parsed.verify)
-    export(run, parsed.format, parsed.to, Selection(wanted, parsed.layer, parsed.dtype))
-    facts = facts_of(run)
+    selection = Selection(wanted, parsed.layer, parsed.dtype)
+    export(run, parsed.format, parsed.to, selection)
+    facts = facts_of(run, exported_columns(run, parsed.format, selection))
     untrained = " (untrained weights)" if facts["untrained"] else ""
     line = (
-        f"run {parsed.run}: {len(run)} of {facts['records_total']} records in {parsed.to} "
-        f"({parsed.format}){untrained}"
+        f"run {parsed.run}: {len(run)} of {facts['records_total']} records, "
+        f"{' '.join(facts['columns'])}, in {parsed.to} ({parsed.format}){untrained}"
     )
     content = facts | {"format": parsed.format, "to": str(parsed.to)}
     print_result(content, [line], as_json=parsed.json)

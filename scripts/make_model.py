@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
+
 import torch
 
 from lib.catalog import RELEASED

@@ -13,6 +13,9 @@ import csv
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
+
 from lib.console.arguments import arguments, database_url
 from lib.console.output import print_json, print_table
 from lib.console.program import run_script

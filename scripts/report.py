@@ -4,9 +4,10 @@
     python scripts/report.py --run 1 --to run.html
 
 The page needs no other file and no network. Without --to it is reports/run-000001.html beside the
-run database. It replaces an unaltered earlier report of the same run, and nothing else. An
-unfinished run is reported as far as it is. Every vector of a layer is read once. Exit status: 0
-written, 2 refused, 3 files differ from what the database lists, 4 disk failed.
+run database. Beside it lies run-000001_mqc.json, a row for MultiQC. They replace unaltered earlier
+ones of the same run, and nothing else. An unfinished run is reported as far as it is. Every vector
+of a layer is read once. Exit status: 0 written, 2 refused, 3 files differ from what the database
+lists, 4 disk failed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, database_url
 from lib.console.output import print_result

@@ -13,13 +13,12 @@ interrupted with the work so far committed.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import (
     arguments,
@@ -36,6 +35,7 @@ from lib.jobs.admission import admit
 from lib.jobs.adoption import adopt_leftovers, drop_files
 from lib.jobs.computing import made_ready
 from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import describe_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import own, start_attempt
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inventory, damaged = admission.inventory, admission.damaged
         show_model(admission.detection, admission.sha256)
         show_input(inventory, admission.settings)
+        if admission.reuse is not None:
+            note(describe_reuse(admission.reuse, inventory))
         if run.status == "finished" and not damaged and not admission.missing:
             show_result(run, as_json=parsed.json)
             return 0
@@ -81,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_attempt(engine, run, model.facts, damaged) as ownership,
         ):
             rules = model.settings.input
-            for line in adopt_leftovers(engine, ownership, rules, inventory):
+            for line in adopt_leftovers(engine, ownership, rules, inventory, admission.reuse):
                 note(line)
-            embed_under_bar(engine, ownership, model, computer, inventory, interruption)
+            embed_under_bar(
+                engine, ownership, model, computer, inventory, admission.reuse, interruption
+            )
     show_result(run, as_json=parsed.json)
     return 0
 

@@ -11,11 +11,10 @@ weights refused, 3 identity refused, 4 environment failed.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 
-if __name__ == "__main__":  # a Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments, database_url, overrides, settings_arguments
 from lib.console.display import describe_audit, describe_validation, validation_json

@@ -36,7 +36,7 @@ SOME_PROTEINS = DATA / "some_proteins.fasta"
 UNIPROT_PART = DATA / "uniprot_part.fasta"
 # What make hands down, and the Makefile's variables: `make test ARGS=...` exports them.
 _OF_MAKE = re.compile(
-    r"MAKE\w*|MFLAGS|MODEL|INPUT|OUTPUT|RUN|RAY|FORMAT|TO|CONFIG|ARGS|esm_\w+|COLUMNS"
+    r"MAKE\w*|MFLAGS|MODEL|INPUT|OUTPUT|RUN|RAY|FORMAT|TO|QUERY|CONFIG|ARGS|esm_\w+|COLUMNS"
 )
 
 
@@ -161,12 +161,15 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A fresh folder with a copy of config.ini; torch hub's cache is an empty folder of it."""
+    """A fresh folder with a copy of config.ini; torch hub's cache is an empty folder of it.
+
+    Every run computes, as most tests want it, unless a test sets `[output] reuse`.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     # Tables are as wide as they need to be, whatever the tests are run from.
     monkeypatch.delenv("COLUMNS", raising=False)
     fresh = Place(tmp_path)
-    fresh.config.write_text(DEFAULT_CONFIG.read_text())
+    fresh.config.write_text(DEFAULT_CONFIG.read_text().replace("\nreuse = yes\n", "\nreuse = no\n"))
     return fresh
 
 

@@ -271,6 +271,7 @@ def _obey(work: Work, order: _Order, streams: tuple[Connection, ...]) -> None:
 
 def _run_script(name: str, prepare: Work | None) -> None:
     if prepare is None:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         # As a module, so that what is patched in it counts.

@@ -55,7 +55,7 @@ def nearest(run: RunEmbeddings) -> str:
 
 
 def test_every_program_is_run() -> None:
-    assert len(PROGRAMS) == 7
+    assert len(PROGRAMS) == 8
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
@@ -65,6 +65,16 @@ def test_data_frames(folder: Path, run: RunEmbeddings, library: str) -> None:
 
 def test_scikit_learn(folder: Path, run: RunEmbeddings) -> None:
     assert output(folder, "sklearn") == f"{run.ids[0]} {nearest(run)}\n"
+
+
+def test_a_notebook_embeds_on_the_record(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    shutil.copy(folder / "six.pt", tmp_path / "models" / "esm2_untrained_t6_8M.pt")
+    shutil.copy(folder / "config.ini", tmp_path)
+    assert output(tmp_path, "lib.jobs.notebook") == (
+        "run 1: 2 records by esm2_untrained_t6_8M\n1 first second (2, 64)\n"
+    )
+    assert open_run(tmp_path / "runs.sqlite", 1).facts["status"] == "finished"
 
 
 def test_hugging_face_datasets(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SOME_PROTEINS, Place, users_environment
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script, users_environment
 from tests.reference import read_run
 
 
@@ -104,3 +105,63 @@ def test_a_demo_model_that_another_make_has_made_meanwhile_is_kept(tmp_path: Pat
     done = make(str(model.relative_to(tmp_path)), f"python={python}", folder=tmp_path)
     assert done.returncode != 0
     assert model.read_text() == "whole\n"
+
+
+@pytest.mark.parametrize("name", ["model", "input", "run", "args"])
+def test_a_variable_in_small_letters_is_refused_in_one_line(name: str) -> None:
+    """Before, make went on without a word, with the model of config.ini."""
+    done = make("history", f"{name}=a b", variables={"config": "of the shell"})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f" *** {name}= is not a variable, {name.upper()}= is.  Stop.")
+
+
+def test_a_variable_of_the_shell_in_small_letters_is_nobodys_business(place: Place) -> None:
+    quick = "python=true"
+    assert make("history", quick, variables={"model": "a", "run": "b"}).returncode == 0
+
+
+def test_embed_says_first_that_the_input_is_missing(script: Script) -> None:
+    for nothing in ([], ["--input", "missing.fasta"]):
+        answer = script("embed", *nothing)
+        assert (answer.status, answer.err.count("\n")) == (2, 1)
+        assert "missing.fasta: no such file" in answer.error or "no input: " in answer.error
+
+
+def test_setup_says_what_it_installs_and_lets_pip_show_how_far_it_is(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$*"\n'
+        'if [ "$2" = venv ]; then mkdir -p $3/bin && cp $0 $3/bin/python; fi\n'
+    )
+    python.chmod(0o755)
+    done = make("setup", f"PYTHON={python}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "packages of pyproject.toml at the versions of constraints.txt" in done.stdout
+    assert "1.2 GB on disk" in done.stdout
+    (pip,) = re.findall(r"^-m pip install (.*)$", done.stdout, re.MULTILINE)
+    assert "quiet" not in pip
+    assert done.stdout.splitlines()[-1].endswith("\t.venv")
+
+
+def test_clean_removes_caches_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    program = ["benchmarks", "docs", "lib/models", "schema", "scripts", "tests"]
+    caches = [".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "esm_ledger.egg-info"]
+    caches += [f"{folder}/__pycache__" for folder in program]
+    users = ["embeddings/run-000001", ".venv/lib/__pycache__", "models", "reports", "build"]
+    for folder in (*caches, *users):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").touch()
+    (tmp_path / "runs.sqlite").touch()
+    done = make("clean", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *(f"removed {name}" for name in caches[:5]),
+        "removed __pycache__ of the program's folders",
+    ]
+    assert not any((tmp_path / folder).exists() for folder in caches)
+    assert all((tmp_path / folder / "file").exists() for folder in users)
+    assert (tmp_path / "runs.sqlite").exists()

@@ -82,6 +82,28 @@ def test_the_demo_says_untrained_and_where_its_output_lies(
     assert "esm2_untrained_t6_8M (untrained)" in out
 
 
+def test_the_demo_ends_with_three_things_to_do_that_work(
+    after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
+) -> None:
+    done = after_commands["make demo"]
+    assert (done.stdout + done.stderr).count("attention_heads") == 1  # the table, once
+    last = done.stdout.splitlines()[-4:]
+    assert last[0] == "What to do next:"
+    assert all(line.startswith("  make ") for line in last[1:])
+    for line in last[1:3]:
+        again = subprocess.run(
+            ["sh", "-c", line],
+            cwd=folder,
+            env=users_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert again.returncode == 0, again.stderr
+        assert "run 1" in again.stdout
+    assert "MODEL=esm2_t6_8M_UR50D INPUT=examples/proteins.fasta " in last[3]
+
+
 # What the README's lines found, in the words of whoever checks them.
 FOUND = """
 import json
@@ -107,7 +129,8 @@ def test_the_python_lines_read_a_run(
     ids = [header.split()[0] for header, _ in fasta(ROOT / "examples" / "proteins.fasta")]
     columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
     assert columns[0] == "record"
-    own = ["record", "id", "description", "length", "embedded_length", "mean_6"]
+    own = ["record", "id", "description", "length", "embedded_length"]
+    own += ["embedded_sha256", "sequence_md5", "mean_6"]
     assert found["pandas"] == [ids, own]
     assert found["polars"] == [ids, own]
     assert found["datasets"] == [117, own]

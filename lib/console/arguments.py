@@ -18,6 +18,7 @@ _FLAGS = {
     "input": "input.fasta",
     "output": "output.folder",
     "include": "output.include",
+    "reuse": "output.reuse",
     "database": "database.url",
     "ray": "cluster.ray",
 }
@@ -44,7 +45,7 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
     """Add --set and the named flags, which override config.ini."""
     group = parser.add_argument_group("overriding config.ini")
     helps = {
-        "esm_model": ("MODEL", "a released name in full, or the path of weights"),
+        "esm_model": ("MODEL", "a released name in full, facebook/NAME, or the path of weights"),
         "output": ("FOLDER", "the folder that gets a folder for every run"),
         "ray": ("ADDRESS", "compute on a Ray cluster: HOST:PORT, or auto (docs/cluster.md)"),
     }
@@ -71,6 +72,12 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
             type=int,
             metavar="LAYER",
             help="layers to keep: 0 the embedding, -1 the last",
+        )
+    if "reuse" in flags:
+        group.add_argument(
+            "--reuse",
+            action=argparse.BooleanOptionalAction,
+            help="copy what earlier runs embedded, or compute everything",
         )
     group.add_argument(
         "--set",

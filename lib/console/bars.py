@@ -13,6 +13,9 @@ from lib.console.output import note
 from lib.units import count, duration, size
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from lib.jobs.progress import Progress
 
 __all__ = ["ResidueBar", "download_bar"]
@@ -33,7 +36,7 @@ class ResidueBar:
         # Some terminals, such as those of containers, report a width of 0.
         sized = self._on_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._progress = progress
-        self._line_is_due = progress.seconds + _SECONDS_BETWEEN_LINES
+        self._line_is_due = progress.elapsed + _SECONDS_BETWEEN_LINES
         self._bar = tqdm(
             total=progress.residues_total,
             initial=progress.residues_before,
@@ -50,9 +53,22 @@ class ResidueBar:
     def advance(self, lengths: Sequence[int]) -> None:
         """Count a pack as done; lengths: (N,) residues of its sequences."""
         self._progress.advance(lengths)
+        self._show(sum(lengths))
+
+    def copied(self, sequences: int) -> None:
+        """Count sequences that were copied."""
+        self._progress.copied(sequences)
+        self._show(0)
+
+    def expect(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Count on more work; lengths: (N,) residues of its sequences."""
+        self._progress.expect(lengths)
+        self._bar.total = self._progress.residues_total
+
+    def _show(self, residues: int) -> None:
         self._bar.set_description_str(_describe_progress(self._progress), refresh=False)
-        self._bar.update(sum(lengths))
-        if not self._on_terminal and self._progress.seconds >= self._line_is_due:
+        self._bar.update(residues)
+        if not self._on_terminal and self._progress.elapsed >= self._line_is_due:
             self._say()
 
     def __enter__(self) -> ResidueBar:
@@ -65,12 +81,19 @@ class ResidueBar:
 
     def _say(self) -> None:
         note(f"embedding: {_describe_progress(self._progress)}")
-        self._line_is_due = self._progress.seconds + _SECONDS_BETWEEN_LINES
+        self._line_is_due = self._progress.elapsed + _SECONDS_BETWEEN_LINES
 
 
 def _describe_progress(progress: Progress) -> str:
-    """Return `3,100 of 5,000 residues (2,000 before), 12 res/s, 2 min 38 s left`."""
-    text = f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
+    """Return `3,100 of 5,000 residues (2,000 before), 12 res/s, 2 min 38 s left`.
+
+    Before it stands `700 sequences copied, ` if any were.
+    """
+    copied = progress.sequences_copied
+    if copied and not progress.residues_total:
+        return f"{count(copied)} sequences copied"
+    text = f"{count(copied)} sequences copied, " if copied else ""
+    text += f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
     if progress.residues_before:
         text += f" ({count(progress.residues_before)} before)"
     if progress.rate is not None:

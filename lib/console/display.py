@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,9 +118,11 @@ def describe_start(model: KnownModel) -> str:
 def describe_run(run: Run) -> str:
     """Return one line with the status of a run and the folder of its output."""
     untrained = " (untrained weights)" if (run.esm2_config or {}).get("untrained") else ""
+    copied = sum(_reused(run).values())
+    reused = f" ({copied} reused)" if copied else ""
     return (
-        f"run {run.id} {run.status}: {run.records_total} records in {len(run.checkpoints)} "
-        f"checkpoints in {run.output_folder}{untrained}"
+        f"run {run.id} {run.status}: {run.records_total} records{reused} in "
+        f"{len(run.checkpoints)} checkpoints in {run.output_folder}{untrained}"
     )
 
 
@@ -132,9 +135,19 @@ def run_json(run: Run) -> dict[str, Any]:
         "input": run.input_path,
         "inputs": [file.path for file in run.inputs],
         "records": run.records_total,
+        "reused": _reused(run),
         "output_folder": run.output_folder,
         "checkpoints": [one.path for one in run.checkpoints],
     }
+
+
+def _reused(run: Run) -> dict[int, int]:
+    """Return how many records were copied from each earlier run."""
+    copied: Counter[int] = Counter()
+    for checkpoint in run.checkpoints:
+        if checkpoint.reused_run_id is not None:
+            copied[checkpoint.reused_run_id] += checkpoint.records
+    return dict(sorted(copied.items()))
 
 
 def _text(value: object) -> str:

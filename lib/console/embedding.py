@@ -7,17 +7,37 @@ from sqlalchemy import Engine
 from lib.console.bars import ResidueBar
 from lib.console.display import describe_detection, describe_input, describe_run, run_json
 from lib.console.output import note, print_result, print_table
-from lib.jobs.embedding import Computer, Job, work
+from lib.jobs.embedding import Computer, Job, to_compute, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel
 from lib.jobs.progress import Progress
+from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
 from lib.models.detection import Detection
+from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
 from lib.settings import Settings
+from schema.settings import STANDARD_INPUT
 from schema.tables import Run
 
-__all__ = ["embed_under_bar", "show_input", "show_model", "show_result"]
+__all__ = [
+    "embed_under_bar",
+    "refuse_missing_input",
+    "show_input",
+    "show_model",
+    "show_result",
+    "show_reuse",
+]
+
+
+def refuse_missing_input(settings: Settings) -> None:
+    """Raise InputError for an input that is not there, before a model is looked for.
+
+    Standard input is looked at when it is copied.
+    """
+    if STANDARD_INPUT not in (settings.input.fasta or []):
+        input_sources(settings.input)
 
 
 def show_model(detection: Detection, sha256: str | None = None) -> None:
@@ -32,22 +52,36 @@ def show_input(inventory: Inventory, settings: Settings) -> None:
         note(line)
 
 
+def show_reuse(engine: Engine, model: KnownModel, inventory: Inventory) -> ReusePlan | None:
+    """Decide what a new run copies from earlier ones, and print it; None if that is nothing."""
+    if not model.settings.output.reuse:
+        return None
+    plan = plan_reuse(engine, model.settings, model.config, inventory, note)
+    if plan is not None:
+        note(describe_reuse(plan, inventory))
+    return plan
+
+
 def embed_under_bar(
     engine: Engine,
     ownership: Ownership,
     model: KnownModel,
     computer: Computer,
     inventory: Inventory,
+    reuse: ReusePlan | None,
     interruption: Interruption,
 ) -> Run:
-    """Compute what is left of a run and show how far it is; raises what `work` raises."""
-    committed = [range(one.first_position, one.stop_position) for one in ownership.run.checkpoints]
+    """Copy and compute what is left of a run and show how far it is; raises what `work` raises."""
+    lengths, done = to_compute(ownership.run, inventory, reuse)
     width, at_once = model.config.hidden_dim, computer.reports_at_once
-    progress = Progress(inventory.lengths, width, committed, at_once)
+    progress = Progress(lengths, width, done, at_once)
     with ResidueBar(progress) as bar:
         return work(
-            Job(engine, ownership, model.settings, inventory, computer, interruption, bar.advance)
-        )
+            Job(
+                engine, ownership, model.settings, inventory, computer, interruption, bar.advance,
+                reuse, bar.copied, bar.expect, note,
+            )
+        )  # fmt: skip
 
 
 def show_result(run: Run, *, as_json: bool) -> None:

@@ -84,7 +84,8 @@ def print_table(
     for name in least_needed:
         if sum(widths[i] + 2 for i in kept) - 2 <= _width():
             break
-        kept.remove(columns.index(name))
+        if name in columns:
+            kept.remove(columns.index(name))
     for row in [list(columns), *cells]:
         padded = (row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in kept)
         print("  ".join(padded).rstrip(), file=stream)

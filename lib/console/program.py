@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -15,7 +16,14 @@ __all__ = ["guarded", "run_script"]
 
 def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run the main function of a script with the command line and exit with its status."""
-    sys.exit(guarded(main, None))
+
+    def begun(argv: Sequence[str] | None) -> int:
+        # From here on Ctrl-C raises; scripts/_start.py has ended the process at once until now.
+        if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main(argv)
+
+    sys.exit(guarded(begun, None))
 
 
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
@@ -28,7 +36,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         status = main(argv)
         sys.stdout.flush()
     except LedgerError as error:
-        note(f"error: {error}")
+        note(f"error: {error.shown}")
         return error.exit_status
     except UnicodeEncodeError as error:
         # Python reads what is not UTF-8 in a name of a file as half a letter, which cannot be

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lib.embeddings.provenance import facts_of, facts_text
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import (
     Selection,
-    facts_of,
-    facts_text,
     library,
     ordered_vectors,
     refuse_repeats,
@@ -44,7 +43,7 @@ def write_hdf5(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     refuse_repeats(run, keys, "HDF5 name")
     if "." in keys:
         raise LedgerError(f"record {run.records[keys.index('.')]}: HDF5 has no name '.'")
-    facts = facts_of(run, column)
+    facts = facts_of(run, [column])
     with (
         new_path(to, folder=False) as temporary,
         ordered_vectors(run, column, to) as vectors,
@@ -81,7 +80,7 @@ def write_anndata(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         ordered_vectors(run, column, to) as vectors,
         _hdf5_file(h5py, temporary) as (file, _sink),
     ):
-        made = anndata.AnnData(X=vectors, obs=obs, uns={"esm_ledger": facts_of(run, column)})
+        made = anndata.AnnData(X=vectors, obs=obs, uns={"esm_ledger": facts_of(run, [column])})
         anndata.io.write_elem(file, "/", made)
 
 

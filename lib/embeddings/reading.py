@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
-from lib.ledger.history import query
+from lib.ledger.history import altered_rows, query
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
 
@@ -58,14 +58,20 @@ def open_run(
     if not found:
         raise SettingsError(f"run {run}: not in database {database_path(url)}")
     facts = found[0]
-    for name in ("esm2_config", "repr_layers", "include"):
-        facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+    attempts = query(
+        url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
+    ).dictionaries()
+    with altered_rows(url):
+        for name in ("esm2_config", "repr_layers", "include"):
+            facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+        for attempt in attempts:
+            attempt["versions"] = dict(json.loads(attempt["versions"]))
     if facts["esm2_config"] is None:
         raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
     listed = query(
         url,
-        "SELECT path, bytes, sha256, records FROM checkpoints WHERE run_id = ? "
-        "ORDER BY first_position",
+        "SELECT path, bytes, sha256, records, reused_run_id IS NOT NULL AS copied "
+        "FROM checkpoints WHERE run_id = ? ORDER BY first_position",
         [run],
     ).dictionaries()
     done = sum(one["records"] for one in listed)
@@ -77,8 +83,12 @@ def open_run(
         url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
     ).dictionaries()
     folder = Path(facts["output_folder"])
-    files = [ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"]) for one in listed]
-    return RunEmbeddings(facts, inputs, [verified_file(file, digest=verify) for file in files])
+    files = [
+        ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"], bool(one["copied"]))
+        for one in listed
+    ]
+    verified = [verified_file(file, digest=verify) for file in files]
+    return RunEmbeddings(facts, inputs, attempts, verified)
 
 
 class RunEmbeddings:
@@ -86,15 +96,22 @@ class RunEmbeddings:
 
     facts: the row of the run in the table `runs`, by column.
     inputs: the rows of its input files in the table `inputs`, in their order.
+    attempts: device_name and versions of every attempt at it.
+    files: its checkpoint files, as they were checked.
     records: (N,) int64, the position in the FASTA of every record, ascending.
     """
 
     def __init__(
-        self, facts: dict[str, Any], inputs: list[dict[str, Any]], files: list[VerifiedFile]
+        self,
+        facts: dict[str, Any],
+        inputs: list[dict[str, Any]],
+        attempts: list[dict[str, Any]],
+        files: list[VerifiedFile],
     ) -> None:
         self.facts = facts
         self.inputs = inputs
-        self._files = files
+        self.attempts = attempts
+        self.files = files
         numbers, places = _find_records(files)
         order = np.argsort(numbers)
         self.records: npt.NDArray[np.int64] = numbers[order]
@@ -120,6 +137,12 @@ class RunEmbeddings:
     def layers(self) -> list[int]:
         """The layers kept, ascending."""
         return sorted(self.facts["repr_layers"])
+
+    @property
+    def copied(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether the vectors of each record were copied from an earlier run."""
+        of_files = np.array([file.listed.copied for file in self.files], bool)
+        return of_files[self._places[:, 0]]
 
     @cached_property
     def ids(self) -> list[str]:
@@ -237,7 +260,7 @@ class RunEmbeddings:
         if position == len(self) or self.records[position] != record:
             raise SettingsError(f"run {self.facts['id']}: no record {record}")
         file, group, row = (int(one) for one in self._places[position])
-        with self._files[file].opened() as checkpoint:
+        with self.files[file].opened() as checkpoint:
             table = checkpoint.read(group, [*map(str, columns)])
         return {column: values(table.column(str(column)).slice(row, 1)) for column in columns}
 
@@ -249,7 +272,7 @@ class RunEmbeddings:
         Yields (rows,) the place of each row in FASTA order, and the requested columns.
         """
         names = [*map(str, columns)]
-        for file in self._files:
+        for file in self.files:
             with file.opened() as checkpoint:
                 for group in checkpoint.row_groups:
                     table = checkpoint.read(group, ["record", *names])

@@ -1,8 +1,7 @@
-"""Selection: which vectors of a run are exported, and the facts written beside them."""
+"""Selection: which vectors of a run are exported, in the order of the FASTA."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ import numpy.typing as npt
 from lib.embeddings.reading import RunEmbeddings
 from lib.errors import LedgerError, SettingsError
 from lib.files import disk_errors
-from schema.parquet import VectorColumn
+from schema.parquet import VectorColumn, vector_columns
 
-__all__ = ["Selection", "facts_of", "facts_text", "library", "ordered_vectors", "refuse_repeats"]
+__all__ = ["Selection", "kept_columns", "library", "ordered_vectors", "refuse_repeats"]
 
 
 @dataclass(frozen=True)
@@ -32,36 +31,9 @@ class Selection:
     dtype: str | None = None
 
 
-def facts_of(run: RunEmbeddings, column: VectorColumn | None = None) -> dict[str, Any]:
-    """Return what identifies a run and its model; with `column` also its layer and pooling.
-
-    `input` is the first of several files, `inputs` then has a list for each of their properties.
-    """
-    facts = {
-        "model": run.model["name"],
-        "model_sha256": run.model["sha256"],
-        "untrained": bool(run.model["untrained"]),
-        "precision": run.facts["precision"],
-        "run": run.facts["id"],
-        "run_uuid": run.facts["uuid"],
-        "status": run.facts["status"],
-        "input": run.facts["input_path"],
-        "input_sha256": run.facts["input_sha256"],
-        "records": len(run),
-        "records_total": run.facts["records_total"],
-    }
-    if len(run.inputs) > 1:
-        keys = ("path", "sha256", "first_record", "records")
-        facts["inputs"] = {key: [one[key] for one in run.inputs] for key in keys}
-    if column is not None:
-        pooling = column.kind if column.is_pooled else "none"
-        facts |= {"layer": column.layer, "pooling": pooling}
-    return facts
-
-
-def facts_text(facts: dict[str, Any]) -> str:
-    """Return facts as the text of a JSON file."""
-    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+def kept_columns(run: RunEmbeddings) -> list[VectorColumn]:
+    """Return every column of vectors that a run kept."""
+    return vector_columns(run.facts["include"], run.layers)
 
 
 @contextmanager

@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lib.embeddings.provenance import FACTS_FILE, described_path, facts_of, facts_text
 from lib.embeddings.reading import RunEmbeddings, lists, values
 from lib.embeddings.selection import (
     Selection,
-    facts_of,
-    facts_text,
+    kept_columns,
     ordered_vectors,
     refuse_repeats,
 )
 from lib.errors import LedgerError, MachineError
 from lib.files import new_path
-from schema.parquet import CONTACTS, VectorColumn, vector_columns
+from schema.parquet import CONTACTS, VectorColumn
 
 __all__ = ["write_esm_extract", "write_virnucpro"]
 
@@ -55,10 +55,11 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
                 f"record {record}: file name of {len(name.encode())} bytes exceeds {_LONGEST_NAME}"
             )
     refuse_repeats(run, names, "file name")
-    kinds = [kind for kind in _KEYS if kind in run.facts["include"]]
-    columns = vector_columns(kinds, run.layers)
+    kept = kept_columns(run)
+    columns = sorted(kept, key=lambda column: [*_KEYS].index(column.kind))
     with new_path(to, folder=True) as folder:
-        (folder / "run.json").write_text(facts_text(facts_of(run)), encoding="utf-8")
+        facts = facts_text(facts_of(run, kept))
+        (folder / FACTS_FILE).write_text(facts, encoding="utf-8")
         for positions, table in run.stored("id", "description", *columns):
             labels = _labels(table)
             vectors = {one: _rows(run, one, table.column(str(one))) for one in columns}
@@ -76,13 +77,10 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
 def write_virnucpro(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     """Write {'proteins': ids, 'data': (hidden_dim,) tensors}, and the run's facts as `to`.json."""
     column = run.column(selection.kind, selection.layer)
-    described = to.with_name(to.name + ".json")
     with (
-        new_path(to, folder=False) as temporary,
-        new_path(described, folder=False) as temporary_facts,
+        described_path(to, facts_of(run, [column])) as temporary,
         ordered_vectors(run, column, to) as vectors,
     ):
-        temporary_facts.write_text(facts_text(facts_of(run, column)), encoding="utf-8")
         data = [torch.from_numpy(vector) for vector in vectors]
         _save({"proteins": run.ids, "data": data}, temporary, to)
 

@@ -23,21 +23,26 @@ import pyarrow.parquet as pq
 
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors
-from lib.ledger.footer import read_footer
+from lib.ledger.footer import footer_of, read_footer
 
 __all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
 
+_BLOCK = 1 << 20
 Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
 
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A checkpoint file as the database lists it; `run`: the row of its run, by column."""
+    """A checkpoint file as the database lists it.
+
+    run: the row of its run, by column; copied: whether its rows are of an earlier run.
+    """
 
     run: Mapping[str, Any]
     path: Path
     bytes: int
     sha256: str
+    copied: bool = False
 
     @property
     def place(self) -> str:
@@ -63,6 +68,19 @@ class VerifiedFile:
             self.refuse_if_changed(file)
             yield OpenedFile(self, file)
 
+    def copy(self, to: Path) -> None:
+        """Copy the file to `to`.
+
+        Raises IdentityRefusedError unless the copy has the SHA-256 that the database lists.
+        """
+        digest = hashlib.sha256()
+        with _opened(self.listed) as file, to.open("wb") as copy:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                copy.write(block)
+        if digest.hexdigest() != self.listed.sha256:
+            raise IdentityRefusedError(f"{self.listed.place}: sha256 differs from the database")
+
     def refuse_if_changed(self, file: BufferedReader) -> None:
         """Raise IdentityRefusedError unless an opened file is the one that was checked, as it was.
 
@@ -83,6 +101,16 @@ class OpenedFile:
     def row_groups(self) -> range:
         """The numbers of the row groups."""
         return range(self._parquet.num_row_groups)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """How many rows each row group has."""
+        metadata = self._parquet.metadata
+        return [metadata.row_group(group).num_rows for group in self.row_groups]
+
+    def footer(self) -> dict[str, Any]:
+        """Return what the ledger wrote into the footer; raises ValueError as `footer_of` does."""
+        return footer_of(self._parquet.metadata.metadata)
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of a row group.

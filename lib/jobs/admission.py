@@ -28,6 +28,7 @@ from lib.ledger.identity import (
     check_sha256,
     run_config,
 )
+from lib.ledger.reuse_plan import ReusePlan, read_plan
 from lib.models.detection import Detection, detect
 from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
@@ -49,7 +50,8 @@ class Admission:
     """A run whose database rows, files, weights and input all belong together.
 
     `damaged` lists checkpoints whose files are lost or altered; they are only let through when
-    they are to be computed again. `missing` lists positions that a finished run should have.
+    they are to be computed again. `missing` lists positions that a finished run should have;
+    `reuse` is what the run copies from earlier ones.
     """
 
     settings: Settings
@@ -58,6 +60,7 @@ class Admission:
     inventory: Inventory
     damaged: list[Checkpoint]
     missing: list[range]
+    reuse: ReusePlan | None
 
 
 def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admission:
@@ -79,7 +82,8 @@ def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admissi
     damaged = [finding.checkpoint for finding in findings if finding.checkpoint is not None]
     missing = missing_positions(run) if run.status == "finished" else []
     _refuse(finding for finding in audit_completeness(run) if not finding.damaged)
-    return Admission(settings, detection, sha256, inventory, damaged, missing)
+    reuse = read_plan(run, inventory)
+    return Admission(settings, detection, sha256, inventory, damaged, missing, reuse)
 
 
 def settings_of(run: Run, overrides: Overrides) -> Settings:

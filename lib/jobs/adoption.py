@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +25,52 @@ from lib.files import disk_errors
 from lib.ledger.checkpoints import FinishedFile, attempt_of, leftovers
 from lib.ledger.commit import FinishedStretch, add_checkpoint
 from lib.ledger.footer import footer_of
-from lib.ledger.identity import first_difference, run_config, run_identity
+from lib.ledger.identity import first_difference, run_columns, run_identity
+from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
+from lib.sequences.describing import describe_owners
 from lib.sequences.inventory import Inventory
-from lib.sequences.windows import read_windows
-from schema.parquet import checkpoint_columns
+from lib.sequences.rearranged import rearranged_records
+from lib.sequences.reused import planned_lengths, planned_windows
+from schema.parquet import DESCRIBING
 from schema.settings import InputSettings
 from schema.tables import Checkpoint, Run
 
 __all__ = ["adopt_leftovers", "drop_files"]
 
-# What tells whose vectors a row holds.
-_DESCRIBING = ("record", "id", "description", "length", "embedded_length")
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run, and what tells which records its positions have."""
+
+    run: Run
+    rules: InputSettings
+    inventory: Inventory
+    reuse: ReusePlan | None
 
 
 def adopt_leftovers(
-    engine: Engine, ownership: Ownership, rules: InputSettings, inventory: Inventory
+    engine: Engine,
+    ownership: Ownership,
+    rules: InputSettings,
+    inventory: Inventory,
+    reuse: ReusePlan | None,
 ) -> Iterator[str]:
     """Go through the files of a run's folder that the database does not list; yield a line on each.
 
-    rules: how `inventory` was read. A file is adopted if it is this run's throughout: footer, page
-    checksums, types and every record. Raises MachineError if this process has lost the run, or
-    the disk fails.
+    rules: how `inventory` was read; reuse: what the run copies. A file is adopted if it is this
+    run's throughout: footer, page checksums, types and every record. Raises MachineError if this
+    process has lost the run, or the disk fails.
     """
     run = ownership.run
+    planned = _Planned(run, rules, inventory, reuse)
     listed = {checkpoint.path for checkpoint in run.checkpoints}
     for path in leftovers(Path(run.output_folder), listed):
         place = f"run {run.id}: {path.name}"
         attempt = attempt_of(path.name)
         if attempt is None:
             try:
-                stretch = _verified(run, path, rules, inventory)
+                stretch = _verified(planned, path)
             except ValueError as error:
                 kept = _kept_aside(path)
                 yield f"{place}: not in the database, kept as {kept.name}: {error}"
@@ -97,7 +113,7 @@ def _removed(path: Path, place: str) -> str:
     return f"{place}: unfinished, removed"
 
 
-def _verified(run: Run, path: Path, rules: InputSettings, inventory: Inventory) -> FinishedStretch:
+def _verified(planned: _Planned, path: Path) -> FinishedStretch:
     """Return a file as a stretch of a run; raises ValueError with the first thing that differs."""
     if path.is_symlink() or not path.is_file():
         raise ValueError("not a regular file")
@@ -106,22 +122,27 @@ def _verified(run: Run, path: Path, rules: InputSettings, inventory: Inventory) 
             found = os.fstat(opened.fileno())
             with pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
                 footer = footer_of(parquet.metadata.metadata)
-                positions = _check_footer(run, footer)
-                _check_rows(run, parquet, positions, rules, inventory)
+                positions = _check_footer(planned.run, footer)
+                source = _source_run(planned, footer, positions)
+                _check_rows(planned, parquet, positions)
             digest = _digest(opened)
     except UnicodeDecodeError:
         raise ValueError("its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from None
-    residues = int(inventory.lengths[positions.start : positions.stop].sum(dtype=np.int64))
+    reused = None if planned.reuse is None else planned.reuse.reused
+    lengths = planned_lengths(planned.inventory, reused)
+    residues = int(lengths[positions.start : positions.stop].sum(dtype=np.int64))
     seconds = footer.get("seconds")
     return FinishedStretch(
         FinishedFile(
             path, (found.st_dev, found.st_ino), parquet.metadata.num_rows, found.st_size, digest
         ),
         positions,
-        residues,
+        residues if source is None else 0,
         float(seconds) if isinstance(seconds, int | float) else 0.0,
+        source,
+        None if source is None else residues,
     )
 
 
@@ -143,47 +164,59 @@ def _check_footer(run: Run, footer: dict[str, Any]) -> range:
     return range(first, stop)
 
 
-def _check_rows(
-    run: Run,
-    parquet: pq.ParquetFile,
-    positions: range,
-    rules: InputSettings,
-    inventory: Inventory,
-) -> None:
+def _source_run(planned: _Planned, footer: dict[str, Any], positions: range) -> int | None:
+    """Return the run that a file was copied from, None if it was computed.
+
+    Raises ValueError unless the plan copies all of its positions from that run.
+    """
+    reused = footer.get("reused")
+    if reused is None:
+        return None
+    sources = planned.reuse.sources if planned.reuse is not None else []
+    planned_runs = {
+        source.run_id: source.run_uuid
+        for source in sources
+        if source.positions.start < positions.stop and positions.start < source.positions.stop
+    }
+    found = {reused.get("run"): reused.get("uuid")} if isinstance(reused, dict) else {}
+    if not found or planned_runs != found or positions.stop > sources[-1].positions.stop:
+        raise ValueError("copied from another run than the plan of reuse says")
+    return next(iter(planned_runs))
+
+
+def _check_rows(planned: _Planned, parquet: pq.ParquetFile, positions: range) -> None:
     """Read every page of a file, and compare its records with those of the plan."""
-    width = run_config(run).hidden_dim
-    columns = checkpoint_columns(run.include, run.repr_layers, width, run.per_tok_dtype)
+    columns = run_columns(planned.run)
+    describing = [name for name in DESCRIBING.names if name in columns.names]
     if not parquet.schema_arrow.equals(columns):
         raise ValueError("its columns are not those of the run")
     parts = []
     for group in range(parquet.num_row_groups):
         table = parquet.read_row_group(group)
         table.validate(full=True)
-        parts.append(table.select(_DESCRIBING))
-    found = pa.concat_tables(parts) if parts else columns.empty_table().select(_DESCRIBING)
-    if not found.equals(_planned(columns, positions, rules, inventory)):
+        parts.append(table.select(describing))
+    found = pa.concat_tables(parts) if parts else columns.empty_table().select(describing)
+    if not found.equals(_describing(planned, positions).select(describing)):
         raise ValueError("its records are not those of its positions")
 
 
-def _planned(
-    columns: pa.Schema, positions: range, rules: InputSettings, inventory: Inventory
-) -> pa.Table:
-    """Return the describing columns that a file of `positions` has, read from the input."""
-    rows: list[tuple[int, str, str, int, int]] = []
-    for window in read_windows(rules, inventory):
+def _describing(planned: _Planned, positions: range) -> pa.Table:
+    """Return what describes the records of some positions, read from the input."""
+    rules, inventory, reuse = planned.rules, planned.inventory, planned.reuse
+    parts = [DESCRIBING.empty_table()]
+    reused = None if reuse is None else reuse.reused
+    copied = range(positions.start, min(positions.stop, 0 if reused is None else len(reused)))
+    if reused is not None and copied:
+        folder = Path(planned.run.output_folder)
+        for _, table in rearranged_records(rules, inventory, reused, [copied], folder):
+            parts.append(table.select(DESCRIBING.names))
+    for window in planned_windows(rules, inventory, reused):
         first = window.first_position
         if first >= positions.stop:
             break
         part = slice(max(0, positions.start - first), max(0, positions.stop - first))
-        rows += [
-            (owner.number, owner.id, owner.description, owner.length, len(sequence.residues))
-            for sequence in window.sequences[part]
-            for owner in sequence.owners
-        ]
-    kinds = [columns.field(name) for name in _DESCRIBING]
-    values = zip(*rows, strict=True) if rows else [[] for _ in kinds]
-    arrays = [pa.array(column, kind.type) for column, kind in zip(values, kinds, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=pa.schema(kinds))
+        parts.append(pa.Table.from_batches([describe_owners(window.sequences[part])]))
+    return pa.concat_tables(parts)
 
 
 def _digest(opened: io.BufferedReader) -> str:

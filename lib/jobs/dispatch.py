@@ -146,7 +146,7 @@ class _Dispatch:
             if self._is_over():
                 break
             self._crew.mail.handle_next(1.0)
-            self._pulse.beat()
+            self._pulse.beat_if_due()
         if self._ending is not None:
             raise self._ending
 
@@ -367,7 +367,9 @@ class _Dispatch:
             self._take_again(given, answer, fact)
             return
         lengths, row = stretch.lengths, given.member.row
-        found = FinishedStretch(file, stretch.positions, sum(lengths), answer.seconds, row)
+        found = FinishedStretch(
+            file, stretch.positions, sum(lengths), answer.seconds, worker_id=row
+        )
         self._finished.append((found, lengths))
 
     def _take_again(self, given: _Given, answer: Answer, fact: str) -> None:

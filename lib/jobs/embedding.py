@@ -1,7 +1,8 @@
-"""Embedding: what is left of a run is computed, stretch by stretch, and committed."""
+"""Embedding: what is left of a run is copied or computed, stretch by stretch, and committed."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -14,30 +15,49 @@ import numpy.typing as npt
 from sqlalchemy import Engine
 
 from lib.columns import Vectors
+from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import SourceFiles
 from lib.jobs.stretches import StretchRules, finished_stretches
 from lib.ledger.commit import Committer, FinishedStretch
-from lib.ledger.identity import run_config, run_identity
+from lib.ledger.identity import run_columns, run_identity
+from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import Pack, packs_left, remaining
-from lib.sequences.windows import read_windows
+from lib.sequences.rearranged import rearranged_windows
+from lib.sequences.reused import bounded_windows, planned_lengths, planned_windows
+from lib.sequences.windows import Window
 from lib.settings import Settings
-from schema.parquet import checkpoint_columns, vector_columns
+from schema.parquet import vector_columns
 from schema.tables import Run
 from schema.version import WRITER
 
-__all__ = ["Computer", "Job", "Pulse", "ThisProcess", "lengths_left", "work"]
+__all__ = [
+    "Computer",
+    "Job",
+    "Pulse",
+    "ThisProcess",
+    "committed",
+    "lengths_left",
+    "to_compute",
+    "work",
+]
 
 _HEARTBEAT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the work on a run needs; `progress` is told the lengths of what was computed."""
+    """All that the work on a run needs.
+
+    `progress` is told the lengths of what was computed. reuse: what the run copies; `copied` is
+    told how many sequences were copied, `lost` the lengths of those that have to be computed
+    instead, `say` why.
+    """
 
     engine: Engine
     ownership: Ownership
@@ -46,6 +66,10 @@ class Job:
     computer: Computer
     interruption: Interruption
     progress: Callable[[Sequence[int]], None]
+    reuse: ReusePlan | None = None
+    copied: Callable[[int], None] = lambda _: None
+    lost: Callable[[npt.NDArray[np.int32]], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
 
 
 class Computer(Protocol):
@@ -107,7 +131,7 @@ class ThisProcess:
 
 
 def work(job: Job) -> Run:
-    """Compute what is left of a run, commit it in stretches, and record the run as finished.
+    """Copy and compute what is left of a run, commit it in stretches, and record it as finished.
 
     Signals should be deferred: they are looked at before a pack is begun. Returns the run. Raises
     what stopped it, after committing what was finished: InterruptedRunError for a signal,
@@ -115,51 +139,118 @@ def work(job: Job) -> Run:
     disk, database or memory.
     """
     run = job.ownership.run
-    committer = Committer(job.engine, job.ownership)
-    with closing(
-        job.computer.stretches(job, _packs_left(job), _rules(job), Pulse(job))
-    ) as stretches:
-        try:
+    committer, pulse = Committer(job.engine, job.ownership), Pulse(job)
+    try:
+        if job.reuse is not None:
+            with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
+                for stretch in stretches:
+                    committer.commit(stretch)
+        computed = job.computer.stretches(job, _packs_left(job), _rules(job), pulse)
+        with closing(computed) as stretches:
             for stretch in stretches:
                 committer.commit(stretch)
-        except StoppedError:
-            fact = f"run {run.id} interrupted, finished work committed"
-            raise job.interruption.error(fact) from None
+    except StoppedError:
+        fact = f"run {run.id} interrupted, finished work committed"
+        raise job.interruption.error(fact, run.id) from None
     finish_run(job.engine, job.ownership)
     return run
 
 
-def lengths_left(job: Job) -> Iterator[npt.NDArray[np.int32]]:
-    """Yield the residues of the sequences that no checkpoint covers, in parts."""
-    lengths, done = job.inventory.lengths, _done(job)
-    for left in remaining(range(len(lengths)), done):
-        yield lengths[left.start : left.stop]
-
-
-def _done(job: Job) -> list[range]:
-    """Return the positions that checkpoints cover, ascending."""
-    run = job.ownership.run
+def committed(run: Run) -> list[range]:
+    """Return the positions that checkpoints of a run cover, ascending."""
     done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
     return sorted(done, key=lambda one: one.start)
 
 
+def to_compute(
+    run: Run, inventory: Inventory, reuse: ReusePlan | None
+) -> tuple[npt.NDArray[np.int32], list[range]]:
+    """Return the lengths of what a run computes, and which of them it has computed already.
+
+    Of what was to be copied, only that which was computed instead is there, before all else.
+    """
+    if reuse is None:
+        return inventory.lengths, committed(run)
+    lengths, copied = planned_lengths(inventory, reuse.reused), len(reuse)
+    computed = [
+        range(one.first_position, one.stop_position)
+        for one in sorted(run.checkpoints, key=lambda one: one.first_position)
+        if one.reused_run_id is None
+    ]
+    instead = [one for one in computed if one.stop <= copied]
+    before = sum(map(len, instead))
+    done = [range(before)] + [
+        range(one.start - copied + before, one.stop - copied + before)
+        for one in computed
+        if one.start >= copied
+    ]
+    parts = [lengths[one.start : one.stop] for one in instead]
+    return np.concatenate([*parts, lengths[copied:]]), done
+
+
+def _copying(job: Job, reuse: ReusePlan, pulse: Pulse) -> Copying:
+    """Return what is to be copied of a run."""
+
+    def copied(sequences: int) -> None:
+        job.copied(sequences)
+        pulse.beat_if_due()
+
+    return Copying(
+        reuse,
+        job.settings.input,
+        job.inventory,
+        _rules(job),
+        committed(job.ownership.run),
+        SourceFiles(job.engine).verified,
+        stopped=lambda: job.interruption.requested is not None,
+        copied=copied,
+        say=job.say,
+    )
+
+
+def lengths_left(job: Job) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield the residues of the sequences that no checkpoint covers, in parts."""
+    reused = None if job.reuse is None else job.reuse.reused
+    lengths = planned_lengths(job.inventory, reused)
+    for left in remaining(range(len(lengths)), committed(job.ownership.run)):
+        yield lengths[left.start : left.stop]
+
+
 def _packs_left(job: Job) -> Iterator[Pack]:
     """Return the packs that no checkpoint covers."""
+    reused = None if job.reuse is None else job.reuse.reused
     return packs_left(
-        read_windows(job.settings.input, job.inventory),
+        itertools.chain(_lost(job), planned_windows(job.settings.input, job.inventory, reused)),
         job.settings.compute.tokens_per_pack,
         job.computer.at_once,
-        _done(job),
+        committed(job.ownership.run),
     )
+
+
+def _lost(job: Job) -> Iterator[Window]:
+    """Yield, as windows to compute, the sources that could not be copied to their end."""
+    if job.reuse is None:
+        return
+    reused, done = job.reuse.reused, committed(job.ownership.run)
+    lengths = job.inventory.record_lengths[reused.records]
+    windows = [
+        window
+        for source in job.reuse.sources
+        for window in bounded_windows(source.positions, lengths)
+        if any(remaining(window, done))
+    ]
+    for left in remaining(range(len(reused)), done):
+        job.lost(lengths[left.start : left.stop])
+    folder = Path(job.ownership.run.output_folder)
+    yield from rearranged_windows(job.settings.input, job.inventory, reused, windows, folder)
 
 
 def _rules(job: Job) -> StretchRules:
     run, output = job.ownership.run, job.settings.output
-    width = run_config(run).hidden_dim
     return StretchRules(
         folder=Path(run.output_folder),
         attempt_id=job.ownership.attempt_id,
-        columns=checkpoint_columns(run.include, run.repr_layers, width, run.per_tok_dtype),
+        columns=run_columns(run),
         footer={
             "writer": WRITER,
             "run": run.id,
@@ -181,7 +272,7 @@ def _rules(job: Job) -> StretchRules:
 
 
 class Pulse:
-    """Tells progress of what is computed, and the database now and then that the attempt lives."""
+    """Tells progress of what is computed, and the database that the attempt is alive."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -194,10 +285,10 @@ class Pulse:
     def computed(self, lengths: Sequence[int]) -> None:
         """Count sequences; lengths: (N,) residues of each."""
         self._job.progress(lengths)
-        self.beat()
+        self.beat_if_due()
 
-    def beat(self) -> None:
-        """Say that the attempt is alive, unless it did so a moment ago."""
+    def beat_if_due(self) -> None:
+        """Say that the attempt is alive, if it has not lately."""
         if time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
             beat(self._job.engine, self._job.ownership)
             self._last_beat = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -37,7 +38,12 @@ class Interruption:
                 signal.signal(number, handler)
 
     def handle_again(self) -> None:
-        """Handle the signals again after a library has set handlers of its own."""
+        """Handle the signals again after a library has set handlers of its own.
+
+        Python lets only the main thread do that; libraries do it in no other either.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in _SIGNALS:
             signal.signal(number, self._receive)
 
@@ -50,10 +56,13 @@ class Interruption:
         finally:
             self._deferring = False
 
-    def error(self, fact: str) -> InterruptedRunError:
-        """Return the error that ends the work with the exit status of the signal received."""
+    def error(self, fact: str, run_id: int | None = None) -> InterruptedRunError:
+        """Return the error that ends the work with the exit status of the signal received.
+
+        run_id: the run that can be continued, if there is one.
+        """
         assert self.requested is not None
-        return InterruptedRunError(f"{self.requested.name}: {fact}", self.requested)
+        return InterruptedRunError(f"{self.requested.name}: {fact}", self.requested, run_id)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         first = self.requested is None

@@ -50,10 +50,24 @@ class Progress:
         self._cost_left = total - sum(computing_cost(part, hidden_dim) for part in earlier)
         self._scale = _RECENT * total
         self._clock = clock
-        self._began = self._last = self._timed = clock()
+        self._started = self._began = self._last = self._timed = clock()
         self._seconds, self._cost_of_seconds = 0.0, 0.0
         self._at_once = at_once
         self._packs, self._cost_of_packs = 0, 0.0
+        self.sequences_copied = 0
+
+    def expect(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Count on more work; lengths: (N,) residues of its sequences."""
+        cost = computing_cost(lengths, self._width)
+        self.residues_total += int(lengths.sum(dtype=np.int64))
+        self._cost_left += cost
+        self._scale += _RECENT * cost
+
+    def copied(self, sequences: int) -> None:
+        """Count sequences that were copied; the time since the last work was not spent on packs."""
+        self.sequences_copied += sequences
+        self._began += self._clock() - self._last
+        self._last = self._timed = self._clock()
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count a pack as done; lengths: (N,) residues of its sequences."""
@@ -79,8 +93,13 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the beginning to the last pack."""
+        """Seconds that packs have taken up to the last one."""
         return self._last - self._began
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the beginning to whatever was counted last."""
+        return self._last - self._started
 
     @property
     def seconds_left(self) -> float | None:

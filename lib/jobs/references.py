@@ -75,6 +75,8 @@ def choose_reference(detection: Detection) -> ChosenReference:
 def _load(weights: Weights, detection: Detection) -> ChosenReference:
     """Load weights by their own library; raises _NotTakenError if it cannot be done."""
     whole = weights.unadapted
+    if not whole.metadata:
+        raise _NotTakenError(f"{whole.path} has no configuration")
     for key, value in asdict(detection.shape).items():
         said = whole.metadata.get(key)
         if said != value:

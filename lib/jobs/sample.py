@@ -29,7 +29,8 @@ class Sample:
     """The records to compute again, by number, ascending.
 
     `drawn` are those drawn by chance. `always` has, as far as there are any, the longest, the
-    shortest, a truncated record, and two that share a sequence, by what they are there for.
+    shortest, a truncated record, two that share a sequence, and if some were copied from an earlier
+    run, a copied and a computed one, by what they are there for.
     """
 
     records: dict[int, SampledRecord] = field(default_factory=dict)
@@ -38,19 +39,25 @@ class Sample:
 
 
 def draw_sample(
-    windows: Iterable[Window], there: npt.NDArray[np.int64], size: int, seed: int
+    windows: Iterable[Window],
+    there: npt.NDArray[np.int64],
+    copied: npt.NDArray[np.bool_],
+    size: int,
+    seed: int,
 ) -> Sample:
     """Draw `size` records and those that are always there, in one pass over the input.
 
-    there: (N,) the records that the run has, ascending. The same seed draws the same records. Only
-    the residues of what is chosen are held.
+    there: (N,) the records that the run has, ascending; copied: (N,) which of them were copied. The
+    same seed draws the same records. Only the residues of what is chosen are held.
     """
     chance = random.Random(seed)
     places = chance.sample(range(len(there)), min(size, len(there)))
     drawn = {int(there[place]) for place in places}
     done = np.zeros(int(there[-1]) + 1, bool)
     done[there] = True
-    special = _Special(chance)
+    kinds = np.zeros(len(done), bool)
+    kinds[there] = copied
+    special = _Special(chance, kinds if copied.any() else None)
     records: dict[int, SampledRecord] = {}
     for window in windows:
         for sequence in window.sequences:
@@ -71,9 +78,10 @@ def draw_sample(
 class _Special:
     """The records that are always computed again, chosen while sequences pass by."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, copied: npt.NDArray[np.bool_] | None) -> None:
         self._chance = chance
-        self._seen = {"truncated": 0, "shared": 0}
+        self._copied = copied
+        self._seen = {"truncated": 0, "shared": 0, "copied": 0, "computed": 0}
         # What they are there for, to their sequence and the records of it.
         self.chosen: dict[str, tuple[Sequence, list[Owner]]] = {}
 
@@ -89,6 +97,9 @@ class _Special:
             self._draw("truncated", sequence, truncated[:1])
         if len(owners) > 1:
             self._draw("shared", sequence, [owners[0], owners[-1]])
+        if self._copied is not None:
+            what = "copied" if self._copied[owners[0].number] else "computed"
+            self._draw(what, sequence, owners[:1])
 
     def _length(self, what: str) -> int:
         return len(self.chosen[what][0].residues)

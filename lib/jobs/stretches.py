@@ -117,10 +117,9 @@ class _Stretch:
 
     def add(self, pack: Pack, vectors: Vectors) -> None:
         """Take in the next pack."""
-        lengths = [len(sequence.residues) for sequence in pack.sequences]
-        self._writer.add(lengths, [sequence.owners for sequence in pack.sequences], vectors)
+        self._writer.add(pack.sequences, vectors)
         self._positions = range(self._positions.start, pack.positions.stop)
-        self._residues += sum(lengths)
+        self._residues += sum(len(sequence.residues) for sequence in pack.sequences)
         self._ends_window = pack.ends_window
 
     def finish(self, since: float) -> FinishedStretch:

@@ -159,11 +159,12 @@ def verify_run(
 ) -> Verification:
     """Compute `sample` records of a run, drawn by `seed`, again and compare every column of them.
 
-    Beside them always go the longest, the shortest, a truncated record, and two that share their
-    sequence. overrides: "section.option" to text, for what lies elsewhere now. All that resuming
-    the run would check is checked first: rows, files, weights and input by digest. `say` is told
-    what is about to be computed by what, and what is left out. Raises IdentityRefusedError at the
-    first difference, SettingsError if there is nothing to compare, MachineError for memory.
+    Beside them always go the longest, the shortest, a truncated record, two that share their
+    sequence, and of a run that copied some from earlier runs a copied and a computed one.
+    overrides: "section.option" to text, for what lies elsewhere now. All that resuming the run
+    would check is checked first: rows, files, weights and input by digest. `say` is told what is
+    about to be computed by what, and what is left out. Raises IdentityRefusedError at the first
+    difference, SettingsError if there is nothing to compare, MachineError for memory.
     """
     if sample < 1:
         raise SettingsError(f"sample {sample}: less than one record")
@@ -178,7 +179,7 @@ def verify_run(
         raise SettingsError(f"run {run_id}: no record is done")
     use_threads(admission.settings.compute)
     windows = read_windows(admission.settings.input, admission.inventory)
-    drawn = draw_sample(windows, kept.records, sample, seed)
+    drawn = draw_sample(windows, kept.records, kept.copied, sample, seed)
     reference = choose_reference(admission.detection)
     records = dict(drawn.records)
     left_out = [*_too_large(records, admission.detection, reference.libraries)]

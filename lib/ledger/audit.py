@@ -11,6 +11,7 @@ from lib.files import file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
 from lib.ledger.footer import read_footer
 from lib.ledger.identity import first_difference, run_config, run_identity
+from lib.ledger.reuse_plan import check_plan
 from lib.sequences.inputs import combined_sha256
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run
@@ -50,6 +51,7 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
         if files and not facts:
             yield from _audit_file(run, checkpoint)
     if files:
+        yield from _audit_plan(run)
         yield from _audit_leftovers(run)
     if position > run.sequences_total:
         yield Finding(
@@ -60,6 +62,7 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
 
 def audit_files(run: Run) -> Iterator[Finding]:
     """Yield what is wrong with the files of a run whose rows have been found good."""
+    yield from _audit_plan(run)
     for checkpoint in run.checkpoints:
         yield from _audit_file(run, checkpoint)
     yield from _audit_leftovers(run)
@@ -94,6 +97,14 @@ def _audit_run_row(run: Run, config: ESM2Config) -> Iterator[Finding]:
         yield Finding(
             f"run {run.id}: {key} is {was} in its model metadata, {now} in models", damaged=False
         )
+
+
+def _audit_plan(run: Run) -> Iterator[Finding]:
+    """Find a lost or altered plan of reuse: without it, positions cannot be told."""
+    try:
+        check_plan(run)
+    except IdentityRefusedError as error:
+        yield Finding(str(error), damaged=False)
 
 
 def _inputs_fit(run: Run) -> bool:
@@ -131,10 +142,12 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     expected = run_identity(run) | {
         "first_position": checkpoint.first_position,
         "stop_position": checkpoint.stop_position,
+        "reused_run_id": checkpoint.reused_run_id,
     }
-    identity = footer.get("identity")
+    identity, reused = footer.get("identity"), footer.get("reused")
     found = dict(identity) if isinstance(identity, dict) else {}
     found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
+    found["reused_run_id"] = reused.get("run") if isinstance(reused, dict) else None
     difference = first_difference(expected, found)
     if difference:
         key, was, now = difference

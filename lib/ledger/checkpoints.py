@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from lib.columns import Vectors
 from lib.files import disk_errors
-from lib.sequences.records import Owner
-from schema.parquet import FOOTER_KEY
+from lib.sequences.describing import describe_owners, owner_index
+from lib.sequences.windows import Sequence as FastaSequence
+from schema.parquet import EMBEDDED_SHA256, FOOTER_KEY
 
 __all__ = [
     "CheckpointWriter",
@@ -31,6 +32,7 @@ __all__ = [
     "checkpoint_name",
     "checkpoint_number",
     "leftovers",
+    "row_group_slices",
     "temporary_name",
 ]
 
@@ -75,33 +77,44 @@ class CheckpointWriter:
                 self._file,
                 columns,
                 use_dictionary=False,
-                # Floats do not shrink, and take time.
-                compression={name: "none" if name in vectors else "zstd" for name in columns.names},
+                # Floats and digests do not shrink, and take time.
+                compression={
+                    name: "none" if name in {*vectors, EMBEDDED_SHA256} else "zstd"
+                    for name in columns.names
+                },
                 write_statistics=["record", "length", "embedded_length"],
                 write_page_checksum=True,
                 store_schema=True,
             )
 
-    def add(
-        self,
-        lengths: Sequence[int],
-        owners: Sequence[Sequence[Owner]],
-        vectors: Vectors,
-    ) -> None:
-        """Append a row for every owner of every sequence; lengths: embedded residues of each."""
-        index = np.repeat(np.arange(len(owners)), [len(shared) for shared in owners])
-        flat = [owner for shared in owners for owner in shared]
-        for rows in _cut(index, vectors):
-            batch = _rows(self._columns, lengths, index[rows], flat[rows], vectors)
-            self._rows.append(batch)
-            self._held += batch.nbytes
-            self.records += batch.num_rows
-            if self._held >= _ROW_GROUP_BYTES:
-                self._flush()
+    def add(self, sequences: Sequence[FastaSequence], vectors: Vectors) -> None:
+        """Append a row for every owner of every sequence."""
+        index, owners = owner_index(sequences), describe_owners(sequences)
+        sizes = np.zeros(len(sequences), np.int64)
+        for column in vectors.columns.values():
+            sizes += [vector.nbytes for vector in column]
+        for rows in row_group_slices(sizes[index]):
+            part = owners.slice(rows.start, rows.stop - rows.start)
+            self.add_rows(_rows(self._columns, part, index[rows], vectors))
 
-    def finish(self, positions: range, residues: int, seconds: float) -> FinishedFile:
+    def add_rows(self, rows: pa.RecordBatch) -> None:
+        """Append rows that have the columns of the file."""
+        self._rows.append(rows)
+        self._held += rows.nbytes
+        self.records += rows.num_rows
+        if self._held >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def finish(
+        self,
+        positions: range,
+        residues: int,
+        seconds: float,
+        reused: Mapping[str, Any] | None = None,
+    ) -> FinishedFile:
         """Close and sync the file; it keeps its temporary name until it is committed.
 
+        reused: what its footer tells of the run that its rows were copied from, if they were.
         The digest is taken through the descriptor that wrote the file, so that it is of these
         bytes, whatever has become of the name.
         """
@@ -113,6 +126,7 @@ class CheckpointWriter:
             "records": self.records,
             "residues": residues,
             "seconds": round(seconds, 3),
+            **({} if reused is None else {"reused": reused}),
         }
         with disk_errors(self._temporary):
             self._writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer).encode()})
@@ -191,14 +205,14 @@ def leftovers(folder: Path, listed: set[str]) -> list[Path]:
     )
 
 
-def _cut(index: npt.NDArray[np.int64], vectors: Vectors) -> Iterator[slice]:
-    """Yield the rows in parts of about a row group: a sequence may have thousands of owners."""
-    sizes = np.zeros(int(index.max()) + 1, np.int64)
-    for column in vectors.columns.values():
-        sizes += [vector.nbytes for vector in column]
-    ends = np.cumsum(sizes[index])
+def row_group_slices(sizes: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Yield rows in parts of about a row group: a sequence may have thousands of owners.
+
+    sizes: (rows,) bytes of the vectors of each.
+    """
+    ends = np.cumsum(sizes)
     start = 0
-    while start < len(index):
+    while start < len(sizes):
         limit = (int(ends[start - 1]) if start else 0) + _ROW_GROUP_BYTES
         stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
         yield slice(start, stop)
@@ -207,19 +221,15 @@ def _cut(index: npt.NDArray[np.int64], vectors: Vectors) -> Iterator[slice]:
 
 def _rows(
     columns: pa.Schema,
-    lengths: Sequence[int],
+    owners: pa.RecordBatch,
     index: npt.NDArray[np.int64],
-    flat: Sequence[Owner],
     vectors: Vectors,
 ) -> pa.RecordBatch:
-    """Return the Arrow rows of records; index: (records,) the sequence of each, flat: its owner."""
-    arrays = {
-        "record": pa.array([owner.number for owner in flat], pa.int64()),
-        "id": pa.array([owner.id for owner in flat], pa.string()),
-        "description": pa.array([owner.description for owner in flat], pa.string()),
-        "length": pa.array([owner.length for owner in flat], pa.int32()),
-        "embedded_length": pa.array(np.asarray(lengths, np.int32)[index], pa.int32()),
-    }
+    """Return the Arrow rows of records.
+
+    owners: what describes them; index: (records,) the sequence of each.
+    """
+    arrays: dict[str, pa.Array] = dict(zip(owners.schema.names, owners.columns, strict=True))
     for kept, column in vectors.columns.items():
         name = str(kept)
         kind = columns.field(name).type

@@ -23,7 +23,9 @@ __all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"
 class FinishedStretch:
     """Computed work in a finished file that the database does not list yet.
 
-    positions: places in the plan. residues: embedded in it. seconds: wall time it took. worker_id:
+    positions: places in the plan. residues: computed for it. seconds: wall time it took.
+    reused_run_id: the run that its rows were copied from, None if they were computed;
+    residues_reused: of the sequences that were copied. worker_id:
     the row of the worker that computed it; None if this process did.
     """
 
@@ -31,6 +33,8 @@ class FinishedStretch:
     positions: range
     residues: int
     seconds: float
+    reused_run_id: int | None = None
+    residues_reused: int | None = None
     worker_id: int | None = None
 
 
@@ -134,5 +138,7 @@ def _row(ownership: Ownership, name: str, stretch: FinishedStretch) -> Checkpoin
         sha256=stretch.file.sha256,
         esm2_config=ownership.run.esm2_config,
         committed_at=utc_now(),
+        reused_run_id=stretch.reused_run_id,
+        residues_reused=stretch.residues_reused,
         worker_id=stretch.worker_id,
     )

@@ -104,7 +104,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
     checkpoints = query(
         url,
         "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
-        "checkpoints.records, residues, checkpoints.bytes, seconds, "
+        "checkpoints.records, residues, reused_run, checkpoints.bytes, seconds, "
         "committed_at AS committed, problem, worker_id AS worker "
         "FROM checkpoints JOIN checkpoint_audit "
         "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from lib.errors import IdentityRefusedError
 from lib.sequences.inputs import named
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config, load_snapshot
+from schema.parquet import checkpoint_columns
 from schema.tables import Run
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "check_settings",
     "check_sha256",
     "first_difference",
+    "run_columns",
     "run_config",
     "run_identity",
     "settings_identity",
@@ -56,6 +60,8 @@ def run_identity(run: Run) -> dict[str, Any]:
         "plan": run.plan,
         "input_sha256": run.input_sha256,
         "esm2_config": run.esm2_config,
+        # Without a plan of reuse there is no such key, as in footers older than it.
+        **({} if run.reuse_sha256 is None else {"reuse_sha256": run.reuse_sha256}),
     }
 
 
@@ -65,6 +71,14 @@ def run_config(run: Run) -> ESM2Config:
         return load_snapshot(run.esm2_config)
     except ValueError as error:
         raise IdentityRefusedError(f"run {run.id}: {error}") from None
+
+
+def run_columns(run: Run) -> pa.Schema:
+    """Return the columns of a run's checkpoint files."""
+    width = run_config(run).hidden_dim
+    return checkpoint_columns(
+        run.include, run.repr_layers, width, run.per_tok_dtype, digests=bool(run.has_digests)
+    )
 
 
 def check_properties(run: Run, found: Mapping[str, object], place: str) -> None:

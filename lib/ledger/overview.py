@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from lib.ledger.history import RunDetail, Table
-from lib.units import count, duration, moment, seconds_between, size
+from lib.units import count, duration, moment, records, seconds_between, size
 
 __all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
 __all__ += ["inputs_table", "run_fields", "workers_table"]
 
 # Columns of history_table that are left out, in this order, until it fits the terminal.
-LEAST_NEEDED = ["include", "layers", "input", "took", "residues/s", "started (UTC)", "records"]
+LEAST_NEEDED = ["include", "layers", "reused", "input", "took", "residues/s", "started (UTC)"]
+LEAST_NEEDED += ["records"]
 
 
 def history_table(history: Table) -> Table:
-    """Return a row per run: model, input, progress, speed and time taken."""
-    columns = ["run", "model", "layers", "include", "status", "records", "residues/s", "took"]
-    columns += ["started (UTC)", "input"]
+    """Return a row per run: model, input, progress, speed and time taken.
+
+    The column `reused` is there if any of them copied records.
+    """
+    columns = ["run", "model", "layers", "include", "status", "records", "reused", "residues/s"]
+    columns += ["took", "started (UTC)", "input"]
     rows = []
     for run in history.dictionaries():
         took = seconds_between(run["started"], run["finished"])
@@ -32,13 +37,14 @@ def history_table(history: Table) -> Table:
                 run["include"],
                 run["status"],
                 _of(run["records_done"], run["records_total"]),
+                count(run["reused"]) if run["reused"] else None,
                 None if rate is None else count(rate),
                 None if took is None else duration(took),
                 moment(run["started"]),
                 PurePath(run["input"]).name,
             ]
         )
-    return Table(columns, rows)
+    return _without_empty(Table(columns, rows), "reused")
 
 
 def run_fields(detail: RunDetail) -> dict[str, str | None]:
@@ -46,7 +52,8 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
     run = detail.run.dictionaries()[0]
     took = seconds_between(run["started"], run["finished"])
     rate = run["residues_per_second"]
-    worked = sum(row["seconds"] for row in detail.checkpoints.dictionaries())
+    checkpoints = detail.checkpoints.dictionaries()
+    worked = sum(row["seconds"] for row in checkpoints if row["reused_run"] is None)
     return {
         "run": str(run["run"]),
         "status": run["status"],
@@ -58,12 +65,13 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "input": run["input"],
         "output": run["output"],
         "records": _of(run["records_done"], run["records_total"]),
+        **({"reused": _sources(checkpoints)} if run["reused"] else {}),
         "residues": f"{_of(run['residues_done'], run['residues_total'])} ({run['percent']} %)",
         "records truncated": count(run["records_truncated"]),
         "letters read as X": count(run["residues_mapped"]),
         "residues per second": None if rate is None else count(rate),
         **({"workers": count(run["workers"])} if run["workers"] else {}),
-        "on disk": size(sum(row["bytes"] for row in detail.checkpoints.dictionaries())),
+        "on disk": size(sum(row["bytes"] for row in checkpoints)),
         "started (UTC)": moment(run["started"]),
         "finished (UTC)": run["finished"] and moment(run["finished"]),
         "took": None if took is None else duration(took),
@@ -139,27 +147,26 @@ def workers_table(detail: RunDetail) -> Table:
 def checkpoints_table(detail: RunDetail) -> Table:
     """Return a row per checkpoint: its file, content, size, time taken and problem.
 
-    The worker is shown if any was computed by one.
+    The columns `from run` and `worker` are there if any of them was copied, or computed by one.
     """
-    checkpoints = detail.checkpoints.dictionaries()
-    by_workers = any(one["worker"] is not None for one in checkpoints)
-    columns = ["checkpoint", "file", "attempt", *(["worker"] if by_workers else [])]
-    columns += ["records", "residues", "size", "took", "problem"]
+    columns = ["checkpoint", "file", "attempt", "worker", "records", "residues", "from run"]
+    columns += ["size", "took", "problem"]
     rows = [
         [
             one["checkpoint"],
             one["path"],
             one["attempt"],
-            *([one["worker"]] if by_workers else []),
+            one["worker"],
             count(one["records"]),
             count(one["residues"]),
+            one["reused_run"],
             size(one["bytes"]),
             duration(one["seconds"]),
             one["problem"],
         ]
-        for one in checkpoints
+        for one in detail.checkpoints.dictionaries()
     ]
-    return Table(columns, rows)
+    return _without_empty(_without_empty(Table(columns, rows), "from run"), "worker")
 
 
 def progress_line(run: Mapping[str, Any]) -> str:
@@ -177,6 +184,26 @@ def progress_line(run: Mapping[str, Any]) -> str:
         if run["status"] == "running":
             line += f", {duration((run['residues_total'] - run['residues_done']) / rate)} left"
     return line
+
+
+def _without_empty(table: Table, name: str) -> Table:
+    """Return a table without a column in which no row has a value."""
+    place = table.columns.index(name)
+    if any(row[place] is not None for row in table.rows):
+        return table
+    rows = [[*row[:place], *row[place + 1 :]] for row in table.rows]
+    return Table([one for one in table.columns if one != name], rows)
+
+
+def _sources(checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    """Return `98,000 records of run 7, 214 of run 3`: what was copied, and from where."""
+    copied: Counter[int] = Counter()
+    for one in checkpoints:
+        if one["reused_run"] is not None:
+            copied[one["reused_run"]] += one["records"]
+    (first, most), *others = copied.most_common()
+    parts = [f"{records(most)} of run {first}"]
+    return ", ".join([*parts, *(f"{count(number)} of run {run}" for run, number in others)])
 
 
 def _of(done: int, total: int) -> str:

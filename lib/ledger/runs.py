@@ -21,6 +21,7 @@ from lib.files import disk_errors, sync_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
 from lib.ledger.standard_input import is_kept, keep_in_folder
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
@@ -76,11 +77,13 @@ def create_run(
     config: ESM2Config,
     inventory: Inventory,
     facts: AttemptFacts,
+    reuse: ReusePlan | None = None,
 ) -> Iterator[Ownership]:
     """Record a new run with its folder, its first attempt and this process as its owner.
 
-    All of it appears in one transaction or not at all; what leaves the block early is recorded as
-    the attempt's end. A copy of standard input moves into the folder. Raises SettingsError if the
+    reuse: what it copies from earlier runs; that plan is on disk before the run is on record. All
+    of it appears in one transaction or not at all; what leaves the block early is recorded as the
+    attempt's end. A copy of standard input moves into the folder. Raises SettingsError if the
     folder that the run would get has something in it, or for contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
@@ -105,6 +108,7 @@ def create_run(
             settings=snapshot(settings),
             status="running",
             started_at=utc_now(),
+            has_digests=True,
         )
         session.add(run)
         session.flush()
@@ -113,6 +117,9 @@ def create_run(
         lock = _make_folder(folder, inventory, run.uuid)
         run.inputs = _inputs(inventory)
         run.input_path = run.inputs[0].path
+        if reuse is not None:
+            run.sequences_reused = len(reuse)
+            run.reuse_sha256 = write_plan(reuse, plan_path(run))
         attempt = _attempt(run.id, facts)
         session.add(attempt)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
@@ -388,4 +395,4 @@ def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> IO[bytes]:
 
 
 def _may_be_there(name: str) -> bool:
-    return name == LOCK_NAME or is_kept(name)
+    return name == LOCK_NAME or is_kept(name) or is_plan_name(name)

@@ -31,16 +31,19 @@ _KEPT = ".stdin-{}.fasta"
 
 
 @contextmanager
-def copied_standard_input(rules: InputSettings, folder: Path) -> Iterator[Path | None]:
+def copied_standard_input(
+    rules: InputSettings, folder: Path, stream: BinaryIO | None = None
+) -> Iterator[Path | None]:
     """Give a copy of standard input in `folder` if it is part of the input, else None.
 
-    At the end of the block the copy is removed, unless `keep_in_folder` has given it a name.
-    Raises InputError if nothing can be read from standard input, MachineError if the disk fails.
+    stream: what is copied, if it is not the standard input of this process. At the end of the block
+    the copy is removed, unless `keep_in_folder` has given it a name. Raises InputError if nothing
+    can be read from standard input, MachineError if the disk fails.
     """
     if STANDARD_INPUT not in (rules.fasta or []):
         yield None
         return
-    source = _standard_input()
+    source = _standard_input() if stream is None else stream
     made = not folder.exists()
     try:
         with disk_errors(folder):

@@ -68,6 +68,11 @@ class AdaptedWeights:
         """Those of the base: an adapter with a key that is not known is refused."""
         return self.base.unknown_keys
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Those of the base."""
+        return self.base.left_out
+
     def stored_name(self, name: str) -> str:
         """Return what the base calls a tensor, or would call it."""
         return self.base.stored_name(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
 from lib.models.tensor_file import stored_tensors
-from lib.models.tensor_names import fair_esm_name, is_of_trunk
+from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
 from lib.models.weights import TensorInfo, read_json
 from schema.settings import ModelSettings
 
@@ -54,8 +54,6 @@ _UNDERSTOOD = (
 # Any other way to initialise an adapter changes the base as well.
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight\Z")
-# Modules of a model's head; the embedding trunk has none of these names.
-_HEADS = ("classifier", "contact_head", "lm_head", "pooler", "qa_outputs", "score")
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,14 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether a path is a folder with an adapter_config.json."""
-    return (path / _CONFIG).is_file()
+    """Return whether a path is a folder with an adapter_config.json.
+
+    Raises WeightsError for a folder that may not be looked into.
+    """
+    try:
+        return (path / _CONFIG).is_file()
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -127,9 +131,10 @@ def refuse_contact_head(adapter: Adapter) -> None:
 def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
     """Return the settings of an adapter's base, and which file names the base.
 
-    A base is a released name, with or without `facebook/` before it, or a path (in
-    adapter_config.json, relative to its folder). Raises WeightsError if no base is named, or if
-    [model] base_model and adapter_config.json name two whose last parts differ.
+    A base is a released name, with or without `facebook/` before it, or a path. A relative path in
+    adapter_config.json starts at the adapter's folder or at one above it, as that of its training,
+    or its last part lies beside the adapter. Raises WeightsError if no base is named or found, or
+    if [model] base_model and adapter_config.json name two whose last parts differ.
     """
     said, named = model.base_model, adapter.base_name
     if said is not None:
@@ -145,14 +150,23 @@ def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings
             "[model] base_model"
         )
     released = named.removeprefix("facebook/")
-    path = adapter.folder / named
-    if released not in RELEASED and not _exists(path):
+    if released in RELEASED:
+        return replace(model, esm_model=released), _CONFIG
+    found = next(filter(_exists, _places(adapter.folder, named)), None)
+    if found is None:
         raise WeightsError(
             f"{adapter.folder}: base_model_name_or_path {named!r} is neither a released model nor "
-            "a path that exists"
+            "a path that exists, and config.ini has no [model] base_model"
         )
-    chosen = released if released in RELEASED else str(path)
-    return replace(model, esm_model=chosen), _CONFIG
+    return replace(model, esm_model=str(found)), _CONFIG
+
+
+def _places(folder: Path, named: str) -> Iterator[Path]:
+    """Yield where a base may lie that the adapter in `folder` names, the nearest first."""
+    for start in (folder, *folder.parents[:-1]):  # not at the root, where any name may be
+        yield start / named  # all the same if it is absolute
+    if not Path(named).is_absolute():
+        yield folder.parent / Path(named).name
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
@@ -202,7 +216,7 @@ def _is_of_a_head(module: str, saved: list[Any]) -> bool:
     """Return whether a tensor belongs to a head: a known one, or a saved module off the trunk."""
     name = fair_esm_name(module)
     first = name.partition(".")[0]
-    return first in _HEADS or (first in saved and not is_of_trunk(name))
+    return first in HEADS or (first in saved and not is_of_trunk(name))
 
 
 def _factor(

@@ -19,6 +19,7 @@ from lib.models.adapter import (
 )
 from lib.models.formats import find_weights, open_weights
 from lib.models.layers import choose_layers
+from lib.models.naming import model_name
 from lib.models.properties import CATALOG_ALONE, Property, catalog_shape, find_shape
 from lib.models.regression import Regression, read_regression, regression_path
 from lib.models.released import Proof, prove, refuse_false_name, take_md5
@@ -67,6 +68,7 @@ class Detection:
                 "dtype": trunk_dtype(self.weights, self.shape),
                 "base": str(self.weights.unadapted.path),
                 "unknown_keys": self.weights.unknown_keys,
+                "left_out": self.weights.left_out,
                 "contact_regression": self._regression_place(self.weights),
             }
         return {key: Property(values[key], source) for key, source in self.sources.items()}
@@ -178,7 +180,7 @@ def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
     if path is not None and is_adapter(path):
         raise WeightsError(f"{adapter.folder}: its base {path} is an adapter itself")
     base = _from_catalog(of_base) if path is None else _from_weights(of_base, path)
-    name = adapter.folder.resolve().name
+    name = model_name(adapter.folder.resolve())
     adapted = replace(base, name=name, base_name=base.name)
     if base.weights is None:
         return adapted
@@ -207,8 +209,10 @@ def _from_weights(model: ModelSettings, path: Path) -> Detection:
     sources |= {"parameters": "tensor shapes", "weights_format": "file", "dtype": "tensors"}
     if weights.unknown_keys:
         sources["unknown_keys"] = "config.json"
+    if weights.left_out:
+        sources["left_out"] = "beside the trunk"
     if released is None:
-        return Detection(path.name.removesuffix(".pt"), weights, shape, layers, sources)
+        return Detection(model_name(path), weights, shape, layers, sources)
     return Detection(model.esm_model, weights, shape, layers, sources, model.esm_model)
 
 

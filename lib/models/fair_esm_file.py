@@ -19,10 +19,11 @@ import torch
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
 from lib.models.regression import regression_path
+from lib.models.tensor_file import tensors_in
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
 from lib.models.weights import TensorInfo, Weights
 
-__all__ = ["FairEsmFile"]
+__all__ = ["FairEsmFile", "refuse_relatives"]
 
 _PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
 # What fair-esm calls the properties, in cfg["model"].
@@ -49,11 +50,19 @@ class FairEsmFile:
     format: ClassVar[str] = "fair-esm"
     # fair-esm reads no more of cfg than what is read here.
     unknown_keys: ClassVar[tuple[str, ...]] = ()
+    left_out: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """Return whether `path` is a file: only this format is one."""
         return not path.is_dir()
+
+    @classmethod
+    def reads(cls, archive: Mapping[str, Any]) -> bool:
+        """Return whether fair-esm's token embedding is where this format has it."""
+        state = archive.get("model", archive)
+        names = (name for name in state if isinstance(name, str)) if isinstance(state, dict) else ()
+        return any(_PREFIX.sub("", name) == "embed_tokens.weight" for name in names)
 
     @classmethod
     def open(cls, path: Path) -> FairEsmFile:
@@ -62,7 +71,7 @@ class FairEsmFile:
         archive = load_archive(file)
         state = _state_dict(archive, path)
         stored = _without_prefixes(state, path)
-        _refuse_relatives(archive, stored, path)
+        refuse_relatives(archive, stored, path)
         cfg = _cfg(archive)
         metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
         tensors = {name: tensor_info(name, state[key], path) for name, key in stored.items()}
@@ -117,14 +126,13 @@ def _state_dict(archive: Mapping[str, Any], path: Path) -> dict[str, torch.Tenso
     state = archive.get("model", archive)
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: its 'model' is a {type(state).__name__}, not a state dict")
-    tensors = {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
-    }
-    if not tensors:
-        raise WeightsError(f"{path}: holds no tensors")
-    return tensors
+    tensors = tensors_in(state)
+    if tensors:
+        return tensors
+    keys = [str(key) for key, value in archive.items() if tensors_in(value)]
+    if keys:
+        raise WeightsError(f"{path}: no token embedding in {', '.join(keys)}: not an ESM-2 model")
+    raise WeightsError(f"{path}: holds no tensors")
 
 
 def _without_prefixes(state: Iterable[str], path: Path) -> dict[str, str]:
@@ -138,8 +146,11 @@ def _without_prefixes(state: Iterable[str], path: Path) -> dict[str, str]:
     return stored
 
 
-def _refuse_relatives(archive: Mapping[str, Any], state: Iterable[str], path: Path) -> None:
-    """Refuse the other models of the family, each by something that only it has."""
+def refuse_relatives(archive: Mapping[str, Any], state: Iterable[str], path: Path) -> None:
+    """Refuse the other models of the family, each by something that only it has.
+
+    archive: what torch.save wrote; state: names of tensors. Raises WeightsError.
+    """
     args = archive.get("args")
     arch = str(getattr(args, "arch", "")) if isinstance(args, argparse.Namespace) else ""
     names = " ".join(state)

@@ -20,6 +20,7 @@ import torch
 
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
+from lib.models.bare_tensors import SafetensorsFile, StateDictFile
 from lib.models.fair_esm_file import FairEsmFile
 from lib.models.hub import cached_model
 from lib.models.huggingface import HuggingFaceFolder
@@ -45,7 +46,12 @@ class WeightsFormat(Protocol):
 
 # The first one that recognises a path opens it. One is there for every path that exists, so that
 # a path which is not an ESM-2 model is refused with the reason why it is not.
-FORMATS: tuple[WeightsFormat, ...] = (HuggingFaceFolder, FairEsmFile)
+FORMATS: tuple[WeightsFormat, ...] = (
+    HuggingFaceFolder,
+    SafetensorsFile,
+    StateDictFile,
+    FairEsmFile,
+)
 
 
 def open_weights(path: Path) -> Weights:
@@ -64,15 +70,16 @@ def hub_checkpoints() -> Path:
 def find_weights(model: ModelSettings) -> Path | None:
     """Return where the chosen model lies, or None for a released name that is not on disk.
 
-    Raises WeightsError for anything that is neither a released name nor a path that exists.
+    Raises WeightsError for anything that is neither a released name nor a path that can be seen.
     """
     if model.esm_model not in RELEASED:
         path = Path(model.esm_model)
-        if not path.exists():
-            raise WeightsError(
-                f"esm_model {path}: no such file or folder, and {path.name!r} is not one of the "
-                f"released names {', '.join(RELEASED)}"
-            )
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise WeightsError(f"esm_model {path}: {error.strerror or error}") from None
+        if not there:
+            raise WeightsError(f"esm_model {path}: no such file or folder, {_what_is_known(path)}")
         return path
     if model.source == "huggingface":
         return cached_model(model.esm_model)
@@ -82,3 +89,14 @@ def find_weights(model: ModelSettings) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _what_is_known(path: Path) -> str:
+    """Return what there is instead of a path that does not exist."""
+    name = path.name
+    if name in RELEASED:
+        return f"and the released model is {name}, or facebook/{name} on the Hugging Face Hub"
+    return (
+        f"and {name!r} is not one of the released names {', '.join(RELEASED)}, which may have "
+        "facebook/ before them"
+    )

@@ -23,6 +23,7 @@ from lib.models.huggingface_config import (
     refuse_other_rotary,
     unknown_keys,
 )
+from lib.models.stored import ROTARY, StoredTensor, with_rotary_of_every_layer
 from lib.models.tensor_file import read_stored, stored_tensors
 from lib.models.tensor_names import fair_esm_name, hugging_face_name, is_of_trunk
 from lib.models.weights import TensorInfo, Weights, read_json
@@ -30,18 +31,6 @@ from lib.models.weights import TensorInfo, Weights, read_json
 __all__ = ["HuggingFaceFolder"]
 
 _CONFIG = "config.json"
-_ROTARY = "self_attn.rot_emb.inv_freq"
-# Rotary frequencies of all layers, by what fair_esm_name makes of transformers' names.
-_SHARED_ROTARY = (f"layers.*.{_ROTARY}", "rot_emb.inv_freq")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A stored tensor: its file, and its name there."""
-
-    file: HeldFile
-    name: str
-    info: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,14 @@ class HuggingFaceFolder:
     config: HeldFile
     files: tuple[HeldFile, ...]
     metadata: Mapping[str, object]
-    stored: Mapping[str, _Stored]
+    stored: Mapping[str, StoredTensor]
     untrained: bool
     unknown_keys: tuple[str, ...]
     format: ClassVar[str] = "huggingface"
     # The contact regression is among the tensors.
     regression_file: ClassVar[None] = None
+    # transformers puts nothing but heads beside a trunk.
+    left_out: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -75,8 +66,8 @@ class HuggingFaceFolder:
         config = read_json(config_file)
         refuse_other_models(config, path)
         files = tuple(map(HeldFile, _weight_files(path)))
-        stored = _with_rotary_of_every_layer(_without_heads(_stored_in(files)), path)
-        if not any(name.endswith(_ROTARY) for name in stored):
+        stored = with_rotary_of_every_layer(_without_heads(_stored_in(files)), path)
+        if not any(name.endswith(ROTARY) for name in stored):
             refuse_other_rotary(config, path)
         untrained, unknown = config.get("untrained") is True, unknown_keys(config)
         return cls(path, config_file, files, metadata(config), stored, untrained, unknown)
@@ -136,18 +127,18 @@ class HuggingFaceFolder:
                     yield name, tensor
 
 
-def _stored_in(files: Iterable[HeldFile]) -> dict[str, _Stored]:
-    tensors: dict[str, _Stored] = {}
+def _stored_in(files: Iterable[HeldFile]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         for key, info in stored_tensors(file).items():
             name = fair_esm_name(key)
             if name in tensors:
                 raise WeightsError(f"{file.path}: two tensors are {name}, the second is {key}")
-            tensors[name] = _Stored(file, key, info)
+            tensors[name] = StoredTensor(file, key, info)
     return tensors
 
 
-def _without_heads(stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
+def _without_heads(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Leave out heads: what has no `esm.` before its name where the trunk has."""
     embedding = stored.get("embed_tokens.weight")
     if embedding is None or not embedding.name.startswith("esm."):
@@ -157,27 +148,6 @@ def _without_heads(stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
         for name, tensor in stored.items()
         if tensor.name.startswith("esm.") or is_of_trunk(name)
     }
-
-
-def _with_rotary_of_every_layer(stored: dict[str, _Stored], folder: Path) -> dict[str, _Stored]:
-    """Put rotary frequencies that are stored once in the place of those of every layer.
-
-    Raises WeightsError if other frequencies are stored beside them.
-    """
-    rotary = [name for name in stored if name.endswith("rot_emb.inv_freq")]
-    shared = [name for name in rotary if name in _SHARED_ROTARY]
-    if not shared:
-        return stored
-    if len(rotary) > 1:
-        other = next(name for name in rotary if name != shared[0])
-        raise WeightsError(
-            f"{folder}: two tensors are rotary frequencies: {stored[shared[0]].name} and "
-            f"{stored[other].name}"
-        )
-    once = stored.pop(shared[0])
-    numbered = (re.match(r"layers\.(\d+)\.", name) for name in stored)
-    layers = sorted({int(match[1]) for match in numbered if match})
-    return stored | {f"layers.{layer}.{_ROTARY}": once for layer in layers}
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from lib.catalog import RELEASED, HubFiles, PublishedFile
 from lib.errors import WeightsError
 from lib.files import file_md5, file_sha256
+from lib.models.adapted import AdaptedWeights
+from lib.models.bare_tensors import SafetensorsFile
 from lib.models.fair_esm_file import FairEsmFile
 from lib.models.huggingface import HuggingFaceFolder
 from lib.models.weights import Weights
@@ -20,7 +22,8 @@ __all__ = ["Proof", "prove", "refuse_false_name", "refuse_unpublished", "take_md
 class Proof:
     """Whether weights are a released model: `model` is its name, or None if they are none.
 
-    `by` is what decided: sha256 or md5; or, without a digest: adapter, shape, files or size.
+    `by` is what decided: sha256 or md5; or, without a digest: adapter, shape,
+    format, files or size.
     """
 
     model: str | None
@@ -43,14 +46,19 @@ def prove(
     sha256: the digest of the weights, if it is known. md5: what `take_md5` returns. Returns None
     if only a digest that is not given can tell. Raises OSError.
     """
-    if not isinstance(weights, FairEsmFile | HuggingFaceFolder):
+    if isinstance(weights, AdaptedWeights):
         return Proof(None, "adapter")
     name = _name_of(shape)
     if name is None:
         return Proof(None, "shape")
     if isinstance(weights, FairEsmFile):
-        return _prove_file(weights, name, sha256, md5)
-    return _prove_folder(weights, name, RELEASED[name].hub, sha256)
+        return _prove_file(weights, name, RELEASED[name].file, sha256, md5)
+    hub = RELEASED[name].hub
+    if isinstance(weights, HuggingFaceFolder):
+        return _prove_folder(weights, name, hub, sha256)
+    if isinstance(weights, SafetensorsFile) and hub is not None and len(hub.weights) == 1:
+        return _prove_file(weights, name, hub.weights[0], sha256, None)
+    return Proof(None, "format")
 
 
 def take_md5(weights: Weights, shape: ModelShape) -> str | None:
@@ -95,9 +103,8 @@ def refuse_unpublished(part: Path, published: PublishedFile, target: Path) -> No
 
 
 def _prove_file(
-    weights: FairEsmFile, name: str, sha256: str | None, md5: str | None
+    weights: Weights, name: str, published: PublishedFile, sha256: str | None, md5: str | None
 ) -> Proof | None:
-    published = RELEASED[name].file
     if not _sized(weights.path.stat().st_size, published):
         return Proof(None, "size")
     digest = md5 if published.algorithm == "md5" else sha256

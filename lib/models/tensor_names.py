@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["fair_esm_name", "hugging_face_name", "is_of_trunk"]
+__all__ = ["HEADS", "fair_esm_name", "hugging_face_name", "is_of_trunk"]
 
 _TO_FAIR_ESM = [
     (r"^esm\.", ""),
@@ -43,6 +43,8 @@ _TO_HUGGING_FACE = [
     (r"\.fc2\.", ".output.dense."),
     (r"\.final_layer_norm\.", ".LayerNorm."),
 ]
+# Modules of a model's head; the embedding trunk has none of these names.
+HEADS = frozenset({"classifier", "contact_head", "lm_head", "pooler", "qa_outputs", "score"})
 # First parts of names, by fair-esm and by transformers, where they do not belong to a head.
 _TRUNK = {
     "embed_tokens",

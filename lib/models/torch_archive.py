@@ -21,8 +21,10 @@ from lib.models.weights import TensorInfo
 __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# The head that may share its memory with the embedding, by fair-esm's and transformers' names.
+# The head that may share its memory with the embedding, by fair-esm's and transformers' names; the
+# name of a module may be before either.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
 # A file is loaded again for every few tensors; its pickle is followed once.
 _FOLLOWED: weakref.WeakSet[HeldFile] = weakref.WeakSet()
 
@@ -110,11 +112,11 @@ def tensor_info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
 def refuse_inflated(tensors: Mapping[str, torch.Tensor], file: HeldFile) -> None:
     """Refuse tensors that claim more bytes than the file has; a tied head is not counted."""
     counted = dict(tensors)
-    embedding = counted.get("embed_tokens.weight")
-    for name in _TIED_HEADS:
-        head = counted.get(name)
-        if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
-            del counted[name]
+    embedding = next((name for name in counted if name.endswith(_EMBEDDINGS)), None)
+    for suffix in _TIED_HEADS:
+        head = next((name for name in counted if name.endswith(suffix)), None)
+        if embedding and head and counted[head].data_ptr() == counted[embedding].data_ptr():
+            del counted[head]
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
     if claimed > file.size:
         raise WeightsError(f"{file.path}: tensors claim {claimed} bytes, the file has {file.size}")

@@ -66,6 +66,10 @@ class Weights(Protocol):
     def unknown_keys(self) -> tuple[str, ...]:
         """Keys of the configuration of which it is not known whether they change a vector."""
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Modules beside the trunk that are not heads of a known name, and that are not read."""
+
     def stored_name(self, name: str) -> str:
         """Return what the file calls a tensor, or would call it if it is not there."""
 

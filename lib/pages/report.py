@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lib.catalog import shown_name
 from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
-from lib.files import disk_errors, new_path
+from lib.files import disk_errors, new_path, refuse_existing
 from lib.ledger.history import RunDetail, Table, query, run_detail
 from lib.ledger.overview import attempts_table, inputs_table, run_fields, workers_table
 from lib.ledger.sqlite_file import database_path
@@ -29,6 +29,7 @@ from lib.pages.figures import (
     short_id,
     throughput_figure,
 )
+from lib.pages.multiqc import is_own, multiqc_path, multiqc_text, summary
 from lib.pages.survey import Survey, survey
 from lib.units import count, moment, printable, records
 from schema.esm2_config import ESM2Config, load_snapshot
@@ -46,7 +47,8 @@ _SEAL_BYTES = 120
 class Report:
     """The content of a report.
 
-    model: its name, with (untrained) if it is. facts: of the run. properties: of the model.
+    model: its name, with (untrained) if it is. summary: its row for MultiQC. facts: of the run.
+    properties: of the model.
     inputs: the input files, if there are several.
     """
 
@@ -57,6 +59,7 @@ class Report:
     input_name: str
     written: str
     warnings: list[str]
+    summary: dict[str, Any]
     facts: dict[str, str | None]
     properties: dict[str, str | None]
     figures: list[Figure]
@@ -94,7 +97,12 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         [run_id],
     ).dictionaries()
     checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
-    work = [Work(one["attempt"], one["residues"], one["seconds"]) for one in checkpoints]
+    work = [
+        Work(one["attempt"], one["residues"], one["seconds"])
+        for one in checkpoints
+        if one["reused_run"] is None
+    ]
+    warnings = _warnings(run, found, detail, attempts)
     table, inputs = attempts_table(detail), inputs_table(detail)
     several = inputs.rows if len(inputs.rows) > 1 else []
     workers = workers_table(detail)
@@ -105,7 +113,8 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         model=line["model"],
         input_name=PurePath(line["input"]).name,
         written=moment(written),
-        warnings=_warnings(run, found, detail, attempts),
+        warnings=warnings,
+        summary=summary(line, run.facts["precision"], len(warnings)),
         facts=_facts(run, detail),
         properties=_properties(model, attempts),
         figures=[
@@ -125,11 +134,23 @@ def make_report(url: str, run_id: int, written: str) -> Report:
 
 
 def write_report(report: Report, to: Path) -> None:
-    """Write a report as HTML; it replaces only an unaltered earlier report of the same run."""
+    """Write a report as HTML, and beside it its row for MultiQC.
+
+    They replace only unaltered earlier ones of the same run.
+    """
     page = _page(report).encode()
     seal = f"<!-- esm-ledger: end of the report, sha256 {_digest(report, page)} -->\n"
-    with new_path(to, folder=False, replaceable=lambda path: _is_own(report, path)) as temporary:
-        temporary.write_bytes(page + seal.encode())
+    sample = f"run {report.run}: {report.input_name}"
+    row = multiqc_text(sample, report.uuid, report.summary)
+    files = [
+        (to, page + seal.encode(), lambda path: _is_own(report, path)),
+        (multiqc_path(to), row.encode(), lambda path: is_own(path, report.uuid)),
+    ]
+    for path, _, replaceable in files:
+        refuse_existing(path, replaceable)
+    for path, content, replaceable in files:
+        with new_path(path, folder=False, replaceable=replaceable) as temporary:
+            temporary.write_bytes(content)
 
 
 def _page(report: Report) -> str:

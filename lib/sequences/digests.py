@@ -1,4 +1,7 @@
-"""Digests of texts, to find equal ones among a hundred million in 16 bytes each."""
+"""Digests of texts, to find equal ones among a hundred million in 16 bytes each.
+
+They are the first half of the SHA-256, so that they also find a text by its whole SHA-256.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Digests"]
+__all__ = ["Digests", "first_halves"]
 
 _BYTES = 16
 # Digests that `first_equal` compares at once: its temporary arrays stay small.
@@ -23,8 +26,12 @@ class Digests:
 
     def extend(self, texts: Iterable[bytes]) -> None:
         """Append the digests of texts."""
-        made = [hashlib.blake2b(text, digest_size=_BYTES).digest() for text in texts]
+        made = [hashlib.sha256(text).digest()[:_BYTES] for text in texts]
         self._digests += b"".join(made)
+
+    def of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Return (len(numbers), 2) the digests of some texts."""
+        return np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)[numbers]
 
     def first_equal(self) -> npt.NDArray[np.int64]:
         """Return (N,), for each text, the number of the first text that equals it."""
@@ -55,3 +62,8 @@ def _sorted(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         if ((ordered[1:, 0] == ordered[:-1, 0]) & (ordered[1:, 1] != ordered[:-1, 1])).any():
             return np.lexsort((halves[:, 1], halves[:, 0]))
     return order
+
+
+def first_halves(digests: bytes | memoryview) -> npt.NDArray[np.uint64]:
+    """Return (N, 2), of N whole SHA-256 end to end, what `Digests` keeps of each."""
+    return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 4)[:, :2]

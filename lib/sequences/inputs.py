@@ -55,7 +55,7 @@ def input_sources(rules: InputSettings, standard_input: Path | None = None) -> l
     Raises InputError if there is none, or for what is not a regular file.
     """
     if rules.fasta is None:
-        raise InputError("no input: [input] fasta is empty and no --input was given")
+        raise InputError("no input: [input] fasta is empty and no --input (make INPUT=) was given")
     if rules.fasta.count(STANDARD_INPUT) > 1:
         raise InputError("standard input (-) stands twice in the input")
     sources = [one for path in rules.fasta for one in _sources(path, standard_input)]

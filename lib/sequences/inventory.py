@@ -66,16 +66,30 @@ class Inventory:
     mapped: int = 0
     nucleotide_like: int = 0
     windows: list[WindowSummary] = field(default_factory=list)
-    # (sequences,) embedded residues, in the order of the plan.
-    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     # (records,) the first record with the same embedded residues, which can be the record itself.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    # (records,) embedded residues, in file order.
+    record_lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    # (sequences, 2) the digest of each, by its first record; None unless it was asked for.
+    digests: npt.NDArray[np.uint64] | None = None
     # Records that repeat a sequence of an earlier window, by the first record that has it.
     strays: dict[int, list[Owner]] = field(default_factory=dict)
+
+    def first_records(self) -> npt.NDArray[np.int64]:
+        """Return (sequences,) the first record that has each different sequence, ascending."""
+        return np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
 
     def file_of(self, record: int) -> InputFile:
         """Return the file of a record."""
         return next(one for one in reversed(self.files) if one.first_record <= record)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(sequences,) embedded residues of the different sequences, as `read_windows` has them."""
+        first = self.first_records()
+        stops = np.searchsorted(first, [window.stop_record for window in self.windows])
+        parts = np.split(self.record_lengths[first], stops[:-1])
+        return np.concatenate([-np.sort(-part) for part in parts])
 
     @property
     def name(self) -> str:
@@ -159,11 +173,14 @@ class _Windows:
         self._begin(stop)
 
 
-def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inventory:
+def preflight(
+    rules: InputSettings, standard_input: Path | None = None, *, digests: bool = False
+) -> Inventory:
     """Read the whole of [input] fasta, check every record and count.
 
-    standard_input: the file in which standard input is kept. Raises InputError naming record, id,
-    position and letter at the first fault, or if a file changes meanwhile.
+    standard_input: the file in which standard input is kept; digests: whether the inventory is to
+    have those of its sequences. Raises InputError naming record, id, position and letter at the
+    first fault, or if a file changes meanwhile.
     """
     sources = input_sources(rules, standard_input)
     before = [source.path.stat() for source in sources]
@@ -190,10 +207,14 @@ def preflight(rules: InputSettings, standard_input: Path | None = None) -> Inven
         _refuse_repeated_ids(np.frombuffer(ids, np.int64), inventory, rules)
     del ids  # 800 MB at a hundred million records; the digests of sequences are twice that
     inventory.same_as = sequences.first_equal()
+    inventory.record_lengths = np.frombuffer(lengths, dtype=np.int32)
+    own = inventory.first_records()
+    if digests:
+        inventory.digests = sequences.of(own)
     del sequences
-    inventory.lengths = _planned_lengths(np.frombuffer(lengths, dtype=np.int32), inventory)
-    inventory.sequences = len(inventory.lengths)
-    inventory.residues = int(inventory.lengths.sum(dtype=np.int64))
+    inventory.sequences = len(own)
+    inventory.residues = int(inventory.record_lengths[own].sum(dtype=np.int64))
+    del own
     inventory.strays = _find_strays(inventory, rules)
     # A file that is still being written is refused now, not after the work.
     for source, stat in zip(sources, before, strict=True):
@@ -228,25 +249,15 @@ def _repeats(record: Record, earlier: int, inventory: Inventory) -> str:
     """Return the error of a record with an earlier one's id; of several files, both are named."""
     name = shortened(record.id)
     if len(inventory.files) == 1:
-        return f"record {record.number} ({name}): id repeats record {earlier}'s"
+        return (
+            f"record {record.number} ({name}): id repeats record {earlier}'s (input.duplicate_ids)"
+        )
     file, other = inventory.file_of(record.number), inventory.file_of(earlier)
     return (
         f"{file.source.name}: record {record.number - file.first_record} ({name}): id repeats "
-        f"that of record {earlier - other.first_record} in {other.source.name}"
+        f"that of record {earlier - other.first_record} in {other.source.name} "
+        "(input.duplicate_ids)"
     )
-
-
-def _planned_lengths(lengths: npt.NDArray[np.int32], inventory: Inventory) -> npt.NDArray[np.int32]:
-    """Return the lengths of the sequences to compute, in the order of `read_windows`.
-
-    lengths: (records,) embedded residues.
-    """
-    own = inventory.same_as == np.arange(len(lengths))
-    parts = []
-    for window in inventory.windows:
-        records = slice(window.first_record, window.stop_record)
-        parts.append(-np.sort(-lengths[records][own[records]]))
-    return np.concatenate(parts)
 
 
 def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[Owner]]:
@@ -261,6 +272,6 @@ def _find_strays(inventory: Inventory, rules: InputSettings) -> dict[int, list[O
     if strayed.any():
         for record in read_same_records(rules, inventory.files):
             if strayed[record.number]:
-                owner = Owner(record.number, record.id, record.description, record.length)
-                strays.setdefault(int(inventory.same_as[record.number]), []).append(owner)
+                first = int(inventory.same_as[record.number])
+                strays.setdefault(first, []).append(record.owner)
     return strays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import count, repeat
 from typing import NamedTuple
@@ -32,7 +33,8 @@ class Record(NamedTuple):
     """One FASTA entry after the rules of [input].
 
     number: position in the input, from 0; length: residues before truncation; residues: the
-    letters to embed; mapped: how many of them were unknown and became X.
+    letters to embed; mapped: how many of them were unknown and became X; sequence: all letters,
+    upper case, as they were before any became X.
     """
 
     number: int
@@ -41,15 +43,27 @@ class Record(NamedTuple):
     length: int
     residues: bytes
     mapped: int
+    sequence: bytes
+
+    @property
+    def owner(self) -> Owner:
+        """The record without its letters."""
+        md5 = hashlib.md5(self.sequence, usedforsecurity=False).hexdigest().upper()
+        return Owner(self.number, self.id, self.description, self.length, md5)
 
 
 class Owner(NamedTuple):
-    """A record that gets the vectors of a sequence; the fields are those of Record."""
+    """A record that gets the vectors of a sequence.
+
+    md5: of all its letters, as UniProt and UniParc write it; records that share what is embedded
+    of them can differ in it. The other fields are those of Record.
+    """
 
     number: int
     id: str
     description: str
     length: int
+    md5: str
 
 
 def read_records(rules: InputSettings) -> Iterator[Record]:
@@ -140,7 +154,7 @@ def _plain_records(block: Block, first: int, rules: InputSettings) -> list[Recor
             residues = [sequence[: rules.max_residues] for sequence in sequences]
     ids = [one[0] for one in words]
     descriptions = [one[1] if len(one) > 1 else "" for one in words]
-    return [*map(Record, count(first), ids, descriptions, lengths, residues, repeat(0))]
+    return [*map(Record, count(first), ids, descriptions, lengths, residues, repeat(0), sequences)]
 
 
 def _words(headers: bytes) -> list[list[str]] | None:
@@ -160,7 +174,7 @@ def _checked_records(block: Block, first: int, rules: InputSettings) -> list[Rec
 
 def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:
     name, description = _id_and_description(number, entry.header)
-    residues = entry.sequence.upper().removesuffix(b"*")
+    sequence = residues = entry.sequence.upper().removesuffix(b"*")
     mapped = 0
     if rules.unknown_residues == "x":
         mapped = len(residues) - len(residues.translate(None, _UNKNOWN))
@@ -171,9 +185,10 @@ def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:
         # Everything before it is ASCII, so bytes and letters have the same positions.
         letter = entry.sequence[position : position + 4].decode(errors="backslashreplace")[0]
         letter = letter.upper() if letter.isascii() else letter
+        setting = " (input.unknown_residues)" if unknown[0] in _UNKNOWN else ""
         raise InputError(
             f"record {number} ({shortened(name)}): {letter!r} at residue {position + 1} is not in "
-            "the ESM-2 alphabet"
+            f"the ESM-2 alphabet{setting}"
         )
     length = len(residues)
     if not length:
@@ -182,11 +197,11 @@ def _apply_rules(number: int, entry: Entry, rules: InputSettings) -> Record:
         if rules.long_sequences == "error":
             raise InputError(
                 f"record {number} ({shortened(name)}): {length} residues exceed "
-                f"max_residues {rules.max_residues}"
+                f"max_residues {rules.max_residues} (input.long_sequences)"
             )
         if rules.long_sequences == "truncate":
             residues = residues[: rules.max_residues]
-    return Record(number, name, description, length, residues, mapped)
+    return Record(number, name, description, length, residues, mapped, sequence)
 
 
 def _id_and_description(number: int, header: bytes) -> tuple[str, str]:

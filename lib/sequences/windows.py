@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
+
 from lib.errors import InputError
 from lib.sequences.inputs import source_sha256
 from lib.sequences.inventory import Inventory, WindowDigest, WindowSummary
@@ -38,16 +41,19 @@ class Window:
     sequences: list[Sequence]
 
 
-def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]:
+def read_windows(
+    rules: InputSettings, inventory: Inventory, skipped: npt.NDArray[np.bool_] | None = None
+) -> Iterator[Window]:
     """Yield the windows of the plan, each checked to be what preflight read.
 
-    At the end of each file, which is before the last window, the digest of its bytes is compared
-    too. Raises InputError if a file has changed since.
+    skipped: (records,) true for the first record of each sequence to leave out. At the end of each
+    file, which is before the last window, the digest of its bytes is compared too. Raises
+    InputError if a file has changed since.
     """
     records = read_same_records(rules, inventory.files)
     position = 0
     for summary in inventory.windows:
-        sequences = _sequences(records, summary, inventory)
+        sequences = _sequences(records, summary, inventory, skipped)
         if summary.stop_record == inventory.records and next(records, None) is not None:
             raise _changed(summary, inventory)
         yield Window(position, sequences)
@@ -55,7 +61,10 @@ def read_windows(rules: InputSettings, inventory: Inventory) -> Iterator[Window]
 
 
 def _sequences(
-    records: Iterator[Record], summary: WindowSummary, inventory: Inventory
+    records: Iterator[Record],
+    summary: WindowSummary,
+    inventory: Inventory,
+    skipped: npt.NDArray[np.bool_] | None,
 ) -> list[Sequence]:
     """Read the records of a window; return its sequences in the order of the plan."""
     digest = WindowDigest()
@@ -64,14 +73,15 @@ def _sequences(
     digest.add(read)
     for record in read:
         first = int(inventory.same_as[record.number])
-        owner = Owner(record.number, record.id, record.description, record.length)
+        if skipped is not None and skipped[first]:
+            continue
         strays = inventory.strays.get(first, [])
         if first == record.number:
-            sequences[first] = Sequence(record.residues, [owner, *strays])
+            sequences[first] = Sequence(record.residues, [record.owner, *strays])
         elif first in sequences:
             # Strays come from later windows: in file order this record is before them.
             owners = sequences[first].owners
-            owners.insert(len(owners) - len(strays), owner)
+            owners.insert(len(owners) - len(strays), record.owner)
     if digest.digest() != summary.digest:
         raise _changed(summary, inventory)
     # sorted() is stable: sequences of equal length stay in file order.

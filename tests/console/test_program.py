@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,11 @@ from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
+# The tests may run in the background, where SIGINT is ignored.
+AS_FROM_A_TERMINAL = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 NOT_UTF8 = os.fsdecode(b"m\xff")
 
 
@@ -32,3 +40,80 @@ def test_a_current_folder_that_is_not_utf8_is_one_line(place: Place, small_model
     assert answer.status == 2
     assert answer.error == f"'{place.folder}/m\\udcff/some.fasta': not UTF-8"
     assert list(place.output.rglob("*.parquet")) == []
+
+
+# ---- Before main begins
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_python_without_the_packages_is_one_line(name: str, tmp_path: Path) -> None:
+    bare = [sys.executable, "-S", "-E"]  # the standard library alone
+    done = subprocess.run(
+        [*bare, ROOT / "scripts" / f"{name}.py"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    package = "torch" if name in ("benchmark", "make_model") else "marshmallow"
+    assert done.stderr == (
+        f"error: {sys.executable}: no package {package} (make setup installs .venv/bin/python)\n"
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_during_the_imports_is_one_line(name: str, tmp_path: Path) -> None:
+    for package in ("marshmallow", "torch"):
+        (tmp_path / f"{package}.py").write_text(
+            "import sys, time\n"
+            "print('reached', file=sys.stderr, flush=True)\n"
+            "while True:\n    time.sleep(0.01)\n"
+        )
+    with subprocess.Popen(
+        [sys.executable, "-c", AS_FROM_A_TERMINAL, ROOT / "scripts" / f"{name}.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "reached\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "error: SIGINT: interrupted\n")
+
+
+def test_a_signal_that_is_to_be_ignored_stays_so(tmp_path: Path) -> None:
+    (tmp_path / "marshmallow.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError('so far')\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"trap '' INT; exec {sys.executable} {ROOT}/scripts/history.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith(f"error: {sys.executable}: so far (make setup ")
+
+
+def test_a_copied_project_runs_its_own_code(tmp_path: Path) -> None:
+    """Before, a copy whose .venv was made in the original ran the original's lib."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("raise SystemExit('the code of the copy')\n")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "history.py"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stderr == "the code of the copy\n"
+
+
+def test_a_script_runs_as_a_module_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.history", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -6,6 +6,8 @@ Every format is read back by the library that its users use, and compared with t
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import json
 import re
 import subprocess
@@ -18,10 +20,14 @@ from typing import Any
 import esm
 import h5py
 import numpy as np
+import pandas  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from lib.ledger.database import open_for_writing, transaction
+from lib.ledger.history import query
+from schema.version import VERSION
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, read_run, write_fasta
@@ -33,6 +39,7 @@ with warnings.catch_warnings():
     import anndata
 
 Row = dict[str, Any]
+VALUES = [f"mean_0_{i}" for i in range(64)]
 
 
 @pytest.fixture
@@ -178,6 +185,97 @@ def test_anndata_reads_matrix_records_and_run(
     assert read.uns["esm_ledger"]["layer"] == 2
 
 
+def test_csv_gives_the_same_bits_to_pandas(
+    script: Script, place: Place, rows: dict[int, Row]
+) -> None:
+    to = place.folder / "proteins.csv"
+    answer = script("export", "--run", "1", "--format", "csv", "--layer", "0", "--to", to)
+    assert answer.status == 0, answer.err
+    assert answer.out == f"run 1: 15 of 15 records, mean_0, in {to} (csv) (untrained weights)\n"
+    frame = pandas.read_csv(
+        to, dtype=dict.fromkeys(VALUES, np.float32), float_precision="round_trip"
+    )
+    assert list(frame.columns) == ["record", "id", "length", "embedded_length", *VALUES]
+    for name in ("id", "length", "embedded_length"):
+        assert frame[name].tolist() == [row[name] for row in rows.values()]
+    assert frame["record"].tolist() == list(rows)
+    expected = np.stack([row["mean_0"] for row in rows.values()])
+    assert frame[VALUES].to_numpy(np.float32).tobytes() == expected.tobytes()
+
+
+def test_csv_keeps_every_id(script: Script, place: Place, small_model: Path) -> None:
+    names = ["NA", "1e5", 'a"b', "a,b", "=1+1", "ü|1"]
+    source = write_fasta(place.folder / "odd.fasta", [(name, "MKV") for name in names])
+    assert script("embed", "--esm-model", small_model, "--input", source).status == 0
+    to = place.folder / "odd.csv"
+    assert script("export", "--run", "1", "--format", "csv", "--to", to).status == 0
+    with to.open(encoding="utf-8", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == names
+
+
+def read_npy_facts(to: Path) -> Any:  # noqa: ANN401
+    assert np.load(to / "embeddings.npy").shape == (15, 64)
+    return json.loads((to / "run.json").read_text())
+
+
+def read_hdf5_facts(to: Path) -> Any:  # noqa: ANN401
+    with h5py.File(to, "r") as file:
+        return json.loads(file.attrs["esm_ledger"])
+
+
+def read_anndata_facts(to: Path) -> Any:  # noqa: ANN401
+    facts = anndata.read_h5ad(to).uns["esm_ledger"]
+    # AnnData gives lists back as arrays, and numbers as numpy's.
+    return json.loads(json.dumps(facts, default=lambda value: value.tolist()))
+
+
+def read_facts_beside(to: Path) -> Any:  # noqa: ANN401
+    return json.loads(to.with_name(f"{to.name}.json").read_text())
+
+
+def read_dataset_facts(to: Path) -> Any:  # noqa: ANN401
+    (path,) = to.glob("*.parquet")
+    facts = json.loads(pq.read_metadata(path).metadata[b"esm_ledger_export"])
+    # What is published names the file, not where it lay.
+    assert facts["input"] == SOME_PROTEINS.name
+    return {**facts, "input": str(SOME_PROTEINS)}
+
+
+FACTS = {
+    "hdf5": read_hdf5_facts,
+    "esm-extract": lambda to: json.loads((to / "run.json").read_text()),
+    "npy": read_npy_facts,
+    "virnucpro": read_facts_beside,
+    "anndata": read_anndata_facts,
+    "csv": read_facts_beside,
+    "dataset": read_dataset_facts,
+}
+
+
+@pytest.mark.parametrize("form", FACTS)
+def test_every_export_says_where_its_vectors_come_from(
+    script: Script, place: Place, rows: dict[int, Row], form: str
+) -> None:
+    to = place.folder / "out"
+    answer = script("export", "--run", "1", "--format", form, "--to", to, "--json")
+    assert answer.status == 0, answer.err
+    facts = FACTS[form](to)
+    assert {**facts, "format": form, "to": str(to)} == answer.json
+    everything = [f"{kind}_{layer}" for kind in ("mean", "bos", "per_tok") for layer in (0, 2)]
+    columns = everything if form == "esm-extract" else ["mean_2"]
+    assert facts["columns"] == columns
+    assert all(column in rows[0] for column in columns)
+    if form != "esm-extract":
+        assert (facts["layer"], facts["pooling"]) == (2, "mean")
+    (run,) = query(str(place.database), "SELECT * FROM runs").dictionaries()
+    for name in ("uuid", "precision", "max_residues", "long_sequences", "records_truncated"):
+        assert facts["run_uuid" if name == "uuid" else name] == run[name]
+    assert facts["input_sha256"] == hashlib.sha256(SOME_PROTEINS.read_bytes()).hexdigest()
+    assert facts["model_config"] == json.loads(run["esm2_config"])
+    assert facts["computed_with"]["torch"] == torch.__version__
+    assert facts["written_by"] == f"esm-ledger {VERSION}"
+
+
 def test_half_precision_never_becomes_infinite(
     script: Script, place: Place, small_model: Path
 ) -> None:
@@ -225,7 +323,7 @@ def test_two_records_never_share_a_name(
     assert place.files() == before
 
 
-FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata"]
+FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata", "csv", "dataset"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -263,7 +361,8 @@ def test_an_unfinished_run_only_with_partial(
     ("form", "limit"),
     [
         ("npy", 9000), ("esm-extract", 9000), ("hdf5", 9000), ("hdf5", 40_000),
-        ("virnucpro", 40_000), ("anndata", 40_000),
+        ("virnucpro", 40_000), ("anndata", 40_000), ("csv", 9000), ("csv", 40_000),
+        ("dataset", 9000), ("dataset", 20_000),
     ],
 )  # fmt: skip
 def test_a_full_disk_leaves_nothing(
@@ -291,7 +390,14 @@ def test_a_full_disk_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "fact"),
     [
-        (["--format", "npy", "--per-residue"], "format npy: no per-residue vectors, hdf5 has them"),
+        (
+            ["--format", "npy", "--per-residue"],
+            "format npy: no per-residue vectors, hdf5 and dataset have them",
+        ),
+        (
+            ["--format", "csv", "--per-residue"],
+            "format csv: no per-residue vectors, hdf5 and dataset have them",
+        ),
         (["--format", "npy", "--dtype", "float16"], "format npy: float32 only, hdf5 has others"),
         (["--format", "hdf5", "--layer", "1"], "run 1: layer 1 is not kept, only 0 2"),
         (

@@ -36,8 +36,9 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 
-# Small packs, and one or two in a stretch.
+# Small packs, and one or two in a stretch; each run computes for itself.
 QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+QUICK += ["--set", "output.reuse=no"]
 ALL = ["--include", "mean", "bos", "per_tok", "contacts"]
 
 # What a node's Python does before all else: it takes one file for another, as a machine does where
@@ -233,7 +234,7 @@ def test_a_killed_driver_loses_nothing_and_any_number_of_workers_goes_on(
     for number in (first, second):
         cluster.remove(number)
     assert answer.status == 143, answer.err
-    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed"
+    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed (make resume RUN=2)"
     assert names(place, 2) == listed(place, 2)
     assert [one["outcome"] for one in workers(place)] == ["lost", "finished", "finished"]
 

@@ -19,10 +19,11 @@ from lib.jobs.messages import Answer, Failure
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
 from tests.processes import Answer as Ended
-from tests.reference import assert_same_bits
+from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 
-# Small packs, and one or two in a stretch.
+# Small packs, and one or two in a stretch; each run computes for itself.
 QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+QUICK += ["--set", "output.reuse=no"]
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     ray.hooks["compute"] = interrupted
     answer = runs.embed()
     assert answer.status == 143, answer.err
-    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed"
+    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed (make resume RUN=2)"
     runs.check_files()
     assert runs.outcomes() == ["finished", "finished"]
     assert runs.script("resume").status == 0
@@ -252,3 +253,23 @@ def test_a_run_is_resumed_where_config_and_flags_say_now(runs: Runs, ray: InProc
     assert answer.status == 0, answer.err
     assert len(ray.actors) == started + 2
     runs.check()
+
+
+def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
+    runs: Runs, ray: InProcessRay, small_model: Path
+) -> None:
+    half = write_fasta(runs.place.folder / "half.fasta", fasta(UNIPROT_PART)[::2])
+    flags = ["--esm-model", small_model, *QUICK, "--input"]
+    assert runs.script("embed", *flags, half).status == 0
+    reusing = [*flags, UNIPROT_PART, "--set", "output.reuse=yes"]
+    with closing(sqlite3.connect(runs.place.database)) as connection, connection:
+        connection.execute("UPDATE runs SET precision = 'none' WHERE id = 1")  # not copied from
+    answer = runs.script("embed", *reusing, "--ray", "auto")
+    assert answer.status == 0, answer.err
+    copied = runs.rows("SELECT sum(records) FROM checkpoints WHERE reused_run_id = 2")
+    assert copied == [(30,)]
+    by_workers = "SELECT sum(records) FROM checkpoints WHERE run_id = 3 AND worker_id IS NOT NULL"
+    assert runs.rows(by_workers) == [(29,)]
+    found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
+    for record, row in found.items():
+        assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)

@@ -28,7 +28,7 @@ def packs(lengths: Sequence[int], *, window: int = 100, done: Sequence[range] = 
     for first in range(0, len(lengths), window):
         part = sorted(lengths[first : first + window], reverse=True)
         sequences = [
-            FastaSequence(b"A" * length, [Owner(first + i, str(i), "", length)])
+            FastaSequence(b"A" * length, [Owner(first + i, str(i), "", length, "")])
             for i, length in enumerate(part)
         ]
         windows.append(Window(first, sequences))

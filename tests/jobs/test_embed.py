@@ -64,10 +64,13 @@ def test_columns_have_the_types_of_the_design(
     assert folder == place.output / "run-000001"
     schema = pq.read_table(folder).schema
     assert schema.names == [
-        "record", "id", "description", "length", "embedded_length", "mean_2", "per_tok_2",
+        "record", "id", "description", "length", "embedded_length", "embedded_sha256",
+        "sequence_md5", "mean_2", "per_tok_2",
     ]  # fmt: skip
     assert schema.field("record").type == pa.int64()
     assert schema.field("length").type == pa.int32()
+    assert schema.field("embedded_sha256").type == pa.binary(32)
+    assert schema.field("sequence_md5").type == pa.string()
     assert schema.field("mean_2").type == pa.list_(pa.float32(), 64)
     assert schema.field("per_tok_2").type == pa.list_(pa.float16())
 

@@ -190,8 +190,8 @@ def test_several_files_get_what_the_page_says(
     if "changes" in what:
         preflight = inventories.preflight
 
-        def preflight_then_change(*args: Any) -> inventories.Inventory:  # noqa: ANN401
-            inventory = preflight(*args)
+        def preflight_then_change(*args: Any, **named: Any) -> inventories.Inventory:  # noqa: ANN401
+            inventory = preflight(*args, **named)
             two.write_text(TWO.replace("MKT", "MKV"))
             return inventory
 

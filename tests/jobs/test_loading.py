@@ -94,7 +94,9 @@ def test_validation_finds_what_is_wrong_with_the_input(
     for name, *more in (("validate",), ("embed", "--validate-config")):
         answer = script(name, "--esm-model", small_model, "--input", bad, *more)
         assert answer.status == 2
-        assert answer.error == "record 0 (a): 'J' at residue 3 is not in the ESM-2 alphabet"
+        assert answer.error == (
+            "record 0 (a): 'J' at residue 3 is not in the ESM-2 alphabet (input.unknown_residues)"
+        )
 
 
 def test_validation_does_not_download(script: Script, place: Place) -> None:

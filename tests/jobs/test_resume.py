@@ -119,8 +119,10 @@ def test_a_signal_commits_what_is_finished(
         gate.touch()
         answer = process.end()
     assert answer.status == status
-    assert answer.error == f"{number.name}: run 1 interrupted, finished work committed"
+    told = f"{number.name}: run 1 interrupted, finished work committed"
+    assert answer.error == f"{told} (make resume RUN=1)"
     shown = script("history", "--run", "1", "--json").json
+    assert shown["attempts"][0]["error"] == told
     assert (shown["status"], shown["attempts"][0]["outcome"]) == ("interrupted", "interrupted")
     assert 0 < shown["records_done"] < shown["records_total"]
     assert script("resume").status == 0

@@ -25,7 +25,7 @@ MEAN = VectorColumn("mean", 1)
 
 
 def pack(positions: range, *, ends_window: bool = False) -> Pack:
-    sequences = [Sequence(b"MKLV", [Owner(i, f"p{i}", "", 4)]) for i in positions]
+    sequences = [Sequence(b"MKLV", [Owner(i, f"p{i}", "", 4, "")]) for i in positions]
     return Pack(positions, sequences, ends_window)
 
 
@@ -38,7 +38,7 @@ def computed(*packs: Pack, failure: Exception | None = None) -> Iterator[tuple[P
 
 
 def rules(folder: Path, *, seconds: float = 60, records: int = 1000) -> StretchRules:
-    columns = checkpoint_columns(["mean"], [1], 2, "float32")
+    columns = checkpoint_columns(["mean"], [1], 2, "float32", digests=True)
     return StretchRules(folder, 7, columns, {"writer": "a test"}, seconds, records)
 
 

@@ -84,6 +84,8 @@ def test_an_upgraded_database_continues_its_runs(script: Script, old: Place) -> 
     finished = read_run(old.output / "run-000002")
     whole = read_run(old.output / "run-000001")
     assert sorted(finished) == sorted(whole) == list(range(15))
+    # A run goes on with the columns that it began with.
+    assert not any("embedded_sha256" in row for row in finished.values())
     for record, row in whole.items():
         assert np.array_equal(np.asarray(row["mean_2"]), np.asarray(finished[record]["mean_2"]))
     assert script("validate", "--run", "2", *here(old)).status == 0

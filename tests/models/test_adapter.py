@@ -198,11 +198,63 @@ def test_config_ini_may_say_where_the_base_lies(
 ) -> None:
     path = save_adapter(place.folder / "lora", "/elsewhere/esm2_small", TENSORS)
     answer = script("detect", "--esm-model", path)
-    fact = "'/elsewhere/esm2_small' is neither a released model nor a path that exists"
-    assert answer.error == f"{path}: base_model_name_or_path {fact}"
+    assert answer.error == (
+        f"{path}: base_model_name_or_path '/elsewhere/esm2_small' is neither a released model nor "
+        "a path that exists, and config.ini has no [model] base_model"
+    )
     place.set("model", "base_model", small_model)
     answer = script("detect", "--esm-model", path, "--json")
     assert answer.json["properties"]["base"] == {"value": str(small_model), "source": "config"}
+
+
+@pytest.mark.parametrize(
+    ("named", "lies"),
+    [
+        ("base.pt", "training/out/lora/base.pt"),
+        ("../base.pt", "training/out/base.pt"),
+        ("models/base.pt", "training/models/base.pt"),
+        ("./models/base.pt", "training/models/base.pt"),
+        ("out/base.pt", "training/out/base.pt"),
+        ("training/models/base.pt", "training/models/base.pt"),
+        ("elsewhere/base.pt", "training/out/base.pt"),
+    ],
+)
+def test_a_relative_base_starts_where_the_adapter_was_trained_or_lies_beside_it(
+    place: Place, small_model: Path, named: str, lies: str
+) -> None:
+    lora, base = place.folder / "training/out/lora", place.folder / lies
+    for folder in (lora, base.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    base.symlink_to(small_model)
+    save_adapter(lora, named, TENSORS)
+    detected = found(lora).properties["base"]
+    assert Path(str(detected.value)).resolve() == small_model
+    assert Path(str(detected.value)).parent.resolve() == base.parent
+    assert detected.source == "adapter_config.json"
+
+
+def test_of_two_relative_bases_the_nearest_counts(
+    place: Place, small_model: Path, other_model: Path
+) -> None:
+    lora = place.folder / "out/lora"
+    lora.mkdir(parents=True)
+    save_adapter(lora, "base.pt", TENSORS)
+    (place.folder / "base.pt").symlink_to(other_model)
+    (place.folder / "out/base.pt").symlink_to(small_model)
+    assert found(lora).properties["base"].value == str(place.folder / "out/base.pt")
+
+
+@pytest.mark.parametrize(
+    "named", ["elsewhere/base.pt", "/elsewhere/base.pt", "org/base", "x" * 300]
+)
+def test_a_base_that_is_nowhere_is_one_line(place: Place, small_model: Path, named: str) -> None:
+    path = save_adapter(place.folder / "lora", named, TENSORS)
+    if named.startswith("/"):
+        (place.folder / "base.pt").symlink_to(small_model)
+    assert refusal(path) == (
+        f"base_model_name_or_path {named!r} is neither a released model nor a path that exists, "
+        "and config.ini has no [model] base_model"
+    )
 
 
 def test_a_base_that_contradicts_config_ini_is_refused(

@@ -22,10 +22,12 @@ import pytest
 
 from lib.catalog import ReleasedModel
 from lib.models.untrained import make_folder
+from lib.settings import from_snapshot, load_settings, snapshot
 from lib.units import size
 from tests import processes
 from tests.catalogs import put, release
-from tests.conftest import ROOT, Answer, Place
+from tests.conftest import ROOT, Answer, Place, Script
+from tests.models.test_adapter import QUERY, factors, save_adapter
 
 NAME = "esm2_t6_8M_UR50D"
 COMMIT = "0" * 40
@@ -132,7 +134,7 @@ class Caller:
             environment={**inherited, **hub, **environment},
         )
 
-    def embed(self, *flags: str, **environment: str) -> Answer:
+    def embed(self, *flags: object, **environment: str) -> Answer:
         fasta = self.place.folder / "one.fasta"
         fasta.write_text(">one\nMKTAYIAKQRQISFVKSHFSRQ\n")
         return self("embed", "--json", "--esm-model", NAME, "--input", fasta, *flags, **environment)
@@ -291,3 +293,63 @@ def test_scripts_that_need_no_hub_do_not_import_it() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+# ---- The Hub's own name of a model
+
+
+def test_the_hubs_name_of_a_model_is_that_model_from_the_hub(call: Caller, hub: Hub) -> None:
+    call.place.set("model", "source", "fair-esm")
+    name = f"facebook/{NAME}"
+    absent = call("detect", "--json", "--esm-model", name).json
+    assert (absent["name"], absent["path"]) == (NAME, None)
+    model = call.embed("--esm-model", name).json["model"]
+    assert (model["name"], model["released"]) == (NAME, True)
+    assert model["weights_format"] == "huggingface"
+    hub.asked.clear()
+    answer = call.embed("--esm-model", name, HF_HUB_OFFLINE="1")
+    assert answer.status == 0, answer.err
+    assert answer.err.startswith(f"model {NAME}: {call.snapshot}\n")
+    assert hub.asked == []
+    next(call.place.output.glob("run-000002/*.parquet")).unlink()
+    answer = call(
+        "resume", "--run", "2", "--recompute-damaged", "--esm-model", name, HF_HUB_OFFLINE="1"
+    )
+    assert answer.status == 0, answer.err
+
+
+def test_an_adapters_base_may_have_the_hubs_name(call: Caller) -> None:
+    call.place.set("model", "source", "fair-esm")
+    call.place.set("model", "base_model", f"facebook/{NAME}")
+    lora = call.place.folder / "lora"
+    save_adapter(lora, f"/training/{NAME}", factors(QUERY, 64, 64), target_modules=["query"])
+    model = call.embed("--esm-model", lora).json["model"]
+    assert (model["base_name"], model["weights_format"]) == (NAME, "huggingface+lora")
+
+
+@pytest.mark.parametrize("option", ["esm_model", "base_model"])
+def test_the_source_of_a_hub_name_is_the_hub_wherever_it_is_said(place: Place, option: str) -> None:
+    said = {f"model.{option}": f"facebook/{NAME}"}
+    path = {"model.esm_model": "a/path"} if option == "base_model" else {}
+    for settings in (
+        load_settings(place.config, path | said),
+        from_snapshot(snapshot(load_settings(place.config, path | said))),
+    ):
+        assert getattr(settings.model, option) == NAME
+        assert settings.model.source == "huggingface"
+    assert load_settings(place.config, {"model.esm_model": NAME}).model.source == "fair-esm"
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("Rostlab/prot_bert", "'prot_bert' is not one of the released names esm2_t6_8M_UR50D, "),
+        ("facebook/esm1b_t33_650M_UR50S", "'esm1b_t33_650M_UR50S' is not one of the released "),
+        (f"other/{NAME}", f"the released model is {NAME}, or facebook/{NAME} on the Hugging Face"),
+    ],
+)
+def test_another_name_of_the_hub_is_one_line(script: Script, name: str, fact: str) -> None:
+    answer = script("detect", "--esm-model", name)
+    assert answer.status == 2
+    place = Path.cwd() / name
+    assert answer.error.startswith(f"esm_model {place}: no such file or folder, and {fact}")

@@ -71,7 +71,7 @@ def predicted(
     """Return the (residues, residues) contacts of the sequences of a pack."""
     found = detect(load_settings(overrides={"model.esm_model": str(path)}).model, contacts=True)
     network = load_network(found, device, dtype)
-    owner = [Owner(0, "a", "", 1)]
+    owner = [Owner(0, "a", "", 1, "")]
     sequences = [FastaSequence(sequence.encode(), owner) for sequence in pack]
     kept = launch(network, sequences, [CONTACT_MAPS], "float32").collect()
     column = kept.columns[CONTACT_MAPS]

@@ -41,7 +41,7 @@ def print_peak(
     network = load_network(found, torch.device("cpu"), getattr(torch, precision))
 
     def peak(packs: range, residues: int) -> int:
-        owner = [Owner(0, "a", "", residues)]
+        owner = [Owner(0, "a", "", residues, "")]
         sequences = [Sequence(b"M" * residues, owner) for _ in range(packs.step)]
         parts = [Pack(range(start, start + packs.step), sequences) for start in packs]
         list(computed(network, parts, columns, "float32"))

@@ -211,7 +211,7 @@ def loaded(path: Path, precision: str = "float32") -> Network:
 def packs_of(*lengths: int) -> list[Pack]:
     """Return packs of one sequence each."""
     return [
-        Pack(range(i, i + 1), [FastaSequence(b"M" * length, [Owner(i, f"p{i}", "", length)])])
+        Pack(range(i, i + 1), [FastaSequence(b"M" * length, [Owner(i, f"p{i}", "", length, "")])])
         for i, length in enumerate(lengths)
     ]
 

@@ -28,6 +28,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "zst": lambda content: zstd.compress(content, options={CHECKSUM: 1}),
 }
 UNKNOWN = "'{}' at residue {} is not in the ESM-2 alphabet"
+# Of letters that the setting lets be read as X.
+UNKNOWN_LETTER = f"{UNKNOWN} (input.unknown_residues)"
 SEQUENCES = st.text(LETTERS.decode(), min_size=1, max_size=12)
 
 

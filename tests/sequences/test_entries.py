@@ -27,8 +27,8 @@ def test_a_layout_changes_nothing(path: Path, line_end: str, width: int, final: 
     lines = [sequence[i : i + width] for i in range(0, len(sequence), width)]
     content = line_end.join(["", ">a b c", *lines, "", ">b", "GG"]) + line_end * final
     assert read(path, content) == [
-        Record(0, "a", "b c", len(sequence), sequence.encode(), 0),
-        Record(1, "b", "", 2, b"GG", 0),
+        Record(0, "a", "b c", len(sequence), sequence.encode(), 0, sequence.encode()),
+        Record(1, "b", "", 2, b"GG", 0, b"GG"),
     ]
 
 
@@ -62,8 +62,8 @@ def test_text_before_the_first_header_is_refused(
 def test_semicolon_lines_are_comments(path: Path) -> None:
     content = "; a list\n>a\n;one\nMK\n;two\n ; three\nTAY\n;\n>b;c d;e\nGG\n;end"
     assert read(path, content) == [
-        Record(0, "a", "", 5, b"MKTAY", 0),
-        Record(1, "b;c", "d;e", 2, b"GG", 0),
+        Record(0, "a", "", 5, b"MKTAY", 0, b"MKTAY"),
+        Record(1, "b;c", "d;e", 2, b"GG", 0, b"GG"),
     ]
 
 

@@ -50,8 +50,8 @@ def changing_after_preflight(patch: pytest.MonkeyPatch, path: Path) -> None:
     path.write_bytes(GOOD)
     preflight = inventories.preflight
 
-    def preflight_then_change(*args: Any) -> Inventory:  # noqa: ANN401
-        inventory = preflight(*args)
+    def preflight_then_change(*args: Any, **named: Any) -> Inventory:  # noqa: ANN401
+        inventory = preflight(*args, **named)
         path.write_bytes(GOOD.replace(b"GG", b"GA"))
         return inventory
 

@@ -17,7 +17,7 @@ from lib.sequences import inventory as inventories
 from lib.sequences.compression import DigestedRead, open_decompressed
 from lib.sequences.inventory import preflight
 from tests.conftest import UNIPROT_PART, Place, Script
-from tests.sequences.conftest import COMPRESS, UNKNOWN, refusal, rules, swap
+from tests.sequences.conftest import COMPRESS, UNKNOWN_LETTER, refusal, rules, swap
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\r\n \n"])
@@ -47,7 +47,7 @@ def test_what_is_no_file_is_refused(
 def test_no_input_at_all_is_refused(script: Script, small_model: Path) -> None:
     answer = script("embed", "--esm-model", small_model)
     assert answer.status == 2
-    assert answer.error == "no input: [input] fasta is empty and no --input was given"
+    assert answer.error == "no input: [input] fasta is empty and no --input (make INPUT=) was given"
 
 
 def test_input_is_refused_before_the_model_is_loaded(
@@ -56,7 +56,7 @@ def test_input_is_refused_before_the_model_is_loaded(
     monkeypatch.delattr("scripts.embed.made_ready")
     path.write_text(">a\nMJ\n")
     answer = script("embed", "--esm-model", small_model, "--input", path)
-    assert (answer.status, answer.error) == (2, f"record 0 (a): {UNKNOWN.format('J', 2)}")
+    assert (answer.status, answer.error) == (2, f"record 0 (a): {UNKNOWN_LETTER.format('J', 2)}")
     assert not place.output.exists()
 
 
@@ -80,7 +80,7 @@ def test_what_changes_sequences_is_told_at_startup(
 
 def test_repeated_ids_are_refused(path: Path) -> None:
     content = ">a\nMK\n>b\nMK\n>c\nMK\n>b other\nMKT\n>a\nMK\n"
-    assert refusal(path, content) == "record 3 (b): id repeats record 1's"
+    assert refusal(path, content) == "record 3 (b): id repeats record 1's (input.duplicate_ids)"
 
 
 def test_ids_are_compared_by_more_than_their_hashes(
@@ -91,7 +91,7 @@ def test_ids_are_compared_by_more_than_their_hashes(
     path.write_text(">aa\nMK\n>bb\nMK\n>c\nMK\n>dd\nMK\n")
     assert preflight(rules(path)).records == 4
     content = ">aa\nMK\n>bb\nMK\n>c\nMK\n>bb\nMK\n>aa\nMK\n"
-    assert refusal(path, content) == "record 3 (bb): id repeats record 1's"
+    assert refusal(path, content) == "record 3 (bb): id repeats record 1's (input.duplicate_ids)"
 
 
 def test_repeated_ids_are_kept_if_asked(path: Path) -> None:

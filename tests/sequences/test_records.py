@@ -11,14 +11,14 @@ from lib.sequences.inventory import preflight
 from lib.sequences.records import Record, read_records
 from tests import reference
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART
-from tests.sequences.conftest import UNKNOWN, read, refusal, residues, rules
+from tests.sequences.conftest import UNKNOWN, UNKNOWN_LETTER, read, refusal, residues, rules
 
 
 def test_a_record_is_read_as_written(path: Path) -> None:
     records = read(path, ">sp|P1|A_B  some protein OS=X\nMKTAY\nIAK\n>b\nGG\n")
     assert records == [
-        Record(0, "sp|P1|A_B", "some protein OS=X", 8, b"MKTAYIAK", 0),
-        Record(1, "b", "", 2, b"GG", 0),
+        Record(0, "sp|P1|A_B", "some protein OS=X", 8, b"MKTAYIAK", 0, b"MKTAYIAK"),
+        Record(1, "b", "", 2, b"GG", 0, b"GG"),
     ]
 
 
@@ -39,7 +39,7 @@ def test_letters_are_upper_cased(path: Path) -> None:
 
 
 def test_one_trailing_star_is_dropped(path: Path) -> None:
-    assert read(path, ">a\nMKT*\n") == [Record(0, "a", "", 3, b"MKT", 0)]
+    assert read(path, ">a\nMKT*\n") == [Record(0, "a", "", 3, b"MKT", 0, b"MKT")]
     assert residues(read(path, ">a\nMKT\n*\n")) == [b"MKT"]
 
 
@@ -71,17 +71,18 @@ def test_unknown_letters_are_refused_with_record_id_position_and_letter(
     path: Path, sequence: str, letter: str, position: int
 ) -> None:
     told = refusal(path, f">ok\nMKT\n>my id\n{sequence}\n")
-    assert told == f"record 1 (my): {UNKNOWN.format(letter, position)}"
+    fact = UNKNOWN_LETTER if letter in "J*?" else UNKNOWN
+    assert told == f"record 1 (my): {fact.format(letter, position)}"
 
 
 def test_positions_count_over_line_breaks(path: Path) -> None:
     told = refusal(path, ">a\nMKTAY\nIAK\nQRJ\n")
-    assert told == f"record 0 (a): {UNKNOWN.format('J', 11)}"
+    assert told == f"record 0 (a): {UNKNOWN_LETTER.format('J', 11)}"
 
 
 def test_letters_beyond_the_truncation_are_checked_too(path: Path) -> None:
     told = refusal(path, ">a\nMKTAYJ\n", max_residues=3)
-    assert told == f"record 0 (a): {UNKNOWN.format('J', 6)}"
+    assert told == f"record 0 (a): {UNKNOWN_LETTER.format('J', 6)}"
 
 
 def test_unknown_letters_read_as_x_are_counted(path: Path) -> None:
@@ -160,7 +161,7 @@ def test_a_star_does_not_make_a_sequence_long(path: Path) -> None:
 def test_long_sequences_are_refused_if_asked(path: Path) -> None:
     fits = f">ok\n{'M' * 1022}\n"
     told = refusal(path, f"{fits}>a\n{'M' * 1023}\n", long_sequences="error")
-    assert told == "record 1 (a): 1023 residues exceed max_residues 1022"
+    assert told == "record 1 (a): 1023 residues exceed max_residues 1022 (input.long_sequences)"
     assert len(read(path, fits, long_sequences="error")) == 1
 
 

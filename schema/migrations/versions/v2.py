@@ -68,6 +68,14 @@ CREATE TABLE inputs (
     " /* the worker that computed it; NULL: the attempt itself */",
     "ALTER TABLE checkpoints ADD COLUMN reused_run_id INTEGER REFERENCES runs (id)"
     " /* the run that its rows were copied from; NULL: computed */",
+    "ALTER TABLE checkpoints ADD COLUMN residues_reused INTEGER"
+    " /* residues of the sequences that were copied for it; NULL: computed */",
+    "ALTER TABLE runs ADD COLUMN has_digests BOOLEAN"
+    " /* 1 if its files have embedded_sha256 and sequence_md5; NULL: they lack them */",
+    "ALTER TABLE runs ADD COLUMN sequences_reused INTEGER"
+    " /* sequences that its plan copies from earlier runs; NULL: it has no such plan */",
+    "ALTER TABLE runs ADD COLUMN reuse_sha256 VARCHAR"
+    " /* SHA-256 of that plan, the file .reuse-UUID in its output folder */",
 )
 
 

@@ -1,0 +1,120 @@
+"""Notebooks: sequences in memory, embedded as a run on record.
+
+    from lib.jobs.notebook import embed
+
+    run = embed({"one": "MKTAYIAKQR", "two": "MSHHWGYG"}, model="esm2_t33_650M_UR50D")
+    run.ids, run.matrix()      # what open_run gives: lib.embeddings
+
+It does what scripts/embed.py does, in the same order and with the same refusals. The sequences are
+kept with the run as a FASTA file, as standard input is, so that it can be resumed and verified.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lib.embeddings import RunEmbeddings, open_run
+from lib.errors import InputError
+from lib.jobs.computing import made_ready
+from lib.jobs.embedding import Job, work
+from lib.jobs.fetching import offer_of, with_weights
+from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.ledger.database import open_for_writing
+from lib.ledger.runs import create_run
+from lib.ledger.standard_input import copied_standard_input
+from lib.models.detection import detect
+from lib.sequences.inventory import preflight
+from lib.settings import DEFAULT_CONFIG, load_settings
+from lib.units import records, size
+from schema.settings import STANDARD_INPUT
+
+__all__ = ["embed"]
+
+
+def embed(
+    sequences: Sequence[str] | Mapping[str, str],
+    *,
+    model: str | Path | None = None,
+    settings: Mapping[str, str] = {},
+    config: str | Path = DEFAULT_CONFIG,
+    say: Callable[[str], None] = print,
+) -> RunEmbeddings:
+    """Embed sequences as a run on record, and open it.
+
+    sequences: a list, whose ids are its positions, or sequences by their id. model: a released
+    name or a path, as MODEL=; settings: "section.option" to text, as --set. Both are laid over
+    `config`, as a script does it. What an earlier run embedded alike is copied from it. `say` is
+    told which run it is and what it reuses. Ctrl-C commits what is finished and ends with an
+    InterruptedRunError; resume.py continues the run.
+
+    Returns the vectors in the order of `sequences`: `matrix()` is (N, hidden_dim) float32. Raises
+    what the scripts print as one line: a LedgerError, as InputError for a letter that is not in
+    the alphabet.
+    """
+    said = {**settings, "input.fasta": STANDARD_INPUT}
+    if model is not None:
+        said["model.esm_model"] = str(model)
+    chosen = load_settings(Path(config), said)
+    fasta = io.BytesIO(_fasta(sequences))
+    interruption = Interruption()
+    # Python lets only the main thread handle signals.
+    is_main = threading.current_thread() is threading.main_thread()
+    with interruption.handled() if is_main else nullcontext(), ExitStack() as opened:
+        detection = detect(chosen.model, contacts="contacts" in chosen.output.include)
+        offer = offer_of(chosen, detection)
+        if offer is not None:
+            much = "size unknown" if offer.size is None else size(offer.size)
+            say(f"{offer.name}: {much} from {offer.url} to {offer.target}")
+        copy = copied_standard_input(chosen.input, Path(chosen.output.folder), fasta)
+        inventory = preflight(chosen.input, opened.enter_context(copy), digests=chosen.output.reuse)
+        engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
+        detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
+        loaded, computer = opened.enter_context(
+            made_ready(chosen, detection, None, interruption, say)
+        )
+        reuse = None
+        if chosen.output.reuse:
+            reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
+        if reuse is not None:
+            say(describe_reuse(reuse, inventory))
+        with (
+            interruption.deferred(),
+            create_run(
+                engine, loaded.settings, loaded.config, inventory, loaded.facts, reuse
+            ) as ownership,
+        ):
+            number = ownership.run.id
+            say(f"run {number}: {records(inventory.records)} by {loaded.config.name}")
+            work(
+                Job(
+                    engine, ownership, loaded.settings, inventory, computer, interruption,
+                    progress=lambda _: None, reuse=reuse, say=say,
+                )
+            )  # fmt: skip
+    return open_run(chosen.database.url, number)
+
+
+def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:
+    """Return sequences as FASTA; raises InputError for what would become another record."""
+    if isinstance(sequences, str):
+        raise InputError("sequences: one string, not a list of them")
+    named: Mapping[Any, Any]
+    named = sequences if isinstance(sequences, Mapping) else dict(enumerate(sequences))
+    if not named:
+        raise InputError("sequences: there are none")
+    lines = []
+    for number, (name, sequence) in enumerate(named.items()):
+        if not isinstance(sequence, str):
+            kind = type(sequence).__name__
+            raise InputError(f"record {number} ({name}): its sequence is {kind}, not str")
+        for what, text in (("id", str(name)), ("sequence", sequence)):
+            if "\n" in text or "\r" in text:
+                raise InputError(f"record {number}: a line break in its {what}")
+        lines.append(f">{name}\n{sequence}\n")
+    return "".join(lines).encode("utf-8", "surrogatepass")

@@ -1,0 +1,101 @@
+"""Sources: the earlier runs of a database whose vectors a new run may copy.
+
+Vectors of the same residues are the same if model, token dropout, heads, precision and the rule for
+long sequences are, and with contacts the contact regression. Rows of a run that do not belong
+together are no sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqlalchemy import Engine, select
+
+from lib.errors import IdentityRefusedError
+from lib.ledger.audit import audit
+from lib.ledger.database import transaction
+from lib.ledger.identity import run_config
+from lib.ledger.runs import load_run
+from lib.settings import Settings
+from schema.esm2_config import ESM2Config
+from schema.parquet import CONTACTS, vector_columns
+from schema.tables import Checkpoint, Model, Run
+
+__all__ = ["SourceRun", "Wanted", "source_runs"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run has to have for its vectors to be copied into a new one."""
+
+    config: ESM2Config
+    settings: Settings
+
+    def is_kept_by(self, run: Run) -> bool:
+        """Return whether a run of the same model kept every column, in a type that serves."""
+        include = self.settings.output.include
+        kept = vector_columns(run.include, run.repr_layers)
+        if not {*vector_columns(include, self.config.repr_layers)} <= {*kept}:
+            return False
+        if CONTACTS in include:
+            regression = run_config(run).contact_regression_sha256
+            if regression != self.config.contact_regression_sha256:
+                return False
+        # float32 is rounded to float16; the other way, bits would be missing.
+        serving = (self.settings.output.per_tok_dtype, "float32")
+        return "per_tok" not in include or run.per_tok_dtype in serving
+
+
+class SourceRun(NamedTuple):
+    """A run, the checkpoints of it that can be copied from, and what is wrong with its rows.
+
+    run: None if it cannot be read.
+    """
+
+    run: Run | None
+    checkpoints: Sequence[Checkpoint]
+    faults: Sequence[str]
+
+
+def source_runs(engine: Engine, wanted: Wanted) -> Iterator[SourceRun]:
+    """Yield the runs that keep what is wanted, newest first.
+
+    Those without the digests of their sequences, as of version 1, are among them. Raises
+    MachineError if the database fails.
+    """
+    for run_id in _runs_of_model(engine, wanted):
+        try:
+            run = load_run(engine, run_id)
+            findings = list(audit(run, files=False))
+            if not wanted.is_kept_by(run):
+                continue
+        except IdentityRefusedError as error:
+            yield SourceRun(None, [], [str(error)])
+        except (TypeError, ValueError) as error:  # JSON of another shape than ours
+            yield SourceRun(None, [], [f"run {run_id}: malformed rows: {error}"])
+        else:
+            wrong = [finding.checkpoint for finding in findings]
+            checkpoints = [one for one in run.checkpoints if one not in wrong and None not in wrong]
+            yield SourceRun(run, checkpoints, [finding.fact for finding in findings])
+
+
+def _runs_of_model(engine: Engine, wanted: Wanted) -> list[int]:
+    """Return the runs with checkpoints of the same model, precision and rule, newest first."""
+    config, settings = wanted.config, wanted.settings
+    query = (
+        select(Run.id)
+        .join(Model, Run.model_id == Model.id)
+        .where(
+            Model.sha256 == config.sha256,
+            Model.token_dropout == config.token_dropout,
+            Model.attention_heads == config.attention_heads,
+            Run.precision == settings.compute.precision,
+            Run.long_sequences == settings.input.long_sequences,
+            select(Checkpoint.id).where(Checkpoint.run_id == Run.id).exists(),
+        )
+        .order_by(Run.id.desc())
+    )
+    with transaction(engine) as session:
+        return list(session.scalars(query))
