@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lib.errors import MachineError
@@ -82,6 +83,26 @@ def test_nothing_goes_wrong(runs: Runs, ray: InProcessRay, files: str) -> None:
     assert sum(one["residues"] for one in history["workers"]) == history["residues_done"]
     shown = runs.script("history", "--run", "2").out
     assert "\nworkers\n" in shown
+    assert runs.script("validate", "--run", "2").status == 0
+    page = runs.place.folder / "page.html"
+    assert runs.script("report", "--run", "2", "--to", page).status == 0
+    assert "<h2>Workers</h2>" in page.read_text()
+
+
+def test_half_precision_long_sequences_and_every_column_are_as_on_one_machine(
+    script: Script, place: Place, small_model: Path, ray: InProcessRay
+) -> None:
+    place.set("compute", "precision", "bfloat16")
+    place.set("input", "long_sequences", "whole")
+    place.set("output", "include", "mean bos per_tok contacts")
+    place.set("output", "per_tok_dtype", "float16")
+    place.set("model", "repr_layers", "0 -1")
+    runs = Runs(script, place, small_model)
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    runs.check_files()
+    here, there = (pq.read_table(place.output / f"run-00000{number}") for number in (1, 2))
+    assert there.sort_by("record").equals(here.sort_by("record"))
 
 
 def test_what_fails_on_three_workers_ends_the_run_with_its_line_and_the_rest_committed(
