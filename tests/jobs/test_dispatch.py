@@ -254,6 +254,32 @@ def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessR
     assert answer.error.endswith(": device cuda: torch sees 0 CUDA devices")
 
 
+def test_a_cluster_without_what_a_worker_needs_is_told_in_a_line(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.jobs.crew._ROOM_SECONDS", 0.1)
+    answer = runs.embed("--set", "compute.device=cuda")
+    assert answer.status == 4
+    fact = "the cluster has room for 0 workers with 1 GPU each"
+    assert answer.error == f"no worker within 0 s: {fact}"
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_if_every_worker_has_other_weights_nothing_is_computed(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def others(_: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        ready = true(settings)
+        return replace(ready, config={**ready.config, "sha256": "0" * 64})
+
+    ray.hooks["load"] = others
+    answer = runs.embed()
+    assert answer.status == 3
+    assert answer.error.startswith("all 2 workers were refused: worker ")
+    assert f": sha256 is {'0' * 64} in " in answer.error
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
 def test_more_workers_than_there_is_room_for_are_told(runs: Runs, ray: InProcessRay) -> None:
     answer = runs.embed("--set", "cluster.workers=9")
     assert answer.status == 0, answer.err
