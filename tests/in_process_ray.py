@@ -119,6 +119,12 @@ class InProcessRay(ModuleType):
         self.machines: list[dict[str, float]] = [{"CPU": 1.0}, {"CPU": 1.0}]
         self.hooks: dict[str, Hook] = {}
         self.actors: list[Handle] = []
+        self.placed: list[str] = []  # the machine of each actor
+        self.util = SimpleNamespace(
+            scheduling_strategies=SimpleNamespace(
+                NodeAffinitySchedulingStrategy=lambda node, soft: node
+            )
+        )
 
     def init(self, *_: object, **__: object) -> None:
         pass
@@ -129,7 +135,10 @@ class InProcessRay(ModuleType):
             one.end()
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": one} for one in self.machines]
+        return [
+            {"Alive": True, "NodeID": str(number), "Resources": one}
+            for number, one in enumerate(self.machines)
+        ]
 
     def get_runtime_context(self) -> Any:  # noqa: ANN401
         return SimpleNamespace(get_node_id=lambda: "here")
@@ -146,6 +155,7 @@ class InProcessRay(ModuleType):
 
         def make(made: type) -> Any:  # noqa: ANN401
             def start() -> Handle:
+                self.placed.append(str(options["scheduling_strategy"]))
                 self.actors.append(Handle(self, made))
                 return self.actors[-1]
 

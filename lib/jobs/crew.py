@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -51,13 +52,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 class Member:
     """A worker of the crew; `greeting` and `readiness` are what it has said of itself.
 
-    row: its number in the run database. asked: whether it was asked if it sees the run's folder;
-    sent: whether its files are sent, None until that is known. given: what it has been given to
-    compute and has not answered. rate: cost that it computes in a second. gone: refused or lost.
+    node: the machine that it is on, as the cluster calls it. row: its number in the run database.
+    asked: whether it was asked if it sees the run's folder; sent: whether its files are sent, None
+    until that is known. given: what it has been given to compute and has not answered. rate: cost
+    that it computes in a second. gone: refused or lost.
     """
 
     actor: Any
     started_at: str
+    node: str
     greeting: Greeting | None = None
     readiness: Readiness | None = None
     admitted: bool = False
@@ -267,36 +270,45 @@ class Crew:
     # ---- Starting and admitting
 
     def _start_missing(self) -> None:
-        wanted = self._wanted()
-        refused = sum(one.outcome == "refused" for one in self.members)
-        alive = sum(not one.gone for one in self.members)
+        """Start workers on the machines that have room, but not again where one was refused."""
+        places = self._free()
         if self._lost_at_start >= _LOST_AT_START or time.monotonic() < self._not_before:
             return
-        for _ in range(wanted - refused - alive):
-            self.members.append(self._start())
+        limit = self._settings.cluster.workers or len(self.members) + len(places)
+        alive = sum(not one.gone for one in self.members)
+        for node in places[: max(0, limit - alive)]:
+            self.members.append(self._start(node))
 
-    def _wanted(self) -> int:
+    def _free(self) -> list[str]:
+        """Return the machines where a worker can be started, each as often as there is room."""
         compute, cluster = self._settings.compute, self._settings.cluster
         there = room(compute.device, compute.threads)
-        if cluster.workers > there and not self._room_told:
+        if cluster.workers > sum(there.values()) and not self._room_told:
             self._room_told = True
             self.say(f"[cluster] workers = {cluster.workers}: {self._room()}")
-        return min(cluster.workers, there) if cluster.workers else there
+        taken = Counter(
+            one.node for one in self.members if not one.gone or one.outcome == "refused"
+        )
+        free = {node: count - taken[node] for node, count in there.items()}
+        # One on each machine, then another on each.
+        deepest = max(free.values(), default=0)
+        return [node for depth in range(deepest) for node in free if free[node] > depth]
 
     def _room(self) -> str:
         compute = self._settings.compute
-        there = room(compute.device, compute.threads)
+        there = sum(room(compute.device, compute.threads).values())
         need = "1 GPU" if compute.device == "cuda" else f"{compute.threads} CPUs"
         return f"the cluster has room for {there} workers with {need} each"
 
-    def _start(self) -> Member:
+    def _start(self, node: str) -> Member:
         ray, compute = import_ray(), self._settings.compute
         needs = {"num_gpus": 1} if compute.device == "cuda" else {"num_cpus": compute.threads}
         # What is lost is replaced and given to others here, never started again by Ray.
         kept = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {CONTROL: 1}}
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         with ray_errors():
-            actor = ray.remote(**needs, **kept)(Actor).remote()
-            member = Member(actor, utc_now())
+            actor = ray.remote(**needs, **kept, scheduling_strategy=here)(Actor).remote()
+            member = Member(actor, utc_now(), node)
             self.mail.expect(actor.greet.remote(), partial(self._greeted, member))
         return member
 
@@ -393,7 +405,7 @@ def _kind_of_device(compute: ComputeSettings) -> tuple[str, str]:
     """Return cuda or cpu, and why; Ray chooses which GPU a worker gets."""
     if compute.device != "auto":
         return compute.device.partition(":")[0], "as set"
-    if room("cuda", 0):
+    if any(room("cuda", 0).values()):
         return "cuda", "auto: the cluster has GPUs"
     return "cpu", "auto: no GPU in the cluster"
 
@@ -404,7 +416,7 @@ def _threads(settings: Settings, kind: str) -> int:
     threads = cluster.threads_per_worker or settings.compute.threads
     if threads or kind == "cuda":
         return threads
-    counts = [one.get("CPU", 0) for one in machines()]
+    counts = [one.get("CPU", 0) for one in machines().values()]
     return int(min((count for count in counts if count >= 1), default=1))
 
 

@@ -91,21 +91,21 @@ def joined(cluster: ClusterSettings, interruption: Interruption) -> Iterator[str
         ray.shutdown()
 
 
-def room(device: str, threads: int) -> int:
-    """Return how many workers the machines of the cluster have room for, in use or not.
+def room(device: str, threads: int) -> dict[str, int]:
+    """Return how many workers each machine of the cluster has room for, in use or not, by its id.
 
     device: cuda for workers with a GPU each, cpu for workers with `threads` CPUs each.
     """
-    counts = machines()
     if device == "cuda":
-        return sum(int(one.get("GPU", 0)) for one in counts)
-    return sum(math.floor(one.get("CPU", 0) / threads) for one in counts)
+        return {node: int(has.get("GPU", 0)) for node, has in machines().items()}
+    return {node: math.floor(has.get("CPU", 0) / threads) for node, has in machines().items()}
 
 
-def machines() -> list[Mapping[str, float]]:
-    """Return what each machine of the cluster has: CPU, GPU and more, in use or not."""
+def machines() -> dict[str, Mapping[str, float]]:
+    """Return what each machine of the cluster has by its id: CPU, GPU and more, in use or not."""
     with ray_errors():
-        return [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+        nodes = import_ray().nodes()
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
 def is_loss(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,29 @@ def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessR
     assert answer.status == 4
     assert answer.error.startswith("all 2 workers were refused: worker ")
     assert answer.error.endswith(": device cuda: torch sees 0 CUDA devices")
+
+
+def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InProcessRay) -> None:
+    ray.machines = [{"CPU": 1.0}] * 3
+
+    def stranger(actor: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        ready = true(settings)
+        if ray.placed[ray.actors.index(actor)] != "0":
+            return ready
+        return replace(ready, config={**ready.config, "sha256": "0" * 64})
+
+    def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if ray.placed.index("1") == ray.actors.index(actor):
+            raise ActorError("gone")
+        time.sleep(0.3)  # until there is another look for room
+        return true(order, packs)
+
+    ray.hooks |= {"load": stranger, "compute": slow_and_lost_once}
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert ray.placed.count("0") == 1
+    assert ray.placed.count("1") == 2
+    runs.check()
 
 
 def test_a_cluster_without_what_a_worker_needs_is_told_in_a_line(
