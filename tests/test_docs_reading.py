@@ -72,7 +72,7 @@ def test_a_notebook_embeds_on_the_record(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "six.pt", tmp_path / "models" / "esm2_untrained_t6_8M.pt")
     shutil.copy(folder / "config.ini", tmp_path)
     assert output(tmp_path, "lib.jobs.notebook") == (
-        "run 1: 2 records by esm2_untrained_t6_8M\n1 first second (2, 64)\n"
+        "run 1: 2 records by esm2_untrained_t6_8M (untrained weights)\n1 first second (2, 64)\n"
     )
     assert open_run(tmp_path / "runs.sqlite", 1).facts["status"] == "finished"
 

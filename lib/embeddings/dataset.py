@@ -60,7 +60,7 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         for number, shard in enumerate(shards):
             path = folder / f"train-{number:05d}-of-{len(shards):05d}.parquet"
             with pq.ParquetWriter(path, schema, compression="zstd", write_page_index=True) as file:
-                for rows in _cut(shard, sizes, _GROUP_BYTES):
+                for rows in filter(None, _cut(shard, sizes, _GROUP_BYTES)):
                     part = described.slice(rows.start, len(rows))
                     here = _lists(vectors[rows.start : rows.stop], run.hidden_dim, column)
                     file.write_table(pa.table([*part.columns, here], schema=schema))
@@ -68,7 +68,10 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
 
 
 def _cut(rows: range, sizes: npt.NDArray[np.int64], most: int) -> list[range]:
-    """Cut rows into parts of at most `most` bytes, or of one row; sizes: bytes of every row."""
+    """Cut rows into parts of at most `most` bytes, or of one row; no rows are one part.
+
+    sizes: bytes of every row.
+    """
     parts, start, held = [], rows.start, 0
     for row, size in zip(rows, sizes[rows.start : rows.stop].tolist(), strict=True):
         if row > start and held + size > most:

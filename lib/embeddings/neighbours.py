@@ -32,7 +32,8 @@ Vectors = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
 
 _QUERY_BYTES = 64 << 20  # of vectors, for each pass over the targets
-_COSINES = 1 << 24  # at once
+_COSINES = 1 << 23  # at once
+_KEPT = 1 << 22  # neighbours of the queries of a pass
 # What a cosine of float32 vectors is good for. Closer ones count as equal.
 _DECIMALS = 6
 # What two runs must agree on for their vectors to be points of one space.
@@ -87,9 +88,9 @@ def nearest(
     is not its own neighbour if both runs are the same. Equal cosines are in FASTA order. Raises
     LedgerError for a vector that is zero and so has no direction.
     """
-    rows = max(1, _QUERY_BYTES // (4 * targets.hidden_dim))
     own = targets.facts["uuid"] == queries.facts["uuid"]
     count = min(count, len(targets) - own)
+    rows = max(1, min(_QUERY_BYTES // (4 * targets.hidden_dim), _KEPT // max(1, count)))
     for first in range(0, len(queries), rows):
         part = _directions(vectors[first : first + rows], queries, first + np.arange(rows), column)
         best = _Best(len(part), count)
@@ -154,7 +155,7 @@ class _Best:
         least = self.cosines[:, -1]
         if least[0] < -1 and len(positions) > count:
             least = np.partition(cosines, -count, axis=1)[:, -count]
-        # What is left after this is little: a target may still be equal by its decimals.
+        # What rounding makes equal to the least is a candidate, too.
         row, number = np.nonzero(cosines >= (least - 10.0**-_DECIMALS)[:, None])
         found = np.round(cosines[row, number], _DECIMALS)
         row = np.concatenate([np.repeat(np.arange(queries), count), row])

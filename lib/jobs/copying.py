@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,8 @@ import pyarrow.compute as pc
 from lib.embeddings.verified import OpenedFile, VerifiedFile
 from lib.errors import IdentityRefusedError, MachineError
 from lib.jobs.reuse import LostSourceError
-from lib.jobs.stretches import StretchRules
-from lib.ledger.checkpoints import CheckpointWriter, row_group_slices, temporary_name
+from lib.jobs.stretches import OpenStretch, StretchRules, in_stretches
+from lib.ledger.checkpoints import row_group_slices
 from lib.ledger.commit import FinishedStretch
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.network.pipeline import StoppedError
@@ -71,73 +70,48 @@ def copied_stretches(copying: Copying) -> Generator[FinishedStretch]:
     the last one if it was told to stop, MachineError if the disk fails, and InputError for a file
     that has changed.
     """
-    stretch: _Stretch | None = None
-    since = time.monotonic()
-    try:
-        for rows in _sources_rows(copying):
-            if stretch is not None and not stretch.is_continued_by(rows):
-                yield stretch.finish(since)
-                stretch, since = None, time.monotonic()
-            stretch = stretch or _Stretch(copying.rules, rows)
-            stretch.add(rows)
-            copying.copied(len(rows.positions))
-            if stretch.is_due(since):
-                yield stretch.finish(since)
-                stretch, since = None, time.monotonic()
-            if copying.stopped():
-                break
-        if stretch is not None:
-            yield stretch.finish(since)
-    finally:
-        if stretch is not None:
-            stretch.discard()
+    yield from in_stretches(
+        _until_stopped(copying),
+        begin=lambda rows: _CopiedStretch(copying.rules, rows.positions.start, rows.source),
+        done=lambda rows: copying.copied(len(rows.positions)),
+    )
     if copying.stopped():
         raise StoppedError
 
 
-class _Stretch:
-    """Copied rows in a file that is not finished."""
+def _until_stopped(copying: Copying) -> Iterator[_Rows]:
+    for rows in _sources_rows(copying):
+        yield rows
+        if copying.stopped():
+            return
 
-    def __init__(self, rules: StretchRules, first: _Rows) -> None:
-        self._rules = rules
-        self._source = first.source
+
+class _CopiedStretch(OpenStretch[_Rows]):
+    """Rows of one run."""
+
+    def __init__(self, rules: StretchRules, first: int, source: Source) -> None:
+        super().__init__(rules, first)
+        self._source = source
         self._files: list[str] = []
-        self._positions = range(first.positions.start, first.positions.start)
-        self._residues = 0
-        name = temporary_name(rules.attempt_id, first.positions.start)
-        self._writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
 
-    def is_continued_by(self, rows: _Rows) -> bool:
-        """Return whether rows are of the same run, and no gap of the plan lies before them."""
-        same = rows.source.run_id == self._source.run_id
-        return same and rows.positions.start == self._positions.stop
+    def is_continued_by(self, part: _Rows) -> bool:
+        same = part.source.run_id == self._source.run_id
+        return same and part.positions.start == self.positions.stop
 
-    def is_due(self, since: float) -> bool:
-        """Return whether the stretch is to end here."""
-        late = time.monotonic() - since >= self._rules.seconds
-        return late or self._writer.records >= self._rules.records
-
-    def add(self, rows: _Rows) -> None:
-        """Take in the next rows."""
-        for batch in _batches(rows, self._rules.columns):
-            self._writer.add_rows(batch)
-        self._positions = range(self._positions.start, rows.positions.stop)
-        self._residues += pc.sum(rows.vectors.column("embedded_length")).as_py()
-        if rows.source.file not in self._files:
-            self._files.append(rows.source.file)
+    def add(self, part: _Rows) -> None:
+        for batch in _batches(part, self.rules.columns):
+            self.writer.add_rows(batch)
+        self.positions = range(self.positions.start, part.positions.stop)
+        self.residues += pc.sum(part.vectors.column("embedded_length")).as_py()
+        if part.source.file not in self._files:
+            self._files.append(part.source.file)
 
     def finish(self, since: float) -> FinishedStretch:
-        """Close the file; it waits under its temporary name for the commit."""
         seconds = time.monotonic() - since
         run, uuid = self._source.run_id, self._source.run_uuid
-        reused = {"run": run, "uuid": uuid, "files": self._files, "residues": self._residues}
-        file = self._writer.finish(self._positions, 0, seconds, reused)
-        return FinishedStretch(file, self._positions, 0, seconds, run, self._residues)
-
-    def discard(self) -> None:
-        """Remove the file, unless it has been committed and so renamed."""
-        with suppress(OSError):  # the disk has been reported already
-            self._writer.discard()
+        reused = {"run": run, "uuid": uuid, "files": self._files, "residues": self.residues}
+        file = self.writer.finish(self.positions, 0, seconds, reused)
+        return FinishedStretch(file, self.positions, 0, seconds, run, self.residues)
 
 
 def _sources_rows(copying: Copying) -> Iterator[_Rows]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from lib.catalog import shown_name
 from lib.embeddings import RunEmbeddings, open_run
 from lib.errors import InputError
 from lib.jobs.computing import made_ready
@@ -29,7 +30,7 @@ from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.ledger.standard_input import copied_standard_input
 from lib.models.detection import detect
-from lib.sequences.inventory import preflight
+from lib.sequences.inventory import Inventory, preflight
 from lib.settings import DEFAULT_CONFIG, load_settings
 from lib.units import records, size
 from schema.settings import STANDARD_INPUT
@@ -50,8 +51,8 @@ def embed(
     sequences: a list, whose ids are its positions, or sequences by their id. model: a released
     name or a path, as MODEL=; settings: "section.option" to text, as --set. Both are laid over
     `config`, as a script does it. What an earlier run embedded alike is copied from it. `say` is
-    told which run it is and what it reuses. Ctrl-C commits what is finished and ends with an
-    InterruptedRunError; resume.py continues the run.
+    told which run it is, what was changed in the sequences and what it reuses. Ctrl-C commits what
+    is finished and ends with an InterruptedRunError; resume.py continues the run.
 
     Returns the vectors in the order of `sequences`: `matrix()` is (N, hidden_dim) float32. Raises
     what the scripts print as one line: a LedgerError, as InputError for a letter that is not in
@@ -73,6 +74,8 @@ def embed(
             say(f"{offer.name}: {much} from {offer.url} to {offer.target}")
         copy = copied_standard_input(chosen.input, Path(chosen.output.folder), fasta)
         inventory = preflight(chosen.input, opened.enter_context(copy), digests=chosen.output.reuse)
+        for line in _changes(inventory, chosen.input.max_residues):
+            say(line)
         engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
         detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
         loaded, computer = opened.enter_context(
@@ -90,7 +93,9 @@ def embed(
             ) as ownership,
         ):
             number = ownership.run.id
-            say(f"run {number}: {records(inventory.records)} by {loaded.config.name}")
+            name = shown_name(loaded.config.name, loaded.config.released)
+            untrained = " (untrained weights)" if loaded.config.untrained else ""
+            say(f"run {number}: {records(inventory.records)} by {name}{untrained}")
             work(
                 Job(
                     engine, ownership, loaded.settings, inventory, computer, interruption,
@@ -98,6 +103,13 @@ def embed(
                 )
             )  # fmt: skip
     return open_run(chosen.database.url, number)
+
+
+def _changes(inventory: Inventory, max_residues: int) -> Iterator[str]:
+    if inventory.truncated:
+        yield f"truncated to {max_residues} residues: {records(inventory.truncated)}"
+    if inventory.mapped:
+        yield f"unknown letters read as X: {inventory.mapped}"
 
 
 def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:

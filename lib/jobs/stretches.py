@@ -7,11 +7,12 @@ plan, and when it has taken long enough or holds enough records.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -23,7 +24,9 @@ from lib.network.pipeline import StoppedError
 from lib.network.vectors import NonFiniteError
 from lib.sequences.plan import Pack
 
-__all__ = ["StretchRules", "finished_stretches"]
+__all__ = ["OpenStretch", "StretchRules", "finished_stretches", "in_stretches"]
+
+Part = TypeVar("Part")
 
 # After these, what was computed before is still good.
 _FAILURES = (InputError, MachineError, NonFiniteError, StoppedError)
@@ -58,16 +61,35 @@ def finished_stretches(
     is not yielded leaves no file.
     """
     failures: list[Exception] = []
-    stretch: _Stretch | None = None
+    yield from in_stretches(
+        _until_failure(computed, failures),
+        begin=lambda part: _PackStretch(rules, part[0].positions.start),
+        done=lambda part: pack_done(part[0]),
+    )
+    if failures:
+        raise failures[0]
+
+
+def in_stretches(
+    parts: Iterable[Part],
+    begin: Callable[[Part], OpenStretch[Part]],
+    done: Callable[[Part], None],
+) -> Generator[FinishedStretch]:
+    """Write parts of a plan into files, and yield each stretch when its file is finished.
+
+    begin: opens a stretch for a part, which is then added; done: is told of each part that was. A
+    stretch that is not yielded leaves no file.
+    """
+    stretch: OpenStretch[Part] | None = None
     since = time.monotonic()
     try:
-        for pack, vectors in _until_failure(computed, failures):
-            if stretch is not None and not stretch.is_continued_by(pack):
+        for part in parts:
+            if stretch is not None and not stretch.is_continued_by(part):
                 yield stretch.finish(since)
                 stretch, since = None, time.monotonic()
-            stretch = stretch or _Stretch(rules, pack)
-            stretch.add(pack, vectors)
-            pack_done(pack)
+            stretch = stretch or begin(part)
+            stretch.add(part)
+            done(part)
             if stretch.is_due(since):
                 yield stretch.finish(since)
                 stretch, since = None, time.monotonic()
@@ -77,8 +99,63 @@ def finished_stretches(
     finally:
         if stretch is not None:
             stretch.discard()
-    if failures:
-        raise failures[0]
+
+
+class OpenStretch(ABC, Generic[Part]):
+    """Consecutive positions of a plan, from `first` on, in a file that is not finished."""
+
+    def __init__(self, rules: StretchRules, first: int) -> None:
+        self.rules = rules
+        self.positions = range(first, first)
+        self.residues = 0
+        name = temporary_name(rules.attempt_id, first, rules.token)
+        self.writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
+
+    @abstractmethod
+    def is_continued_by(self, part: Part) -> bool:
+        """Return whether a part belongs into this file: no gap of the plan lies before it."""
+
+    @abstractmethod
+    def add(self, part: Part) -> None:
+        """Take in the next part."""
+
+    @abstractmethod
+    def finish(self, since: float) -> FinishedStretch:
+        """Close the file; it waits under its temporary name for the commit."""
+
+    def is_due(self, since: float) -> bool:
+        """Return whether the stretch is to end here."""
+        late = time.monotonic() - since >= self.rules.seconds
+        return late or self.writer.records >= self.rules.records
+
+    def discard(self) -> None:
+        """Remove the file, unless it has been committed and so renamed."""
+        with suppress(OSError):  # the disk has been reported already
+            self.writer.discard()
+
+
+class _PackStretch(OpenStretch[tuple[Pack, Vectors]]):
+    """Computed packs. It ends with their window, too."""
+
+    _ends_window = False
+
+    def is_continued_by(self, part: tuple[Pack, Vectors]) -> bool:
+        return part[0].positions.start == self.positions.stop
+
+    def is_due(self, since: float) -> bool:
+        return self._ends_window or super().is_due(since)
+
+    def add(self, part: tuple[Pack, Vectors]) -> None:
+        pack, vectors = part
+        self.writer.add(pack.sequences, vectors)
+        self.positions = range(self.positions.start, pack.positions.stop)
+        self.residues += sum(len(sequence.residues) for sequence in pack.sequences)
+        self._ends_window = pack.ends_window
+
+    def finish(self, since: float) -> FinishedStretch:
+        seconds = time.monotonic() - since
+        file = self.writer.finish(self.positions, self.residues, seconds)
+        return FinishedStretch(file, self.positions, self.residues, seconds)
 
 
 def _until_failure(
@@ -89,46 +166,3 @@ def _until_failure(
         yield from computed
     except _FAILURES as failure:
         failures.append(failure)
-
-
-class _Stretch:
-    """Packs in a file that is not finished."""
-
-    def __init__(self, rules: StretchRules, first: Pack) -> None:
-        self._rules = rules
-        self._ends_window = False
-        self._positions = range(first.positions.start, first.positions.start)
-        self._residues = 0
-        name = temporary_name(rules.attempt_id, first.positions.start, rules.token)
-        self._writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
-
-    def is_continued_by(self, pack: Pack) -> bool:
-        """Return whether no gap of the plan lies before a pack."""
-        return pack.positions.start == self._positions.stop
-
-    def is_due(self, since: float) -> bool:
-        """Return whether the stretch is to end here."""
-        rules = self._rules
-        return (
-            self._ends_window
-            or time.monotonic() - since >= rules.seconds
-            or self._writer.records >= rules.records
-        )
-
-    def add(self, pack: Pack, vectors: Vectors) -> None:
-        """Take in the next pack."""
-        self._writer.add(pack.sequences, vectors)
-        self._positions = range(self._positions.start, pack.positions.stop)
-        self._residues += sum(len(sequence.residues) for sequence in pack.sequences)
-        self._ends_window = pack.ends_window
-
-    def finish(self, since: float) -> FinishedStretch:
-        """Close the file; it waits under its temporary name for the commit."""
-        seconds = time.monotonic() - since
-        file = self._writer.finish(self._positions, self._residues, seconds)
-        return FinishedStretch(file, self._positions, self._residues, seconds)
-
-    def discard(self) -> None:
-        """Remove the file, unless it has been committed and so renamed."""
-        with suppress(OSError):  # the disk has been reported already
-            self._writer.discard()

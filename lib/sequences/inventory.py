@@ -122,7 +122,8 @@ class WindowDigest:
             "".join([f"{record.id}\0" for record in records]).encode(),
             "".join([f"{record.description}\0" for record in records]).encode(),
             np.array([record.length for record in records], np.int64).tobytes(),
-            b"".join([record.residues + b"\0" for record in records]),
+            # What is embedded comes of these letters, and the MD5 is of them all.
+            b"".join([record.sequence + b"\0" for record in records]),
         )
         for column, content in zip(self._hashes, columns, strict=True):
             column.update(content)

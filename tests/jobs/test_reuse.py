@@ -487,8 +487,8 @@ def killed_at(place: Place, target: str, nth: int, script: str, *argv: object) -
 
 STEPS = [
     ("lib.ledger.runs._attempt", 1),
-    ("lib.jobs.copying.CheckpointWriter", 2),
-    ("lib.jobs.copying.CheckpointWriter.finish", 2),
+    ("lib.jobs.stretches.CheckpointWriter", 2),
+    ("lib.jobs.stretches.CheckpointWriter.finish", 2),
     ("lib.ledger.commit.rename_into_place", 2),
     ("lib.ledger.commit._row", 2),
     ("lib.ledger.commit.show_alive", 3),
@@ -547,7 +547,7 @@ def test_a_signal_while_copying_commits_what_is_copied(
     embed(REAL[:15])
     flags = ["--esm-model", small_model, "--input", reusing.folder / "input.fasta", *QUICK]
     gate = reusing.folder / "gate"
-    target = "lib.jobs.copying.CheckpointWriter.finish"
+    target = "lib.jobs.stretches.CheckpointWriter.finish"
     prepare = partial(processes.stop_at, target, 2, gate)
     with processes.start("embed", *flags, "--config", reusing.config, prepare=prepare) as process:
         process.wait_for("reached")

@@ -156,6 +156,21 @@ def test_windows_before_the_change_are_delivered(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize(("before", "after"), [("MKTA", "MKTG"), ("MJK", "M?K")])
+def test_letters_that_are_not_embedded_are_compared_too(
+    path: Path, before: str, after: str
+) -> None:
+    # `sequence_md5` is of all letters: of those cut off, and as they were before they became X.
+    asked = rules(path, max_residues=3, unknown_residues="x")
+    content = ">a\n{}\n>b\nGG\n>c\nMK\n>d\nW\n"
+    path.write_text(content.format(before))
+    inventory = preflight(asked)
+    path.write_text(content.format(after))
+    with pytest.raises(InputError, match="changed while it was being read"):
+        next(read_windows(asked, inventory))
+
+
+@pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("kind", [None, *COMPRESS])
 def test_other_bytes_are_refused_though_the_records_are_the_same(
     path: Path, kind: str | None
