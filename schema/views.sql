@@ -32,7 +32,7 @@ SELECT
     runs.records_total AS records_total,
     -- records of its checkpoints that were copied from earlier runs
     coalesce(done.reused, 0) AS reused,
-    -- residues computed per second of its checkpoints
+    -- residues computed per second; workers of a cluster compute at the same time
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
     -- workers of clusters that computed for it; 0 if the processes of its attempts did
     coalesce(done.workers, 0) AS workers,
@@ -59,8 +59,6 @@ LEFT JOIN (
             sum(records) FILTER (WHERE reused_run_id IS NOT NULL) AS reused,
             sum(residues) AS residues,
             count(DISTINCT worker_id) AS workers,
-            -- Several workers compute at the same time: from the begin of the first checkpoint to
-            -- the end of the last.
             CASE
                 WHEN count(worker_id) = 0 THEN sum(seconds) FILTER (WHERE reused_run_id IS NULL)
                 ELSE 86400.0 * (
