@@ -31,6 +31,7 @@ from lib.ledger.overview import (
     inputs_table,
     progress_line,
     run_fields,
+    workers_table,
 )
 
 
@@ -88,6 +89,7 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
             | {
                 "inputs": detail.inputs.dictionaries(),
                 "attempts": detail.attempts.dictionaries(),
+                "workers": detail.workers.dictionaries(),
                 "checkpoints": detail.checkpoints.dictionaries(),
             }
         )
@@ -99,6 +101,10 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
     attempts, checkpoints = attempts_table(detail), checkpoints_table(detail)
     unneeded = ["pid", "tokens per pack", "threads", "host"]
     print_table(attempts.columns, attempts.rows, title="attempts", least_needed=unneeded)
+    if detail.workers.rows:
+        workers = workers_table(detail)
+        unneeded = ["pid", "residues", "checkpoints"]
+        print_table(workers.columns, workers.rows, title="workers", least_needed=unneeded)
     print_table(
         checkpoints.columns, checkpoints.rows, title="checkpoints", least_needed=["residues"]
     )

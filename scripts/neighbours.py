@@ -83,6 +83,7 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
     # Imported here, because two runs are compared without torch.
     from lib.console.display import describe_start
     from lib.console.embedding import embed_under_bar, show_input, show_reuse
+    from lib.jobs.embedding import ThisProcess
     from lib.jobs.interruption import Interruption
     from lib.jobs.loading import load_model
     from lib.jobs.queries import query_model, query_settings
@@ -103,6 +104,7 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
         inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
         model = load_model(settings, detection, sha256)
+        computer = ThisProcess(model.network)
         note(describe_start(model))
         reuse = show_reuse(engine, model, inventory)
         with (
@@ -112,7 +114,9 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
             ) as ownership,
         ):
             note(f"run {ownership.run.id}: the query")
-            return embed_under_bar(engine, ownership, model, inventory, reuse, interruption).id
+            return embed_under_bar(
+                engine, ownership, model, computer, inventory, reuse, interruption
+            ).id
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from typing import Any
 from lib.catalog import shown_name
 from lib.embeddings import RunEmbeddings, open_run
 from lib.errors import InputError
+from lib.jobs.computing import made_ready
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model
 from lib.jobs.reuse import describe_reuse, plan_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
@@ -78,7 +78,9 @@ def embed(
             say(line)
         engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
         detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
-        loaded = load_model(chosen, detection)
+        loaded, computer = opened.enter_context(
+            made_ready(chosen, detection, None, interruption, say)
+        )
         reuse = None
         if chosen.output.reuse:
             reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
@@ -96,7 +98,7 @@ def embed(
             say(f"run {number}: {records(inventory.records)} by {name}{untrained}")
             work(
                 Job(
-                    engine, ownership, loaded.settings, inventory, loaded.network, interruption,
+                    engine, ownership, loaded.settings, inventory, computer, interruption,
                     progress=lambda _: None, reuse=reuse, say=say,
                 )
             )  # fmt: skip

@@ -40,12 +40,13 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its row in the history, its input files, its attempts and its checkpoints."""
+    """One run: its row in the history, its inputs, attempts, workers and checkpoints."""
 
     run: Table
     inputs: Table
     attempts: Table
     checkpoints: Table
+    workers: Table
 
 
 @contextmanager
@@ -104,11 +105,13 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         url,
         "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
         "checkpoints.records, residues, reused_run, checkpoints.bytes, seconds, "
-        "committed_at AS committed, problem FROM checkpoints JOIN checkpoint_audit "
+        "committed_at AS committed, problem, worker_id AS worker "
+        "FROM checkpoints JOIN checkpoint_audit "
         "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
         [run_id],
     )
-    return RunDetail(_with_killed(line), inputs, attempts, checkpoints)
+    workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
+    return RunDetail(_with_killed(line), inputs, attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:
