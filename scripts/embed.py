@@ -34,12 +34,11 @@ from lib.console.display import (
     validation_json,
 )
 from lib.console.embedding import (
-    embed_under_bar,
+    embed_new_run,
     refuse_missing_input,
     show_input,
     show_model,
     show_result,
-    show_reuse,
 )
 from lib.console.output import note, print_result
 from lib.console.program import run_script
@@ -48,7 +47,6 @@ from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
-from lib.ledger.runs import create_run
 from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
@@ -92,19 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         note(describe_proof(model.config))
         note(describe_start(model))
-        reuse = show_reuse(engine, model, inventory)
 
         # ---- On the record
-        with (
-            interruption.deferred(),
-            create_run(
-                engine, model.settings, model.config, inventory, model.facts, reuse
-            ) as ownership,
-        ):
-            note(f"run {ownership.run.id}")
-            run = embed_under_bar(
-                engine, ownership, model, computer, inventory, reuse, interruption
-            )
+        run = embed_new_run(engine, model, computer, inventory, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

@@ -11,9 +11,9 @@ from lib.jobs.embedding import Computer, Job, to_compute, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel
 from lib.jobs.progress import Progress
-from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.jobs.reuse import plan_reuse
 from lib.ledger.reuse_plan import ReusePlan
-from lib.ledger.runs import Ownership
+from lib.ledger.runs import Ownership, create_run
 from lib.models.detection import Detection
 from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
@@ -22,12 +22,12 @@ from schema.settings import STANDARD_INPUT
 from schema.tables import Run
 
 __all__ = [
+    "embed_new_run",
     "embed_under_bar",
     "refuse_missing_input",
     "show_input",
     "show_model",
     "show_result",
-    "show_reuse",
 ]
 
 
@@ -52,14 +52,27 @@ def show_input(inventory: Inventory, settings: Settings) -> None:
         note(line)
 
 
-def show_reuse(engine: Engine, model: KnownModel, inventory: Inventory) -> ReusePlan | None:
-    """Decide what a new run copies from earlier ones, and print it; None if that is nothing."""
-    if not model.settings.output.reuse:
-        return None
-    plan = plan_reuse(engine, model.settings, model.config, inventory, note)
-    if plan is not None:
-        note(describe_reuse(plan, inventory))
-    return plan
+def embed_new_run(
+    engine: Engine,
+    model: KnownModel,
+    computer: Computer,
+    inventory: Inventory,
+    interruption: Interruption,
+    purpose: str = "",
+) -> Run:
+    """Record a run and embed it, copying what earlier runs have; raises what `work` raises.
+
+    purpose: printed behind the run's number.
+    """
+    reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
+    with (
+        interruption.deferred(),
+        create_run(
+            engine, model.settings, model.config, inventory, model.facts, reuse
+        ) as ownership,
+    ):
+        note(f"run {ownership.run.id}{purpose}")
+        return embed_under_bar(engine, ownership, model, computer, inventory, reuse, interruption)
 
 
 def embed_under_bar(

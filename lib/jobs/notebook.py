@@ -25,7 +25,7 @@ from lib.jobs.computing import made_ready
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.jobs.reuse import plan_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.ledger.standard_input import copied_standard_input
@@ -81,11 +81,7 @@ def embed(
         loaded, computer = opened.enter_context(
             made_ready(chosen, detection, None, interruption, say)
         )
-        reuse = None
-        if chosen.output.reuse:
-            reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
-        if reuse is not None:
-            say(describe_reuse(reuse, inventory))
+        reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
         with (
             interruption.deferred(),
             create_run(
