@@ -12,8 +12,6 @@ opened read-only. Exit status: 0 shown, 2 no such database or run.
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
 from collections.abc import Sequence
 
 if __name__ == "__main__":
@@ -21,7 +19,7 @@ if __name__ == "__main__":
 
 from lib.console.arguments import arguments, database_url
 from lib.console.output import LiveLines, print_fields, print_json, print_table
-from lib.console.program import run_script
+from lib.console.program import ctrl_c_within, run_script
 from lib.ledger.history import altered_rows, run_detail, run_history, watch
 from lib.ledger.overview import (
     LEAST_NEEDED,
@@ -57,17 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool) -> None:
     """Follow runs until they end; Ctrl-C also ends with status 0."""
-    lines, stopped = LiveLines(), threading.Event()
-    # Not KeyboardInterrupt, which is lost if it is raised within a destructor.
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: stopped.set())
-    try:
-        for states in watch(url, run_id, seconds, stopped):
+    lines = LiveLines()
+    with ctrl_c_within() as stopped_within:
+        for states in watch(url, run_id, seconds, stopped_within):
             if as_json:
                 print_json(states)
             else:
                 lines.show([progress_line(state) for state in states] or ["no run is running"])
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def show_history(url: str, *, as_json: bool) -> None:

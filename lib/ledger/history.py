@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +125,12 @@ def run_states(url: str) -> Table:
 
 
 def watch(
-    url: str, run_id: int | None, seconds: float, stopped: threading.Event
+    url: str, run_id: int | None, seconds: float, stopped_within: Callable[[float], bool]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the states of running runs every `seconds` until none is running.
 
     Watches one run, or all that run at the start. The last states are those in which the runs
-    ended, or the last before `stopped` was set. Raises SettingsError if the run does not exist.
+    ended, or the last before `stopped_within`, which waits so many seconds, returned True. Raises SettingsError if the run does not exist.
     """
     states = run_states(url).dictionaries()
     watched = {row["run"] for row in states if row["status"] == "running"}
@@ -144,7 +143,7 @@ def watch(
         yield shown
         if not any(row["status"] == "running" for row in shown):
             return
-        if stopped.wait(seconds):
+        if stopped_within(seconds):
             return
         states = run_states(url).dictionaries()
 
