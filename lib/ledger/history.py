@@ -130,7 +130,8 @@ def watch(
     """Yield the states of running runs every `seconds` until none is running.
 
     Watches one run, or all that run at the start. The last states are those in which the runs
-    ended, or the last before `stopped_within`, which waits so many seconds, returned True. Raises SettingsError if the run does not exist.
+    ended, or the last before `stopped_within`, which waits so many seconds, returned True. Raises
+    SettingsError if the run does not exist.
     """
     states = run_states(url).dictionaries()
     watched = {row["run"] for row in states if row["status"] == "running"}
