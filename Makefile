@@ -143,6 +143,10 @@ crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 	@$(python) scripts/report.py $(config) $(run) $(to) $(ARGS)
 
+.PHONY: prune
+prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
+	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
+
 .PHONY: model
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)

@@ -6,7 +6,8 @@ SELECT run, status, layers, started FROM run_history
 WHERE model = 'esm2_t33_650M_UR50D' AND released AND input LIKE '%/proteins.fasta';
 
 -- What is unfinished, and how far is it?
-SELECT run, status, percent, attempts, heartbeat FROM run_progress WHERE status <> 'finished';
+SELECT run, status, percent, attempts, heartbeat FROM run_progress
+WHERE status NOT IN ('finished', 'pruned');
 
 -- How many tokens per second, by model and machine?
 SELECT m.name AS model, a.host, a.device_name,
@@ -43,7 +44,8 @@ SELECT run_id, count(*) AS attempts, group_concat(outcome, ' then ') AS outcomes
 FROM attempts GROUP BY run_id HAVING count(*) > 1 OR max(outcome) <> 'finished';
 
 -- How much disk does each run take?
-SELECT run_id, count(*) AS files, sum(bytes) / 1e6 AS megabytes FROM checkpoints GROUP BY run_id;
+SELECT run_id, count(*) AS files, sum(c.bytes) / 1e6 AS megabytes
+FROM checkpoints c JOIN runs r ON r.id = c.run_id WHERE r.pruned_at IS NULL GROUP BY run_id;
 
 -- Which runs embedded sequences only in part, or read letters as X?
 SELECT id AS run, records_truncated, max_residues, residues_mapped FROM runs

@@ -136,6 +136,9 @@ class Run(Base):
     reuse_sha256: Mapped[str | None] = mapped_column(
         comment="SHA-256 of that plan, the file .reuse-UUID in its output folder"
     )
+    pruned_at: Mapped[str | None] = mapped_column(
+        comment="when its files were taken off the disk, UTC ISO 8601; NULL: they were not"
+    )
 
     model: Mapped[Model | None] = relationship()
     inputs: Mapped[list[Input]] = relationship(order_by="Input.number")

@@ -24,8 +24,8 @@ SELECT
         (SELECT ' and ' || (count(*) - 1) || ' more' FROM inputs
         WHERE inputs.run_id = runs.id HAVING count(*) > 1), ''
     ) AS input,
-    -- running, interrupted, failed or finished
-    runs.status AS status,
+    -- running, interrupted, failed or finished; pruned, however it ended, if its files were taken off the disk
+    CASE WHEN runs.pruned_at IS NULL THEN runs.status ELSE 'pruned' END AS status,
     -- records in its checkpoints
     coalesce(done.records, 0) AS records_done,
     -- records in the input
@@ -40,6 +40,8 @@ SELECT
     runs.started_at AS started,
     -- UTC ISO 8601; NULL if unfinished
     runs.finished_at AS finished,
+    -- when its files were taken off the disk, UTC ISO 8601; NULL if they were not
+    runs.pruned_at AS pruned,
     -- the folder of its checkpoints, absolute
     runs.output_folder AS output
 FROM runs
@@ -77,8 +79,8 @@ CREATE VIEW run_progress AS
 SELECT
     -- number of the run
     runs.id AS run,
-    -- running, interrupted, failed or finished
-    runs.status AS status,
+    -- running, interrupted, failed or finished; pruned, however it ended, if its files were taken off the disk
+    CASE WHEN runs.pruned_at IS NULL THEN runs.status ELSE 'pruned' END AS status,
     -- residues computed or copied, and committed
     coalesce(done.residues, 0) AS residues_done,
     -- residues of the different sequences in the input

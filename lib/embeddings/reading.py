@@ -50,14 +50,16 @@ def open_run(
     footer; with `verify` its SHA-256 must also be the listed one. Whatever is read later is read
     from the same files, or refused. `partial` opens an unfinished run with the records that it has.
 
-    Raises SettingsError if the run does not exist or is not finished, IdentityRefusedError if a
-    file differs from what the database lists, now or when it is read.
+    Raises SettingsError if the run does not exist, is not finished or is pruned, and
+    IdentityRefusedError if a file differs from what the database lists, now or when it is read.
     """
     url = str(database)
     found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
     if not found:
         raise SettingsError(f"run {run}: not in database {database_path(url)}")
     facts = found[0]
+    if facts["pruned_at"] is not None:
+        raise SettingsError(f"run {run}: its files were pruned at {facts['pruned_at']}")
     attempts = query(
         url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
     ).dictionaries()

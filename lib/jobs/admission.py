@@ -29,6 +29,7 @@ from lib.ledger.identity import (
     run_config,
 )
 from lib.ledger.reuse_plan import ReusePlan, read_plan
+from lib.ledger.runs import refuse_pruned
 from lib.models.detection import Detection, detect
 from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
@@ -67,9 +68,10 @@ def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admissi
     """Check all that continuing a run rests on, before any tensor is read.
 
     overrides: "section.option" to text, for what lies elsewhere now or is not part of a run's
-    identity. Raises IdentityRefusedError at the first difference, and for damaged checkpoints,
-    naming them all, unless `recompute_damaged`.
+    identity. Raises SettingsError for a pruned run, and IdentityRefusedError at the first
+    difference, and for damaged checkpoints, naming them all, unless `recompute_damaged`.
     """
+    refuse_pruned(run)
     _refuse(audit(run, files=False))
     settings = settings_of(run, overrides)
     check_settings(run, settings)

@@ -116,7 +116,7 @@ class _CopiedStretch(OpenStretch[_Rows]):
 
 def _sources_rows(copying: Copying) -> Iterator[_Rows]:
     """Yield what is to be copied in the order of the plan, and leave out what is lost."""
-    plan, lost = copying.plan, set[Source]()
+    plan, lost = copying.plan, dict[Source, str]()
     tables = rearranged_records(
         copying.input_rules,
         copying.inventory,
@@ -133,8 +133,9 @@ def _sources_rows(copying: Copying) -> Iterator[_Rows]:
             try:
                 yield from reader.rows(source, part, owners)
             except LostSourceError as error:
-                lost.add(source)
-                copying.say(f"not reused: {error}")
+                if str(error) not in lost.values():  # of a pruned run, all files have the same
+                    copying.say(f"not reused: {error}")
+                lost[source] = str(error)
 
 
 class _Reader:

@@ -19,7 +19,7 @@ from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.ledger.audit import Finding, audit
 from lib.ledger.identity import first_difference, run_identity
 from lib.ledger.reuse_plan import ReusePlan, Source
-from lib.ledger.runs import load_run
+from lib.ledger.runs import load_run, refuse_pruned
 from lib.ledger.sources import Wanted, source_runs
 from lib.sequences.digests import first_halves
 from lib.sequences.inventory import Inventory
@@ -115,6 +115,7 @@ class SourceFiles:
         if self._run is None or self._run.id != source.run_id:
             try:
                 self._run = load_run(self._engine, source.run_id)
+                refuse_pruned(self._run)
             except (IdentityRefusedError, SettingsError) as error:
                 raise LostSourceError(str(error)) from None
             self._findings = list(audit(self._run, files=False))

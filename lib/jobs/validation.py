@@ -12,7 +12,7 @@ from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
 from lib.ledger.identity import check_settings
-from lib.ledger.runs import load_run, unfinished_runs
+from lib.ledger.runs import load_run, refuse_pruned, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
@@ -89,11 +89,13 @@ def validate(
 def audit_run(url: str, run_id: int, overrides: Overrides) -> RunAudit:
     """Check a run's rows and checkpoint files, then the weights and the input in hand.
 
-    overrides: "section.option" to text, for what lies elsewhere now. No tensor is read.
+    overrides: "section.option" to text, for what lies elsewhere now. No tensor is read. Raises
+    SettingsError if there is no such run or it is pruned.
     """
     engine = open_for_reading(url)
     try:
         run = load_run(engine, run_id)
+        refuse_pruned(run)
     finally:
         engine.dispose()
     errors: list[LedgerError] = [

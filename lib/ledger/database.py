@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert
@@ -34,6 +34,7 @@ __all__ = [
     "open_for_reading",
     "open_for_writing",
     "transaction",
+    "utc_ago",
     "utc_now",
     "writing_engine",
 ]
@@ -43,7 +44,13 @@ _PAUSE_SECONDS = 0.01
 
 def utc_now() -> str:
     """Return the time as UTC ISO 8601 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_ago(timedelta())
+
+
+def utc_ago(age: timedelta) -> str:
+    """Return the time that was so long ago, as `utc_now` does: as texts, such times compare."""
+    moment = datetime.now(UTC) - age
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @contextmanager

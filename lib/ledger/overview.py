@@ -53,6 +53,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
     took = seconds_between(run["started"], run["finished"])
     rate = run["residues_per_second"]
     checkpoints = detail.checkpoints.dictionaries()
+    taken = sum(row["bytes"] for row in checkpoints)
     worked = sum(row["seconds"] for row in checkpoints if row["reused_run"] is None)
     return {
         "run": str(run["run"]),
@@ -71,9 +72,10 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "letters read as X": count(run["residues_mapped"]),
         "residues per second": None if rate is None else count(rate),
         **({"workers": count(run["workers"])} if run["workers"] else {}),
-        "on disk": size(sum(row["bytes"] for row in checkpoints)),
+        "on disk": size(taken) if run["pruned"] is None else f"pruned, {size(taken)} before",
         "started (UTC)": moment(run["started"]),
         "finished (UTC)": run["finished"] and moment(run["finished"]),
+        **({} if run["pruned"] is None else {"pruned (UTC)": moment(run["pruned"])}),
         "took": None if took is None else duration(took),
         "computing": duration(worked),
     }

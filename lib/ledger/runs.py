@@ -36,8 +36,11 @@ __all__ = [
     "create_run",
     "end_attempt",
     "finish_run",
+    "hold_lock",
     "load_run",
     "own",
+    "owned_by_another",
+    "refuse_pruned",
     "show_alive",
     "start_attempt",
     "unfinished_runs",
@@ -130,15 +133,38 @@ def create_run(
 def own(engine: Engine, run_id: int | None) -> Iterator[Run]:
     """Hold the lock of a run, or of the newest unfinished one, and give the run as it then is.
 
-    Raises SettingsError if there is none, MachineError naming the owner if a live process has it.
+    Raises SettingsError if there is none or it is pruned, MachineError as `hold_lock` does.
     """
     found, folder = _find(engine, run_id)
+    with hold_lock(engine, found, folder):
+        run = load_run(engine, found)
+        refuse_pruned(run)
+        yield run
+
+
+@contextmanager
+def hold_lock(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder.
+
+    Raises MachineError if a live process has it, whom it names, or the folder does not allow it.
+    """
     try:
         lock = take_lock(folder)
     except HeldError:
-        raise MachineError(f"run {found}: {_owner(load_run(engine, found))}") from None
+        raise owned_by_another(load_run(engine, run_id)) from None
     with lock:
-        yield load_run(engine, found)
+        yield
+
+
+def owned_by_another(run: Run) -> MachineError:
+    """Return the error for a run that a live process owns, whom it names."""
+    return MachineError(f"run {run.id}: {_owner(run)}")
+
+
+def refuse_pruned(run: Run) -> None:
+    """Raise SettingsError if the files of a run have been taken off the disk."""
+    if run.pruned_at is not None:
+        raise SettingsError(f"run {run.id}: its files were pruned at {run.pruned_at}")
 
 
 @contextmanager
@@ -186,7 +212,8 @@ def show_alive(session: Session, ownership: Ownership) -> None:
     """Write the time of the attempt's last sign of life.
 
     Only the newest attempt at a run owns it, and only until it ends. Raises MachineError if
-    another process has taken the run over, as it can where a file lock does not reach.
+    another process has taken the run over, or pruned it, as it can where a file lock does not
+    reach.
     """
     run_id, attempt_id = ownership.run.id, ownership.attempt_id
     newest = session.scalar(select(func.max(Attempt.id)).where(Attempt.run_id == run_id))
@@ -194,8 +221,14 @@ def show_alive(session: Session, ownership: Ownership) -> None:
     found = session.scalar(
         update(Attempt).where(alive).values(heartbeat_at=utc_now()).returning(Attempt.id)
     )
+    if newest == attempt_id and found is None and _is_pruned(session, run_id):
+        raise MachineError(f"run {run_id}: attempt {attempt_id} has lost it: it was pruned")
     if newest != attempt_id or found is None:
         raise MachineError(f"run {run_id}: attempt {attempt_id} has lost it to attempt {newest}")
+
+
+def _is_pruned(session: Session, run_id: int) -> bool:
+    return session.scalar(select(Run.pruned_at).where(Run.id == run_id)) is not None
 
 
 def finish_run(engine: Engine, ownership: Ownership) -> None:
@@ -268,23 +301,30 @@ def load_run(engine: Engine, run_id: int) -> Run:
 
 
 def unfinished_runs(engine: Engine) -> list[int]:
-    """Return the numbers of unfinished runs, newest first."""
+    """Return the numbers of unfinished runs that can be continued, newest first."""
+    query = select(Run.id).where(Run.status != "finished", Run.pruned_at.is_(None))
     with transaction(engine) as session:
-        query = select(Run.id).where(Run.status != "finished").order_by(Run.id.desc())
-        return list(session.scalars(query))
+        return list(session.scalars(query.order_by(Run.id.desc())))
 
 
 def _find(engine: Engine, run_id: int | None) -> tuple[int, Path]:
-    """Return the number and the folder of a run, or of the newest unfinished one."""
+    """Return the number and the folder of a run, or of the newest unfinished one.
+
+    Raises SettingsError if there is none or it is pruned.
+    """
     if run_id is None:
         numbers = unfinished_runs(engine)
         if not numbers:
             raise SettingsError(f"no unfinished run in database {engine.url.database}")
         run_id = numbers[0]
     with transaction(engine) as session:
-        folder = session.scalar(select(Run.output_folder).where(Run.id == run_id))
-    if not isinstance(folder, str):  # a row of the wrong types, or none: told by load_run
-        folder = load_run(engine, run_id).output_folder
+        query = select(Run.output_folder, Run.pruned_at).where(Run.id == run_id)
+        folder, pruned_at = session.execute(query).one_or_none() or (None, None)
+    # Also a row of the wrong types, or none: told by load_run.
+    if not isinstance(folder, str) or pruned_at is not None:
+        run = load_run(engine, run_id)
+        refuse_pruned(run)
+        folder = run.output_folder
     return run_id, Path(folder)
 
 

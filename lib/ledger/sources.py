@@ -93,6 +93,7 @@ def _runs_of_model(engine: Engine, wanted: Wanted) -> list[int]:
             Model.attention_heads == config.attention_heads,
             Run.precision == settings.compute.precision,
             Run.long_sequences == settings.input.long_sequences,
+            Run.pruned_at.is_(None),
             select(Checkpoint.id).where(Checkpoint.run_id == Run.id).exists(),
         )
         .order_by(Run.id.desc())

@@ -24,7 +24,13 @@ from lib.sequences.inputs import Source
 from lib.sequences.inventory import Inventory
 from schema.settings import STANDARD_INPUT, InputSettings
 
-__all__ = ["copied_standard_input", "is_kept", "keep_in_folder", "standard_input_for_now"]
+__all__ = [
+    "copied_standard_input",
+    "is_kept",
+    "keep_in_folder",
+    "kept_name",
+    "standard_input_for_now",
+]
 
 _BLOCK = 1 << 20
 _KEPT = ".stdin-{}.fasta"
@@ -83,12 +89,17 @@ def keep_in_folder(inventory: Inventory, folder: Path, uuid: str) -> None:
     """
     for number, file in enumerate(inventory.files):
         if file.source.is_copy:
-            path = folder / _KEPT.format(uuid[:8])
+            path = folder / kept_name(uuid)
             with disk_errors(path):
                 if not rename_new(file.source.path, path):
                     raise MachineError(f"{path}: exists already")
                 sync_folder(folder)
             inventory.files[number] = replace(file, source=Source(path, str(path)))
+
+
+def kept_name(uuid: str) -> str:
+    """Return the name that the copy of standard input has in the folder of a run."""
+    return _KEPT.format(uuid[:8])
 
 
 def is_kept(name: str) -> bool:

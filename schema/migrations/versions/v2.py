@@ -1,4 +1,4 @@
-"""Version 2: released models are proven, adapters name their base, workers and reuse have columns.
+"""Version 2: released models are proven, adapters name their base; workers, reuse, pruning.
 
 A run may have several input files; each older run has its one. `released` follows from the digest
 on record. Nothing else is filled in: what version 1 did not record stays NULL.
@@ -76,6 +76,8 @@ CREATE TABLE inputs (
     " /* sequences that its plan copies from earlier runs; NULL: it has no such plan */",
     "ALTER TABLE runs ADD COLUMN reuse_sha256 VARCHAR"
     " /* SHA-256 of that plan, the file .reuse-UUID in its output folder */",
+    "ALTER TABLE runs ADD COLUMN pruned_at VARCHAR"
+    " /* when its files were taken off the disk, UTC ISO 8601; NULL: they were not */",
 )
 
 

@@ -1,0 +1,292 @@
+"""Pruning: the files of a run are taken off the disk, and its history stays on record.
+
+First the record says that the run is pruned, then its files go one by one: what was killed in the
+middle can be said again. Only a file goes that the database lists and that is what it lists.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, func, select, update
+
+from lib.errors import IdentityRefusedError
+from lib.files import disk_errors
+from lib.ledger.checkpoints import attempt_of
+from lib.ledger.database import (
+    open_for_reading,
+    open_for_writing,
+    transaction,
+    utc_ago,
+    utc_now,
+)
+from lib.ledger.footer import read_footer
+from lib.ledger.ownership import LOCK_NAME, is_held
+from lib.ledger.reuse_plan import check_plan, plan_path
+from lib.ledger.runs import hold_lock, load_run, owned_by_another
+from lib.ledger.standard_input import kept_name
+from lib.units import count, printable, size
+from schema.tables import Attempt, Checkpoint, Input, Run
+
+__all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
+
+NOT_LISTED = "not listed"
+_NAMED = 5  # files that are not listed are named, and then counted
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What goes of a run's folder, and what stays there.
+
+    was_pruned: whether the record had the run as pruned before. files: the bytes of each file that
+    goes, by name. left: why each other stays, by name; NOT_LISTED for what is not the run's.
+    """
+
+    run: Run
+    was_pruned: bool
+    files: dict[str, int]
+    left: dict[str, str]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the run was pruned to the end before."""
+        return self.was_pruned and not self.files
+
+    def describe(self, *, dry_run: bool) -> list[str]:
+        """Return lines: what went, or file by file what would go, and what stays and why."""
+        place = f"run {self.run.id}"
+        many = f"{count(len(self.files))} {'file' if len(self.files) == 1 else 'files'}"
+        removed = f"{many} ({size(sum(self.files.values()))})"
+        if self.changes_nothing:
+            lines = [f"{place} is pruned already"]
+        elif dry_run:
+            lines = [f"{place}: would be pruned, {removed} removed from {self.run.output_folder}"]
+            lines += [f"  {name}  {size(held)}" for name, held in self.files.items()]
+        else:
+            lines = [f"{place}: pruned, {removed} removed from {self.run.output_folder}"]
+        strange = [name for name, why in self.left.items() if why == NOT_LISTED]
+        altered = [(name, why) for name, why in self.left.items() if why != NOT_LISTED]
+        if strange:
+            more = f" and {count(len(strange) - _NAMED)} more" if len(strange) > _NAMED else ""
+            names = ", ".join(strange[:_NAMED])
+            lines.append(f"{place}: left, as the run does not list it: {names}{more}")
+        return [*lines, *(f"{place}: left {name}: {why}" for name, why in altered)]
+
+    def json(self) -> dict[str, Any]:
+        """Return the same for programs."""
+        return {
+            "run": self.run.id,
+            "pruned_at": self.run.pruned_at,
+            "output_folder": self.run.output_folder,
+            "files": self.files,
+            "bytes": sum(self.files.values()),
+            "left": self.left,
+        }
+
+
+def prunings(
+    url: str, wanted: int | timedelta, *, dry_run: bool, say: Callable[[str], None]
+) -> Iterator[Pruning]:
+    """Prune runs of a run database, and yield each when it is done.
+
+    wanted: the number of a run, or all that have been idle for longer and have files. dry_run:
+    whether the database is only read, and nothing is changed. `say` is told what
+    `open_for_writing` tells. Raises what `prune` raises.
+    """
+    with _opened(url, writing=not dry_run, say=say) as engine:
+        age = None if isinstance(wanted, int) else wanted
+        for run_id in [wanted] if isinstance(wanted, int) else idle_runs(engine, wanted):
+            pruning = try_pruning(engine, run_id) if dry_run else prune(engine, run_id, age)
+            if pruning is not None and not (age is not None and pruning.changes_nothing):
+                yield pruning
+
+
+@contextmanager
+def _opened(url: str, *, writing: bool, say: Callable[[str], None]) -> Iterator[Engine]:
+    if writing:
+        with open_for_writing(url, create=False, say=say) as engine:
+            yield engine
+        return
+    engine = open_for_reading(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def idle_runs(engine: Engine, age: timedelta) -> list[int]:
+    """Return the runs, oldest first, whose last sign of life is older and that no process owns.
+
+    A pruned run is among them if something is left of its folder.
+    """
+    return [
+        run_id
+        for run_id, folder, pruned_at in _idle(engine, age)
+        if not is_held(Path(folder)) and (pruned_at is None or Path(folder).exists())
+    ]
+
+
+def try_pruning(engine: Engine, run_id: int) -> Pruning:
+    """Return what `prune` would do, and change nothing; raises what it raises."""
+    run = load_run(engine, run_id)
+    if is_held(Path(run.output_folder)):
+        raise owned_by_another(run)
+    return _examined(engine, run)
+
+
+def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning | None:
+    """Record a run as pruned and remove its files; say it again if it was cut short.
+
+    age: None, or do nothing and return None if the last sign of life of the run is not older: it
+    may have been continued meanwhile. Raises SettingsError if there is no such run, MachineError
+    if a live process owns it or the disk fails.
+    """
+    folder = Path(load_run(engine, run_id).output_folder)
+    with _held(engine, run_id, folder):
+        run = load_run(engine, run_id)
+        if age is not None and run_id not in [idle for idle, _, _ in _idle(engine, age)]:
+            return None
+        pruning = _examined(engine, run)
+        _record(engine, run)
+        for name in [*pruning.files, LOCK_NAME]:
+            _remove(folder / name)
+        with suppress(OSError):  # something is left there
+            folder.rmdir()
+    return pruning
+
+
+def _idle(engine: Engine, age: timedelta) -> list[tuple[int, str, str | None]]:
+    """Return number, folder and `pruned_at` of the runs without a sign of life since, oldest first.
+
+    Every attempt writes one when it starts and when it ends.
+    """
+    newest = select(func.max(Attempt.heartbeat_at)).where(Attempt.run_id == Run.id)
+    last = func.coalesce(newest.scalar_subquery(), Run.started_at)
+    query = select(Run.id, Run.output_folder, Run.pruned_at).where(last < utc_ago(age))
+    with transaction(engine) as session:
+        return [(row[0], str(row[1]), row[2]) for row in session.execute(query.order_by(Run.id))]
+
+
+@contextmanager
+def _held(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
+    """Hold the lock of a run; without its folder there is none to hold."""
+    with disk_errors(folder):
+        is_there = folder.is_dir()
+    if not is_there:
+        yield
+        return
+    with hold_lock(engine, run_id, folder):
+        yield
+
+
+def _record(engine: Engine, run: Run) -> None:
+    """Record that a run is pruned. An attempt that has not ended is lost, so that it ends."""
+    if run.pruned_at is not None:
+        return
+    now = utc_now()
+    with transaction(engine) as session:
+        session.execute(update(Run).where(Run.id == run.id).values(pruned_at=now))
+        session.execute(
+            update(Attempt)
+            .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
+            .values(ended_at=now, outcome="lost")
+        )
+    run.pruned_at = now
+
+
+def _remove(path: Path) -> None:
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def _examined(engine: Engine, run: Run) -> Pruning:
+    """Go through the folder of a run and tell what goes from what stays."""
+    folder = Path(run.output_folder)
+    files, left = dict[str, int](), dict[str, str]()
+    listed = _Listed(engine, run)
+    with disk_errors(folder):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name == LOCK_NAME:
+                continue
+            found = path.lstat()
+            why = listed.why_left(path, found)
+            if why is None:
+                files[path.name] = found.st_size
+            else:
+                left[printable(path.name)] = why
+    return Pruning(run, run.pruned_at is not None, files, left)
+
+
+class _Listed:
+    """The files that the database lists for a run; the names of temporary ones tell the attempt."""
+
+    def __init__(self, engine: Engine, run: Run) -> None:
+        self._engine, self._run = engine, run
+        self._checkpoints = {one.path: one for one in run.checkpoints}
+        self._inputs = {Path(one.path).name: one for one in run.inputs}
+        # 0: of versions before the attempt was part of the name.
+        self._attempts = {0, *(attempt.id for attempt in run.attempts)}
+
+    def why_left(self, path: Path, found: os.stat_result) -> str | None:
+        """Return why a file in the folder of the run stays; None if it goes."""
+        run, name = self._run, path.name
+        checkpoint = self._checkpoints.get(name)
+        kept = self._inputs.get(name) if name == kept_name(run.uuid) else None
+        is_plan = name == plan_path(run).name and run.reuse_sha256 is not None
+        if not (checkpoint or kept or is_plan or attempt_of(name) in self._attempts):
+            return NOT_LISTED
+        if not stat.S_ISREG(found.st_mode):
+            return "not a regular file"
+        if checkpoint is not None:
+            return _difference(run, checkpoint, path, found)
+        if kept is not None:
+            return self._why_input_stays(kept, path, found)
+        if is_plan:
+            try:
+                check_plan(run)
+            except IdentityRefusedError:
+                return "its bytes do not match their digest"
+        return None
+
+    def _why_input_stays(self, kept: Input, path: Path, found: os.stat_result) -> str | None:
+        """Return why the copy of standard input stays: altered, or the input of another run."""
+        if found.st_size != kept.bytes:
+            return f"{found.st_size} bytes, {kept.bytes} in the database"
+        others = (
+            select(Input.run_id, Input.path)
+            .join(Run, Run.id == Input.run_id)
+            .where(Input.sha256 == kept.sha256, Run.id != kept.run_id, Run.pruned_at.is_(None))
+            .order_by(Run.id)
+        )
+        with transaction(self._engine) as session:
+            listed = list(session.execute(others))
+        for run_id, other in listed:
+            with suppress(OSError):
+                if path.samefile(other):
+                    return f"input of run {run_id}"
+        return None
+
+
+def _difference(run: Run, checkpoint: Checkpoint, path: Path, found: os.stat_result) -> str | None:
+    """Return how a file differs from what the row of a checkpoint says; its pages are not read."""
+    if found.st_size != checkpoint.bytes:
+        return f"{found.st_size} bytes, {checkpoint.bytes} in the database"
+    try:
+        footer = read_footer(path)
+    except ValueError as error:
+        return str(error)
+    identity = footer.get("identity")
+    uuid = identity.get("uuid") if isinstance(identity, dict) else None
+    if uuid != run.uuid:
+        return f"made by run uuid {uuid}"
+    positions = footer.get("first_position"), footer.get("stop_position")
+    if positions != (checkpoint.first_position, checkpoint.stop_position):
+        return "its footer has other positions than the database"
+    return None
