@@ -5,6 +5,7 @@
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
+#   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
 #   TO      export, neighbours, crate, report: where to write
 #   QUERY   neighbours: the number of a run, or a FASTA file
@@ -26,7 +27,7 @@ export PYTHONUTF8 := 1
 
 # `make embed model=FILE` would go on without a word, with another model.
 upper = $(shell echo '$(1)' | tr a-z A-Z)
-$(foreach name,model input output run format to query config args,\
+$(foreach name,model input output run ray format to query config args,\
   $(if $(findstring command line,$(origin $(name))),\
     $(error $(name)= is not a variable, $(call upper,$(name))= is)))
 
@@ -36,6 +37,7 @@ export esm_model := $(value MODEL)
 export esm_input := $(value INPUT)
 export esm_output := $(value OUTPUT)
 export esm_run := $(value RUN)
+export esm_ray := $(value RAY)
 export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
@@ -45,6 +47,9 @@ model := $${esm_model:+--esm-model "$$esm_model"}
 input := $${esm_input:+--set "input.fasta=$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
+ray := $${esm_ray:+--ray "$$esm_ray"}
+# What computes on a cluster needs Ray, and so does every machine of the cluster.
+cluster := $(if $(RAY),$(venv)/.installed-cluster)
 config := $${esm_config:+--config "$$esm_config"}
 format := $${esm_format:+--format "$$esm_format"}
 to := $${esm_to:+--to "$$esm_to"}
@@ -54,11 +59,11 @@ demo_model := models/esm2_untrained_t6_8M.pt
 
 .PHONY: help
 help: ## print every target
-	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [CONFIG=] [ARGS=]"
+	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [RAY=] [CONFIG=] [ARGS=]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
-setup: $(installed) ## install what the scripts need, pinned, into .venv
+setup: $(installed) $(cluster) ## install what the scripts need, pinned, into .venv; with RAY= also Ray
 
 $(installed): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]}: 3.11 to 3.13 is needed (make PYTHON=python3.12)")'
@@ -72,7 +77,7 @@ $(installed): pyproject.toml constraints.txt
 # The tests, the linters and the torture need everything that any target needs.
 $(installed_dev): $(installed)
 	$(pip_install) --editable '.[dev]'
-	@touch $@ $(venv)/.installed-browse $(venv)/.installed-benchmark
+	@touch $@ $(venv)/.installed-browse $(venv)/.installed-benchmark $(venv)/.installed-cluster
 
 .PHONY: detect
 detect: $(installed) ## print a model's properties and where each came from
@@ -87,12 +92,16 @@ verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compar
 	@$(python) scripts/verify.py $(config) $(model) $(input) $(run) $(ARGS)
 
 .PHONY: embed
-embed: $(installed) ## embed INPUT= with MODEL= as a run on the record
-	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(ARGS)
+embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the record
+	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(ray) $(ARGS)
 
 .PHONY: resume
-resume: $(installed) ## continue RUN=, or the newest unfinished run
-	@$(python) scripts/resume.py $(config) $(model) $(input) $(run) $(ARGS)
+resume: $(installed) $(cluster) ## continue RUN=, or the newest unfinished run
+	@$(python) scripts/resume.py $(config) $(model) $(input) $(run) $(ray) $(ARGS)
+
+$(venv)/.installed-cluster: $(installed)
+	$(pip_install) --editable '.[export,cluster]'
+	@touch $@
 
 .PHONY: history
 history: $(installed) ## show all runs, newest first, or RUN=

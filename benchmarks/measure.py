@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contenders import Embed
-from lib.jobs.embedding import Job, work
+from lib.jobs.embedding import Job, ThisProcess, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model
 from lib.ledger.database import open_for_writing
@@ -135,7 +135,7 @@ def end_to_end_share(
             with create_run(engine, ready, model.config, found, model.facts) as ownership:
                 work(
                     Job(
-                        engine, ownership, ready, found, model.network, Interruption(),
+                        engine, ownership, ready, found, ThisProcess(model.network), Interruption(),
                         lambda _: None,
                     )
                 )  # fmt: skip

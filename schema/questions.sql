@@ -54,3 +54,7 @@ WHERE records_truncated > 0 OR residues_mapped > 0;
 -- Which library versions computed this run?
 SELECT id AS attempt, versions ->> 'torch' AS torch, versions ->> 'python' AS python
 FROM attempts WHERE run_id = 1;
+
+-- Which workers of a cluster computed this run, and how fast?
+SELECT worker, host, device_name, checkpoints, residues_per_second, outcome, error
+FROM worker_throughput WHERE run = 1;

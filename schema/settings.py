@@ -11,6 +11,7 @@ __all__ = [
     "INCLUDES",
     "SECTIONS",
     "STANDARD_INPUT",
+    "ClusterSettings",
     "ComputeSettings",
     "DatabaseSettings",
     "InputSettings",
@@ -100,6 +101,16 @@ class DatabaseSettings:
 
 
 @dataclass(frozen=True)
+class ClusterSettings:
+    """[cluster]: the workers that compute, if it is not this process; never part of an identity."""
+
+    ray: str | None
+    workers: int
+    threads_per_worker: int
+    files: str
+
+
+@dataclass(frozen=True)
 class SettingsSections:
     """All sections of config.ini."""
 
@@ -108,6 +119,7 @@ class SettingsSections:
     compute: ComputeSettings
     output: OutputSettings
     database: DatabaseSettings
+    cluster: ClusterSettings
 
 
 class ModelSchema(Schema):
@@ -194,12 +206,26 @@ class DatabaseSchema(Schema):
     url = fields.String(load_default="runs.sqlite")
 
 
+class ClusterSchema(Schema):
+    """Options of [cluster]."""
+
+    ray = fields.String(
+        load_default=None,
+        allow_none=True,
+        validate=validate.Regexp(r"(auto|[^\s:/]+:[0-9]{1,5})\Z", error="not auto or HOST:PORT"),
+    )
+    workers = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
+    threads_per_worker = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
+    files = fields.String(load_default="auto", validate=validate.OneOf(["auto", "shared", "sent"]))
+
+
 SECTIONS: dict[str, tuple[type[Schema], type[Any]]] = {
     "model": (ModelSchema, ModelSettings),
     "input": (InputSchema, InputSettings),
     "compute": (ComputeSchema, ComputeSettings),
     "output": (OutputSchema, OutputSettings),
     "database": (DatabaseSchema, DatabaseSettings),
+    "cluster": (ClusterSchema, ClusterSettings),
 }
 
 
@@ -211,6 +237,7 @@ class SettingsSchema(Schema):
     compute = fields.Nested(ComputeSchema, load_default=lambda: ComputeSchema().load({}))
     output = fields.Nested(OutputSchema, load_default=lambda: OutputSchema().load({}))
     database = fields.Nested(DatabaseSchema, load_default=lambda: DatabaseSchema().load({}))
+    cluster = fields.Nested(ClusterSchema, load_default=lambda: ClusterSchema().load({}))
 
     @post_load
     def _make(self, data: dict[str, Any], **_: object) -> SettingsSections:

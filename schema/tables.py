@@ -206,18 +206,22 @@ class Worker(Base):
     host: Mapped[str] = mapped_column(comment="name of the machine")
     pid: Mapped[int] = mapped_column(comment="process number on that machine")
     node: Mapped[str | None] = mapped_column(comment="what the cluster calls the machine")
-    device: Mapped[str] = mapped_column(comment="cpu or cuda:N")
-    device_name: Mapped[str] = mapped_column(comment="what the processor calls itself")
-    threads: Mapped[int] = mapped_column(comment="CPU threads")
-    weights_path: Mapped[str] = mapped_column(comment="where its weights lay, absolute")
-    weights_sha256: Mapped[str] = mapped_column(comment="SHA-256 that it took of its weights")
+    device: Mapped[str | None] = mapped_column(
+        comment="cpu or cuda:N; NULL if it was refused before that was known"
+    )
+    device_name: Mapped[str | None] = mapped_column(comment="what the processor calls itself")
+    threads: Mapped[int | None] = mapped_column(comment="CPU threads")
+    weights_path: Mapped[str | None] = mapped_column(comment="where its weights lay, absolute")
+    weights_sha256: Mapped[str | None] = mapped_column(
+        comment="SHA-256 that it took of its weights"
+    )
     versions: Mapped[dict[str, Any]] = mapped_column(comment="JSON of library versions")
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     seen_at: Mapped[str] = mapped_column(comment="when it last answered, UTC ISO 8601")
     outcome: Mapped[str | None] = mapped_column(
         comment="finished, refused, lost or failed; NULL while it lives"
     )
-    error: Mapped[str | None] = mapped_column(comment="why it was refused or failed")
+    error: Mapped[str | None] = mapped_column(comment="why it was refused, lost or failed")
 
 
 class Checkpoint(Base):

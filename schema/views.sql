@@ -32,8 +32,10 @@ SELECT
     runs.records_total AS records_total,
     -- records of its checkpoints that were copied from earlier runs
     coalesce(done.reused, 0) AS reused,
-    -- residues computed per second of its checkpoints
+    -- residues computed per second; workers of a cluster compute at the same time
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
+    -- workers of clusters that computed for it; 0 if the processes of its attempts did
+    coalesce(done.workers, 0) AS workers,
     -- UTC ISO 8601
     runs.started_at AS started,
     -- UTC ISO 8601; NULL if unfinished
@@ -48,10 +50,27 @@ LEFT JOIN (
     SELECT
         run_id,
         sum(records) AS records,
-        sum(records) FILTER (WHERE reused_run_id IS NOT NULL) AS reused,
+        sum(reused) AS reused,
         sum(residues) AS residues,
-        sum(seconds) FILTER (WHERE reused_run_id IS NULL) AS seconds
-    FROM checkpoints GROUP BY run_id
+        sum(seconds) AS seconds,
+        sum(workers) AS workers
+    FROM (
+        SELECT
+            run_id,
+            sum(records) AS records,
+            sum(records) FILTER (WHERE reused_run_id IS NOT NULL) AS reused,
+            sum(residues) AS residues,
+            count(DISTINCT worker_id) AS workers,
+            CASE
+                WHEN count(worker_id) = 0 THEN sum(seconds) FILTER (WHERE reused_run_id IS NULL)
+                ELSE 86400.0 * (
+                    max(julianday(committed_at)) FILTER (WHERE reused_run_id IS NULL)
+                    - min(julianday(committed_at) - seconds / 86400.0)
+                        FILTER (WHERE reused_run_id IS NULL)
+                )
+            END AS seconds
+        FROM checkpoints GROUP BY run_id, attempt_id
+    ) GROUP BY run_id
 ) AS done ON done.run_id = runs.id
 ORDER BY runs.id DESC;
 
@@ -199,3 +218,41 @@ LEFT JOIN (
 ) AS done ON done.run_id = runs.id
 GROUP BY models.id
 ORDER BY last_used DESC;
+
+-- What each worker of a cluster computed, and how it ended.
+CREATE VIEW worker_throughput AS
+SELECT
+    -- number of the run
+    attempts.run_id AS run,
+    -- number of the attempt that it worked for
+    workers.attempt_id AS attempt,
+    -- number of the worker
+    workers.id AS worker,
+    -- name of the machine
+    workers.host AS host,
+    -- process number on that machine
+    workers.pid AS pid,
+    -- cpu or cuda:N; NULL if it was refused before that was known
+    workers.device AS device,
+    -- what the processor calls itself
+    workers.device_name AS device_name,
+    -- checkpoints that it computed
+    coalesce(done.checkpoints, 0) AS checkpoints,
+    -- records in them
+    coalesce(done.records, 0) AS records,
+    -- residues computed for them
+    coalesce(done.residues, 0) AS residues,
+    -- residues computed per second of its checkpoints
+    round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
+    -- finished, refused, lost or failed; NULL while it lives
+    workers.outcome AS outcome,
+    -- why it was refused, lost or failed
+    workers.error AS error
+FROM workers
+JOIN attempts ON attempts.id = workers.attempt_id
+LEFT JOIN (
+    SELECT worker_id, count(*) AS checkpoints, sum(records) AS records, sum(residues) AS residues,
+        sum(seconds) AS seconds
+    FROM checkpoints GROUP BY worker_id
+) AS done ON done.worker_id = workers.id
+ORDER BY workers.id;

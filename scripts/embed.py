@@ -34,21 +34,19 @@ from lib.console.display import (
     validation_json,
 )
 from lib.console.embedding import (
-    embed_under_bar,
+    embed_new_run,
     refuse_missing_input,
     show_input,
     show_model,
     show_result,
-    show_reuse,
 )
 from lib.console.output import note, print_result
 from lib.console.program import run_script
+from lib.jobs.computing import made_ready
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
-from lib.ledger.runs import create_run
 from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
@@ -58,7 +56,9 @@ from lib.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Detect, preflight, record, embed."""
     parser = arguments(__doc__)
-    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers", "reuse")
+    settings_arguments(
+        parser, "esm_model", "input", "output", "include", "repr_layers", "reuse", "ray"
+    )
     parser.add_argument(
         "--validate-config", action="store_true", help="check all that validate.py does, and stop"
     )
@@ -85,20 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_input(inventory, settings)
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
-        model = load_model(settings, detection)
+        model, computer = opened.enter_context(
+            made_ready(settings, detection, None, interruption, note)
+        )
         note(describe_proof(model.config))
         note(describe_start(model))
-        reuse = show_reuse(engine, model, inventory)
 
         # ---- On the record
-        with (
-            interruption.deferred(),
-            create_run(
-                engine, model.settings, model.config, inventory, model.facts, reuse
-            ) as ownership,
-        ):
-            note(f"run {ownership.run.id}")
-            run = embed_under_bar(engine, ownership, model, inventory, reuse, interruption)
+        run = embed_new_run(engine, model, computer, inventory, interruption)
     show_result(run, as_json=parsed.json)
     return 0
 

@@ -12,8 +12,6 @@ opened read-only. Exit status: 0 shown, 2 no such database or run.
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
 from collections.abc import Sequence
 
 if __name__ == "__main__":
@@ -21,7 +19,7 @@ if __name__ == "__main__":
 
 from lib.console.arguments import arguments, database_url
 from lib.console.output import LiveLines, print_fields, print_json, print_table
-from lib.console.program import run_script
+from lib.console.program import ctrl_c_within, run_script
 from lib.ledger.history import altered_rows, run_detail, run_history, watch
 from lib.ledger.overview import (
     LEAST_NEEDED,
@@ -31,6 +29,7 @@ from lib.ledger.overview import (
     inputs_table,
     progress_line,
     run_fields,
+    workers_table,
 )
 
 
@@ -56,17 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool) -> None:
     """Follow runs until they end; Ctrl-C also ends with status 0."""
-    lines, stopped = LiveLines(), threading.Event()
-    # Not KeyboardInterrupt, which is lost if it is raised within a destructor.
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: stopped.set())
-    try:
-        for states in watch(url, run_id, seconds, stopped):
+    lines = LiveLines()
+    with ctrl_c_within() as stopped_within:
+        for states in watch(url, run_id, seconds, stopped_within):
             if as_json:
                 print_json(states)
             else:
                 lines.show([progress_line(state) for state in states] or ["no run is running"])
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def show_history(url: str, *, as_json: bool) -> None:
@@ -88,6 +83,7 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
             | {
                 "inputs": detail.inputs.dictionaries(),
                 "attempts": detail.attempts.dictionaries(),
+                "workers": detail.workers.dictionaries(),
                 "checkpoints": detail.checkpoints.dictionaries(),
             }
         )
@@ -99,6 +95,10 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
     attempts, checkpoints = attempts_table(detail), checkpoints_table(detail)
     unneeded = ["pid", "tokens per pack", "threads", "host"]
     print_table(attempts.columns, attempts.rows, title="attempts", least_needed=unneeded)
+    if detail.workers.rows:
+        workers = workers_table(detail)
+        unneeded = ["pid", "residues", "checkpoints"]
+        print_table(workers.columns, workers.rows, title="workers", least_needed=unneeded)
     print_table(
         checkpoints.columns, checkpoints.rows, title="checkpoints", least_needed=["residues"]
     )

@@ -82,12 +82,13 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
     """Embed the query by the very model of the run, as a run on record; return its number."""
     # Imported here, because two runs are compared without torch.
     from lib.console.display import describe_start
-    from lib.console.embedding import embed_under_bar, show_input, show_reuse
+    from lib.console.embedding import embed_new_run, show_input
+    from lib.jobs.embedding import ThisProcess
     from lib.jobs.interruption import Interruption
     from lib.jobs.loading import load_model
     from lib.jobs.queries import query_model, query_settings
     from lib.ledger.database import open_for_writing
-    from lib.ledger.runs import create_run, load_run
+    from lib.ledger.runs import load_run
     from lib.ledger.standard_input import copied_standard_input
     from lib.sequences.inventory import preflight
 
@@ -103,16 +104,9 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
         inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
         model = load_model(settings, detection, sha256)
+        computer = ThisProcess(model.network)
         note(describe_start(model))
-        reuse = show_reuse(engine, model, inventory)
-        with (
-            interruption.deferred(),
-            create_run(
-                engine, model.settings, model.config, inventory, model.facts, reuse
-            ) as ownership,
-        ):
-            note(f"run {ownership.run.id}: the query")
-            return embed_under_bar(engine, ownership, model, inventory, reuse, interruption).id
+        return embed_new_run(engine, model, computer, inventory, interruption, ": the query").id
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python scripts/resume.py --run 12 --esm-model /new/place/esm2_t33_650M_UR50D.pt
     python scripts/resume.py --run 12 --recompute-damaged
 
-Settings come from the run database, not from config.ini as it is today. --esm-model and --input
-may say where the same weights and the same FASTA lie now. Exit status: 0 done, 2 nothing to
+Settings come from the run database, not from config.ini as it is today, but for [cluster]: where
+the work is done may change. --esm-model and --input may say where the same weights and the same
+FASTA lie now. Exit status: 0 done, 2 nothing to
 resume or weights not found, 3 identity refused, 4 disk, database or memory failed, 130 or 143
 interrupted with the work so far committed.
 """
@@ -13,19 +14,27 @@ interrupted with the work so far committed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, overrides, settings_arguments
+from lib.console.arguments import (
+    arguments,
+    cluster_settings,
+    database_url,
+    overrides,
+    settings_arguments,
+)
 from lib.console.display import describe_start
 from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
 from lib.console.output import note
 from lib.console.program import run_script
 from lib.jobs.admission import admit
 from lib.jobs.adoption import adopt_leftovers, drop_files
+from lib.jobs.computing import made_ready
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model
 from lib.jobs.reuse import describe_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import own, start_attempt
@@ -40,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="compute again what lost or altered checkpoint files held",
     )
-    settings_arguments(parser, "esm_model", "input")
+    settings_arguments(parser, "esm_model", "input", "ray")
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
     interruption = Interruption()
@@ -48,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interruption.handled(),
         open_for_writing(database_url(parsed), create=False, say=note) as engine,
         own(engine, parsed.run) as run,
+        ExitStack() as opened,
     ):
         # ---- Identity: all of it, before a tensor is read
         admission = admit(run, said, recompute_damaged=parsed.recompute_damaged)
@@ -59,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.status == "finished" and not damaged and not admission.missing:
             show_result(run, as_json=parsed.json)
             return 0
-        model = load_model(admission.settings, admission.detection, admission.sha256)
+        settings = replace(admission.settings, cluster=cluster_settings(parsed))
+        model, computer = opened.enter_context(
+            made_ready(settings, admission.detection, admission.sha256, interruption, note)
+        )
         note(describe_start(model))
 
         # ---- Back on the record
@@ -72,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rules = model.settings.input
             for line in adopt_leftovers(engine, ownership, rules, inventory, admission.reuse):
                 note(line)
-            embed_under_bar(engine, ownership, model, inventory, admission.reuse, interruption)
+            embed_under_bar(
+                engine, ownership, model, computer, inventory, admission.reuse, interruption
+            )
     show_result(run, as_json=parsed.json)
     return 0
 

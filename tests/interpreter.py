@@ -63,12 +63,13 @@ def clone(folder: Path, interpreter: Path) -> None:
     (venv / "bin").mkdir(parents=True)
     for entry in [*ours.iterdir(), *(ours / "bin").iterdir()]:
         there = venv / entry.relative_to(ours)
-        if entry.name.startswith(".installed"):
-            there.touch()
-        elif not there.exists() and entry.name != "python":
+        stamp = entry.name.startswith(".installed")
+        if not stamp and not there.exists() and entry.name != "python":
             there.symlink_to(entry)
     (venv / "bin" / "python").symlink_to(interpreter)
-    (venv / ".installed").touch()
+    # In the order of make: what was installed later is newer.
+    for name in [".installed", *(stamp.name for stamp in ours.glob(".installed-*"))]:
+        (venv / name).touch()
 
 
 @contextmanager

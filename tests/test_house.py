@@ -214,9 +214,11 @@ def test_every_target_has_a_line_of_help() -> None:
 # What tests share; the last makes the folders of data that it stands beside.
 SHARED = {
     "catalogs.py",
+    "in_process_ray.py",
     "interpreter.py",
     "preloaded.py",
     "processes.py",
+    "ray_nodes.py",
     "reference.py",
     "make.py",
 }

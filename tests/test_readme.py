@@ -157,6 +157,13 @@ def eventful_database(
         change("UPDATE runs SET model_id = 2, status = 'interrupted' WHERE id = 2")
         change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT' WHERE run_id = 2")
         change("UPDATE checkpoints SET esm2_config = NULL WHERE run_id = 2")
+        change(
+            "INSERT INTO workers"
+            " (attempt_id, host, pid, device_name, versions, started_at, seen_at)"
+            " SELECT id, host, pid, device_name, versions, started_at, heartbeat_at FROM attempts"
+            " WHERE run_id = 1"
+        )
+        change("UPDATE checkpoints SET worker_id = (SELECT max(id) FROM workers) WHERE run_id = 1")
     return url
 
 

@@ -71,6 +71,10 @@ NONSENSE = {
     ("output", "checkpoint_seconds"): ["nonsense", "-1", "nan", "inf", "1e999"],
     ("output", "checkpoint_records"): WHOLE,
     ("database", "url"): ["~nosuchuser/runs.sqlite"],
+    ("cluster", "ray"): ["local", "Auto", "head", "head:", ":6379", "ray://head:10001", "a b:1"],
+    ("cluster", "workers"): ["nonsense", "1.5", "-1", "4097"],
+    ("cluster", "threads_per_worker"): ["nonsense", "1.5", "-1", "4097"],
+    ("cluster", "files"): ["nonsense", "Shared", "shared sent"],
 }
 
 
@@ -391,6 +395,7 @@ FLAGS = {
     "--input": "input.fasta",
     "--output": "output.folder",
     "--database": "database.url",
+    "--ray": "cluster.ray",
 }
 
 
@@ -406,7 +411,7 @@ def test_what_flags_say_arrives_as_it_is_and_is_a_setting_or_refused_in_one_line
     flags: dict[str, str], option: tuple[str, str], value: str, layers: list[int], kinds: list[str]
 ) -> None:
     parser = arguments(None)
-    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
+    settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers", "ray")
     argv = [f"{flag}={text}" for flag, text in flags.items()]
     argv += [f"--set={'.'.join(option)}={value}", "--include", *kinds]
     argv += ["--repr-layers", *map(str, layers)]
@@ -477,6 +482,10 @@ VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("output", "checkpoint_seconds"): st.floats(0, allow_nan=False, allow_infinity=False),
     ("output", "checkpoint_records"): LARGE,
     ("database", "url"): ANY_PATH | ANY_PATH.map(lambda path: f"sqlite://{path}"),
+    ("cluster", "ray"): st.just("auto") | st.from_regex(r"[a-z0-9.-]+:[0-9]{1,5}", fullmatch=True),
+    ("cluster", "workers"): st.integers(0, 4096),
+    ("cluster", "threads_per_worker"): st.integers(0, 4096),
+    ("cluster", "files"): st.sampled_from(["auto", "shared", "sent"]),
 }
 
 

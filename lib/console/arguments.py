@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lib.errors import LedgerError
 from lib.settings import DEFAULT_CONFIG, Overrides, load_settings
+from schema.settings import ClusterSettings
 
-__all__ = ["arguments", "database_url", "overrides", "settings_arguments"]
+__all__ = ["arguments", "cluster_settings", "database_url", "overrides", "settings_arguments"]
 
 # Flag to the option of config.ini that it overrides.
 _FLAGS = {
@@ -19,6 +20,7 @@ _FLAGS = {
     "include": "output.include",
     "reuse": "output.reuse",
     "database": "database.url",
+    "ray": "cluster.ray",
 }
 
 
@@ -45,6 +47,7 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
     helps = {
         "esm_model": ("MODEL", "a released name in full, facebook/NAME, or the path of weights"),
         "output": ("FOLDER", "the folder that gets a folder for every run"),
+        "ray": ("ADDRESS", "compute on a Ray cluster: HOST:PORT, or auto (docs/cluster.md)"),
     }
     for flag, (metavar, explanation) in helps.items():
         if flag in flags:
@@ -113,3 +116,11 @@ def database_url(parsed: argparse.Namespace) -> str:
         key: value for key, value in overrides(parsed).items() if key == "database.url"
     }
     return load_settings(parsed.config, said).database.url
+
+
+def cluster_settings(parsed: argparse.Namespace) -> ClusterSettings:
+    """Return the [cluster] of config.ini as it is today, with --ray and --set laid over it."""
+    said: Overrides = {
+        key: text for key, text in overrides(parsed).items() if key.startswith("cluster.")
+    }
+    return load_settings(parsed.config, said).cluster

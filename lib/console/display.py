@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lib.catalog import shown_name
-from lib.jobs.loading import LoadedModel
+from lib.jobs.loading import KnownModel
 from lib.jobs.validation import RunAudit, Validation
 from lib.models.detection import Detection
 from lib.models.download import Offer
@@ -105,7 +105,7 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
     return lines
 
 
-def describe_start(model: LoadedModel) -> str:
+def describe_start(model: KnownModel) -> str:
     """Return one line with the device, precision and pack size, and why each was chosen."""
     facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
     return (

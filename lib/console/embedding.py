@@ -7,15 +7,14 @@ from sqlalchemy import Engine
 from lib.console.bars import ResidueBar
 from lib.console.display import describe_detection, describe_input, describe_run, run_json
 from lib.console.output import note, print_result, print_table
-from lib.jobs.embedding import Job, to_compute, work
+from lib.jobs.embedding import Computer, Job, to_compute, work
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import LoadedModel
+from lib.jobs.loading import KnownModel
 from lib.jobs.progress import Progress
-from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.jobs.reuse import plan_reuse
 from lib.ledger.reuse_plan import ReusePlan
-from lib.ledger.runs import Ownership
+from lib.ledger.runs import Ownership, create_run
 from lib.models.detection import Detection
-from lib.network.device import packs_at_once
 from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
 from lib.settings import Settings
@@ -23,12 +22,12 @@ from schema.settings import STANDARD_INPUT
 from schema.tables import Run
 
 __all__ = [
+    "embed_new_run",
     "embed_under_bar",
     "refuse_missing_input",
     "show_input",
     "show_model",
     "show_result",
-    "show_reuse",
 ]
 
 
@@ -53,33 +52,46 @@ def show_input(inventory: Inventory, settings: Settings) -> None:
         note(line)
 
 
-def show_reuse(engine: Engine, model: LoadedModel, inventory: Inventory) -> ReusePlan | None:
-    """Decide what a new run copies from earlier ones, and print it; None if that is nothing."""
-    if not model.settings.output.reuse:
-        return None
-    plan = plan_reuse(engine, model.settings, model.config, inventory, note)
-    if plan is not None:
-        note(describe_reuse(plan, inventory))
-    return plan
+def embed_new_run(
+    engine: Engine,
+    model: KnownModel,
+    computer: Computer,
+    inventory: Inventory,
+    interruption: Interruption,
+    purpose: str = "",
+) -> Run:
+    """Record a run and embed it, copying what earlier runs have; raises what `work` raises.
+
+    purpose: printed behind the run's number.
+    """
+    reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
+    with (
+        interruption.deferred(),
+        create_run(
+            engine, model.settings, model.config, inventory, model.facts, reuse
+        ) as ownership,
+    ):
+        note(f"run {ownership.run.id}{purpose}")
+        return embed_under_bar(engine, ownership, model, computer, inventory, reuse, interruption)
 
 
 def embed_under_bar(
     engine: Engine,
     ownership: Ownership,
-    model: LoadedModel,
+    model: KnownModel,
+    computer: Computer,
     inventory: Inventory,
     reuse: ReusePlan | None,
     interruption: Interruption,
 ) -> Run:
     """Copy and compute what is left of a run and show how far it is; raises what `work` raises."""
-    network = model.network
     lengths, done = to_compute(ownership.run, inventory, reuse)
-    at_once = packs_at_once(network.device)
-    progress = Progress(lengths, network.shape.hidden_dim, done, at_once)
+    width, at_once = model.config.hidden_dim, computer.reports_at_once
+    progress = Progress(lengths, width, done, at_once)
     with ResidueBar(progress) as bar:
         return work(
             Job(
-                engine, ownership, model.settings, inventory, network, interruption, bar.advance,
+                engine, ownership, model.settings, inventory, computer, interruption, bar.advance,
                 reuse, bar.copied, bar.expect, note,
             )
         )  # fmt: skip

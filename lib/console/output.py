@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from lib.units import printable
@@ -23,8 +24,10 @@ __all__ = [
 
 
 def note(line: str) -> None:
-    """Print a line of progress or diagnosis on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line of progress or diagnosis on stderr; a bar that is drawn there makes room."""
+    tqdm = sys.modules.get("tqdm")  # history starts in a moment, without it
+    with nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(file=sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_line(line: str) -> None:

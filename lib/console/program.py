@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from lib.console.output import note
 from lib.errors import LedgerError, SettingsError
 
-__all__ = ["guarded", "run_script"]
+__all__ = ["ctrl_c_within", "guarded", "run_script"]
 
 
 def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
@@ -59,6 +61,21 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         note("error: out of memory")
         return 4
     return status
+
+
+@contextmanager
+def ctrl_c_within() -> Iterator[Callable[[float], bool]]:
+    """Yield a function that waits some seconds for Ctrl-C, and returns whether it was pressed."""
+    reading, writing = os.pipe()
+    # Not KeyboardInterrupt, which is lost if it is raised within a destructor; nor an Event, whose
+    # lock the code that the handler interrupts may hold.
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: os.write(writing, b"."))
+    try:
+        yield lambda seconds: bool(select.select([reading], [], [], seconds)[0])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.close(reading)
+        os.close(writing)
 
 
 def _refuse_other_than_utf8(argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import SourceFiles
 from lib.jobs.stretches import StretchRules, finished_stretches
-from lib.ledger.commit import Committer
+from lib.ledger.commit import Committer, FinishedStretch
 from lib.ledger.identity import run_columns, run_identity
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
@@ -35,7 +36,16 @@ from schema.parquet import vector_columns
 from schema.tables import Run
 from schema.version import WRITER
 
-__all__ = ["Job", "committed", "to_compute", "work"]
+__all__ = [
+    "Computer",
+    "Job",
+    "Pulse",
+    "ThisProcess",
+    "committed",
+    "lengths_left",
+    "to_compute",
+    "work",
+]
 
 _HEARTBEAT_SECONDS = 10.0
 
@@ -44,7 +54,7 @@ _HEARTBEAT_SECONDS = 10.0
 class Job:
     """All that the work on a run needs.
 
-    `progress` is told the lengths of every pack computed. reuse: what the run copies; `copied` is
+    `progress` is told the lengths of what was computed. reuse: what the run copies; `copied` is
     told how many sequences were copied, `lost` the lengths of those that have to be computed
     instead, `say` why.
     """
@@ -53,13 +63,71 @@ class Job:
     ownership: Ownership
     settings: Settings
     inventory: Inventory
-    network: Network
+    computer: Computer
     interruption: Interruption
     progress: Callable[[Sequence[int]], None]
     reuse: ReusePlan | None = None
     copied: Callable[[int], None] = lambda _: None
     lost: Callable[[npt.NDArray[np.int32]], None] = lambda _: None
     say: Callable[[str], None] = lambda _: None
+
+
+class Computer(Protocol):
+    """What computes the packs of a run: this process, or the workers of a cluster."""
+
+    @property
+    def at_once(self) -> int:
+        """How many packs a device computes at once, which the plan takes into account."""
+
+    @property
+    def reports_at_once(self) -> int:
+        """How many packs, or stretches of workers, are told to progress at about the same time."""
+
+    def stretches(
+        self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
+    ) -> Generator[FinishedStretch]:
+        """Yield `packs` as stretches in finished files; `pulse` is told what is computed.
+
+        Raises StoppedError once an interruption is requested and what was begun has been yielded,
+        and what reading `packs` and computing them raise, after yielding what is still good.
+        """
+
+
+class ThisProcess:
+    """Computes in this process, with a network in its memory."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    @property
+    def at_once(self) -> int:
+        """How many packs the device computes at once."""
+        return packs_at_once(self._network.device)
+
+    @property
+    def reports_at_once(self) -> int:
+        """How many packs end at about the same time."""
+        return self.at_once
+
+    def stretches(
+        self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
+    ) -> Generator[FinishedStretch]:
+        """Yield stretches in the order of the plan."""
+        with (
+            closing(self._computed(job, packs)) as on_way,
+            closing(finished_stretches(on_way, rules, pulse.pack_done)) as stretches,
+        ):
+            yield from stretches
+
+    def _computed(self, job: Job, packs: Iterator[Pack]) -> Generator[tuple[Pack, Vectors]]:
+        run = job.ownership.run
+        yield from computed(
+            self._network,
+            packs,
+            vector_columns(run.include, run.repr_layers),
+            run.per_tok_dtype,
+            stopped=lambda: job.interruption.requested is not None,
+        )
 
 
 def work(job: Job) -> Run:
@@ -71,16 +139,14 @@ def work(job: Job) -> Run:
     disk, database or memory.
     """
     run = job.ownership.run
-    committer, pulse = Committer(job.engine, job.ownership), _Pulse(job)
+    committer, pulse = Committer(job.engine, job.ownership), Pulse(job)
     try:
         if job.reuse is not None:
             with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
                 for stretch in stretches:
                     committer.commit(stretch)
-        with (
-            closing(_computed(job)) as packs,
-            closing(finished_stretches(packs, _rules(job), pulse.pack_done)) as stretches,
-        ):
+        computed = job.computer.stretches(job, _packs_left(job), _rules(job), pulse)
+        with closing(computed) as stretches:
             for stretch in stretches:
                 committer.commit(stretch)
     except StoppedError:
@@ -122,7 +188,7 @@ def to_compute(
     return np.concatenate([*parts, lengths[copied:]]), done
 
 
-def _copying(job: Job, reuse: ReusePlan, pulse: _Pulse) -> Copying:
+def _copying(job: Job, reuse: ReusePlan, pulse: Pulse) -> Copying:
     """Return what is to be copied of a run."""
 
     def copied(sequences: int) -> None:
@@ -142,22 +208,22 @@ def _copying(job: Job, reuse: ReusePlan, pulse: _Pulse) -> Copying:
     )
 
 
-def _computed(job: Job) -> Generator[tuple[Pack, Vectors]]:
-    """Return the packs that no checkpoint covers, on their way through the network."""
-    run, rules = job.ownership.run, job.settings.input
+def lengths_left(job: Job) -> Iterator[npt.NDArray[np.int32]]:
+    """Yield the residues of the sequences that no checkpoint covers, in parts."""
     reused = None if job.reuse is None else job.reuse.reused
-    packs = packs_left(
-        itertools.chain(_lost(job), planned_windows(rules, job.inventory, reused)),
+    lengths = planned_lengths(job.inventory, reused)
+    for left in remaining(range(len(lengths)), committed(job.ownership.run)):
+        yield lengths[left.start : left.stop]
+
+
+def _packs_left(job: Job) -> Iterator[Pack]:
+    """Return the packs that no checkpoint covers."""
+    reused = None if job.reuse is None else job.reuse.reused
+    return packs_left(
+        itertools.chain(_lost(job), planned_windows(job.settings.input, job.inventory, reused)),
         job.settings.compute.tokens_per_pack,
-        packs_at_once(job.network.device),
-        committed(run),
-    )
-    yield from computed(
-        job.network,
-        packs,
-        vector_columns(run.include, run.repr_layers),
-        run.per_tok_dtype,
-        stopped=lambda: job.interruption.requested is not None,
+        job.computer.at_once,
+        committed(job.ownership.run),
     )
 
 
@@ -205,8 +271,8 @@ def _rules(job: Job) -> StretchRules:
     )
 
 
-class _Pulse:
-    """Tells progress of every pack, and the database now and then that the attempt is alive."""
+class Pulse:
+    """Tells progress of what is computed, and the database that the attempt is alive."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -214,7 +280,11 @@ class _Pulse:
 
     def pack_done(self, pack: Pack) -> None:
         """Count a pack."""
-        self._job.progress([len(sequence.residues) for sequence in pack.sequences])
+        self.computed([len(sequence.residues) for sequence in pack.sequences])
+
+    def computed(self, lengths: Sequence[int]) -> None:
+        """Count sequences; lengths: (N,) residues of each."""
+        self._job.progress(lengths)
         self.beat_if_due()
 
     def beat_if_due(self) -> None:

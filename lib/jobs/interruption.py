@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,11 +18,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interruption:
     """Turns SIGINT, SIGTERM and SIGHUP into an InterruptedRunError.
 
-    Within `deferred()` the first signal only sets `requested`; a second one raises at once.
+    Within `deferred()` the first signal only sets `requested`; a second one raises at once, and
+    sets `insisted` for who calls code in which exceptions are lost.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self.insisted = False
         self._deferring = False
 
     @contextmanager
@@ -33,6 +36,16 @@ class Interruption:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_again(self) -> None:
+        """Handle the signals again after a library has set handlers of its own.
+
+        Python lets only the main thread do that; libraries do it in no other either.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            signal.signal(number, self._receive)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -55,4 +68,5 @@ class Interruption:
         first = self.requested is None
         self.requested = signal.Signals(number)
         if not (self._deferring and first):
+            self.insisted = True
             raise self.error("interrupted")

@@ -26,26 +26,33 @@ from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
-__all__ = ["LoadedModel", "load_model", "try_model"]
+__all__ = ["KnownModel", "LoadedModel", "begin_config", "beside", "load_model", "try_model"]
 
-Digest = TypeVar("Digest", str, str | None)
+Result = TypeVar("Result")
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory, with its full identity and the facts that an attempt records.
+class KnownModel:
+    """A model that is ready to compute, here or elsewhere: its identity and its circumstances.
 
-    `settings` have the precision and the tokens per pack that were chosen if none were set;
-    `reasons` say why this device, this precision and these tokens were chosen.
+    `facts` are what an attempt records; `settings` have the precision and the tokens per pack that
+    were chosen if none were set; `reasons` say why this device, this precision and these tokens
+    were chosen.
     """
 
     config: ESM2Config
-    network: Network
     facts: AttemptFacts
     settings: Settings
     reasons: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class LoadedModel(KnownModel):
+    """A model in the memory of this process."""
+
+    network: Network
 
 
 def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
@@ -72,7 +79,26 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
         tokens_per_pack=tokens,
     )
     reasons = device_reason, precision_reason, pack_reason
-    return LoadedModel(config, network, facts, replace(settings, compute=chosen), reasons)
+    return LoadedModel(config, facts, replace(settings, compute=chosen), reasons, network)
+
+
+def begin_config(detection: Detection, sha256: str | None) -> Callable[[], ESM2Config]:
+    """Begin to take the digests of weights, unless `sha256` is known; return what waits for them.
+
+    That raises OSError, and WeightsError if the weights have changed meanwhile.
+    """
+    weights = detection.require_weights()
+    digest = beside(weights.sha256) if sha256 is None else None
+    md5 = beside(detection.take_md5) if sha256 is None else None
+
+    def finish() -> ESM2Config:
+        config = detection.config(
+            digest.result() if digest else str(sha256), md5.result() if md5 else None
+        )
+        weights.refuse_if_changed()
+        return config
+
+    return finish
 
 
 def try_model(model: LoadedModel) -> None:
@@ -93,13 +119,9 @@ def _read(
     """Read detected weights into memory; raises WeightsError if they change meanwhile."""
     weights = detection.require_weights()
     try:
-        digest = _beside(weights.sha256) if sha256 is None else None
-        md5 = _beside(detection.take_md5) if sha256 is None else None
+        config_known = begin_config(detection, sha256)
         network = load_network(detection, device, dtype)
-        config = detection.config(
-            digest.result() if digest else str(sha256), md5.result() if md5 else None
-        )
-        weights.refuse_if_changed()
+        config = config_known()
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
@@ -112,9 +134,9 @@ def _read(
     return config, network
 
 
-def _beside(work: Callable[[], Digest]) -> Future[Digest]:
+def beside(work: Callable[[], Result]) -> Future[Result]:
     """Begin `work` in a thread that dies with the process: a signal need not wait for its end."""
-    future: Future[Digest] = Future()
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:

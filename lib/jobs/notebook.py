@@ -21,11 +21,11 @@ from typing import Any
 from lib.catalog import shown_name
 from lib.embeddings import RunEmbeddings, open_run
 from lib.errors import InputError
+from lib.jobs.computing import made_ready
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.loading import load_model
-from lib.jobs.reuse import describe_reuse, plan_reuse
+from lib.jobs.reuse import plan_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import create_run
 from lib.ledger.standard_input import copied_standard_input
@@ -78,12 +78,10 @@ def embed(
             say(line)
         engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
         detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
-        loaded = load_model(chosen, detection)
-        reuse = None
-        if chosen.output.reuse:
-            reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
-        if reuse is not None:
-            say(describe_reuse(reuse, inventory))
+        loaded, computer = opened.enter_context(
+            made_ready(chosen, detection, None, interruption, say)
+        )
+        reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
         with (
             interruption.deferred(),
             create_run(
@@ -96,7 +94,7 @@ def embed(
             say(f"run {number}: {records(inventory.records)} by {name}{untrained}")
             work(
                 Job(
-                    engine, ownership, loaded.settings, inventory, loaded.network, interruption,
+                    engine, ownership, loaded.settings, inventory, computer, interruption,
                     progress=lambda _: None, reuse=reuse, say=say,
                 )
             )  # fmt: skip

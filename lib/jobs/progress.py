@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "computing_cost"]
 
 # How much longer an operation of attention takes than one of the large matrix products: measured
 # on CPU at widths 320 to 1280 as 1.0 to 1.6 in float32, 1.5 to 2.9 in bfloat16.
@@ -46,8 +46,8 @@ class Progress:
         self.residues_total = int(lengths.sum(dtype=np.int64))
         self.residues_before = sum(int(part.sum(dtype=np.int64)) for part in earlier)
         self.residues_done = self.residues_before
-        total = self._cost(lengths)
-        self._cost_left = total - sum(map(self._cost, earlier))
+        total = computing_cost(lengths, hidden_dim)
+        self._cost_left = total - sum(computing_cost(part, hidden_dim) for part in earlier)
         self._scale = _RECENT * total
         self._clock = clock
         self._started = self._began = self._last = self._timed = clock()
@@ -58,7 +58,7 @@ class Progress:
 
     def expect(self, lengths: npt.NDArray[np.int32]) -> None:
         """Count on more work; lengths: (N,) residues of its sequences."""
-        cost = self._cost(lengths)
+        cost = computing_cost(lengths, self._width)
         self.residues_total += int(lengths.sum(dtype=np.int64))
         self._cost_left += cost
         self._scale += _RECENT * cost
@@ -71,7 +71,7 @@ class Progress:
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count a pack as done; lengths: (N,) residues of its sequences."""
-        cost = self._cost(np.asarray(lengths))
+        cost = computing_cost(np.asarray(lengths), self._width)
         self._last = self._clock()
         self._cost_left -= cost
         self.residues_done += sum(lengths)
@@ -113,10 +113,14 @@ class Progress:
         """Residues per second of this attempt; None before its first pack."""
         return (self.residues_done - self.residues_before) / self.seconds if self.seconds else None
 
-    def _cost(self, lengths: npt.NDArray[Any]) -> float:
-        """Return what sequences cost, in operations per layer over 4 d: Σ s (6 d + a s)."""
-        cost = 0.0
-        for start in range(0, len(lengths), _CHUNK):
-            tokens = lengths[start : start + _CHUNK].astype(np.float64) + 2
-            cost += float(tokens @ (6 * self._width + _ATTENTION * tokens))
-        return cost
+
+def computing_cost(lengths: npt.NDArray[Any], hidden_dim: int) -> float:
+    """Return what sequences cost, in operations per layer over 4 d: Σ s (6 d + a s).
+
+    lengths: (N,) residues per sequence. hidden_dim: d, the width of the network.
+    """
+    cost = 0.0
+    for start in range(0, len(lengths), _CHUNK):
+        tokens = lengths[start : start + _CHUNK].astype(np.float64) + 2
+        cost += float(tokens @ (6 * hidden_dim + _ATTENTION * tokens))
+    return cost

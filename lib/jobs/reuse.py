@@ -42,10 +42,13 @@ def plan_reuse(
 ) -> ReusePlan | None:
     """Decide what a new run copies from earlier ones; None if that is nothing.
 
-    inventory: with digests, which are dropped here. The newest run that has a sequence is copied
-    from. No vector is read; what is copied is verified then. `say` is told what is not reused
-    although it looks alike. Raises MachineError if the database fails.
+    inventory: with digests if the settings say reuse, which are dropped here. The newest run that
+    has a sequence is copied from. No vector is read; what is copied is verified then. `say` is told
+    how much is reused, and what is not although it looks alike. Raises MachineError if the database
+    fails.
     """
+    if not settings.output.reuse:
+        return None
     assert inventory.digests is not None
     search = _Search(inventory.digests)
     inventory.digests = None
@@ -62,7 +65,10 @@ def plan_reuse(
             break
     if without:
         say(f"not reused: {_runs(without)}, whose files have no {EMBEDDED_SHA256}")
-    return search.plan(inventory)
+    plan = search.plan(inventory)
+    if plan is not None:
+        say(describe_reuse(plan, inventory))
+    return plan
 
 
 def describe_reuse(plan: ReusePlan, inventory: Inventory) -> str:

@@ -36,7 +36,8 @@ _FAILURES = (InputError, MachineError, NonFiniteError, StoppedError)
 class StretchRules:
     """Where the files of an attempt go, what they look like, and when a stretch ends.
 
-    seconds, records: a stretch that has taken as long, or holds as many, ends.
+    seconds, records: a stretch that has taken as long, or holds as many, ends. token: part of the
+    names of unfinished files, if others write for the same attempt.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class StretchRules:
     footer: Mapping[str, Any]
     seconds: float
     records: int
+    token: str = ""
 
 
 def finished_stretches(
@@ -93,6 +95,7 @@ def in_stretches(
                 stretch, since = None, time.monotonic()
         if stretch is not None:
             yield stretch.finish(since)
+            stretch = None  # whoever asks for more has taken it
     finally:
         if stretch is not None:
             stretch.discard()
@@ -105,7 +108,7 @@ class OpenStretch(ABC, Generic[Part]):
         self.rules = rules
         self.positions = range(first, first)
         self.residues = 0
-        name = temporary_name(rules.attempt_id, first)
+        name = temporary_name(rules.attempt_id, first, rules.token)
         self.writer = CheckpointWriter(rules.folder, name, rules.columns, rules.footer)
 
     @abstractmethod

@@ -40,7 +40,9 @@ __all__ = [
 _ROW_GROUP_BYTES = 32 << 20
 _NAME = re.compile(r"checkpoint-(\d{6,})\.parquet")
 # The second form is that of versions before the attempt was part of the name.
-_TEMPORARY = re.compile(r"\.(?:attempt-(\d+)-[\d.]+|checkpoint-\d{6})\.parquet\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(?:attempt-(\d+)-[\d.]+(?:-by-[0-9a-f]+)?[\d.]*|checkpoint-\d{6})\.parquet\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,13 @@ class CheckpointWriter:
         self._rows, self._held = [], 0
 
 
-def temporary_name(attempt_id: int, first_position: int) -> str:
-    """Return the name under which an attempt writes the stretch that begins at a position."""
-    return f".attempt-{attempt_id}-{first_position}.parquet.tmp"
+def temporary_name(attempt_id: int, first_position: int, token: str = "") -> str:
+    """Return the name under which an attempt writes the stretch that begins at a position.
+
+    token: hexadecimal digits that tell apart what several workers write for the attempt.
+    """
+    by = f"-by-{token}" if token else ""
+    return f".attempt-{attempt_id}-{first_position}{by}.parquet.tmp"
 
 
 def attempt_of(name: str) -> int | None:

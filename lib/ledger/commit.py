@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from lib.errors import MachineError
@@ -14,7 +14,7 @@ from lib.files import disk_errors, rename_new, sync_folder
 from lib.ledger.checkpoints import FinishedFile, checkpoint_name, checkpoint_number
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.runs import Ownership, show_alive
-from schema.tables import Checkpoint
+from schema.tables import Checkpoint, Worker
 
 __all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"]
 
@@ -25,7 +25,8 @@ class FinishedStretch:
 
     positions: places in the plan. residues: computed for it. seconds: wall time it took.
     reused_run_id: the run that its rows were copied from, None if they were computed;
-    residues_reused: of the sequences that were copied.
+    residues_reused: of the sequences that were copied. worker_id:
+    the row of the worker that computed it; None if this process did.
     """
 
     file: FinishedFile
@@ -34,6 +35,7 @@ class FinishedStretch:
     seconds: float
     reused_run_id: int | None = None
     residues_reused: int | None = None
+    worker_id: int | None = None
 
 
 class Committer:
@@ -100,6 +102,9 @@ def add_checkpoint(
         _refuse_overlap(session, ownership, stretch.positions)
         row = _row(ownership, place(stretch.file).name, stretch)
         session.add(row)
+        if stretch.worker_id is not None:
+            worker = update(Worker).where(Worker.id == stretch.worker_id)
+            session.execute(worker.values(seen_at=row.committed_at))
         session.flush()
     return row
 
@@ -135,4 +140,5 @@ def _row(ownership: Ownership, name: str, stretch: FinishedStretch) -> Checkpoin
         committed_at=utc_now(),
         reused_run_id=stretch.reused_run_id,
         residues_reused=stretch.residues_reused,
+        worker_id=stretch.worker_id,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +39,13 @@ class Table:
 
 @dataclass(frozen=True)
 class RunDetail:
-    """One run: its row in the history, its input files, its attempts and its checkpoints."""
+    """One run: its row in the history, its inputs, attempts, workers and checkpoints."""
 
     run: Table
     inputs: Table
     attempts: Table
     checkpoints: Table
+    workers: Table
 
 
 @contextmanager
@@ -104,11 +104,13 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         url,
         "SELECT checkpoint_audit.checkpoint, path, attempt_id AS attempt, "
         "checkpoints.records, residues, reused_run, checkpoints.bytes, seconds, "
-        "committed_at AS committed, problem FROM checkpoints JOIN checkpoint_audit "
+        "committed_at AS committed, problem, worker_id AS worker "
+        "FROM checkpoints JOIN checkpoint_audit "
         "ON checkpoint_audit.checkpoint = checkpoints.id WHERE run_id = ? ORDER BY first_position",
         [run_id],
     )
-    return RunDetail(_with_killed(line), inputs, attempts, checkpoints)
+    workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
+    return RunDetail(_with_killed(line), inputs, attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:
@@ -123,12 +125,13 @@ def run_states(url: str) -> Table:
 
 
 def watch(
-    url: str, run_id: int | None, seconds: float, stopped: threading.Event
+    url: str, run_id: int | None, seconds: float, stopped_within: Callable[[float], bool]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the states of running runs every `seconds` until none is running.
 
     Watches one run, or all that run at the start. The last states are those in which the runs
-    ended, or the last before `stopped` was set. Raises SettingsError if the run does not exist.
+    ended, or the last before `stopped_within`, which waits so many seconds, returned True. Raises
+    SettingsError if the run does not exist.
     """
     states = run_states(url).dictionaries()
     watched = {row["run"] for row in states if row["status"] == "running"}
@@ -141,7 +144,7 @@ def watch(
         yield shown
         if not any(row["status"] == "running" for row in shown):
             return
-        if stopped.wait(seconds):
+        if stopped_within(seconds):
             return
         states = run_states(url).dictionaries()
 

@@ -11,7 +11,7 @@ from lib.ledger.history import RunDetail, Table
 from lib.units import count, duration, moment, records, seconds_between, size
 
 __all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
-__all__ += ["inputs_table", "run_fields"]
+__all__ += ["inputs_table", "run_fields", "workers_table"]
 
 # Columns of history_table that are left out, in this order, until it fits the terminal.
 LEAST_NEEDED = ["include", "layers", "reused", "input", "took", "residues/s", "started (UTC)"]
@@ -71,6 +71,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "records truncated": count(run["records_truncated"]),
         "letters read as X": count(run["residues_mapped"]),
         "residues per second": None if rate is None else count(rate),
+        **({"workers": count(run["workers"])} if run["workers"] else {}),
         "on disk": size(taken) if run["pruned"] is None else f"pruned, {size(taken)} before",
         "started (UTC)": moment(run["started"]),
         "finished (UTC)": run["finished"] and moment(run["finished"]),
@@ -121,18 +122,43 @@ def attempts_table(detail: RunDetail) -> Table:
     return Table(columns, rows)
 
 
+def workers_table(detail: RunDetail) -> Table:
+    """Return a row per worker of a cluster: its outcome, machine, device, work and error."""
+    columns = ["worker", "attempt", "outcome", "host", "pid", "device", "checkpoints", "residues"]
+    columns += ["residues/s", "error"]
+    rows = []
+    for one in detail.workers.dictionaries():
+        rate, device = one["residues_per_second"], one["device"]
+        rows.append(
+            [
+                one["worker"],
+                one["attempt"],
+                one["outcome"],
+                one["host"],
+                one["pid"],
+                None if device is None else f"{device} ({one['device_name']})",
+                one["checkpoints"],
+                count(one["residues"]),
+                None if rate is None else count(rate),
+                one["error"],
+            ]
+        )
+    return Table(columns, rows)
+
+
 def checkpoints_table(detail: RunDetail) -> Table:
     """Return a row per checkpoint: its file, content, size, time taken and problem.
 
-    The column `from run` is there if any of them was copied.
+    The columns `from run` and `worker` are there if any of them was copied, or computed by one.
     """
-    columns = ["checkpoint", "file", "attempt", "records", "residues", "from run", "size", "took"]
-    columns += ["problem"]
+    columns = ["checkpoint", "file", "attempt", "worker", "records", "residues", "from run"]
+    columns += ["size", "took", "problem"]
     rows = [
         [
             one["checkpoint"],
             one["path"],
             one["attempt"],
+            one["worker"],
             count(one["records"]),
             count(one["residues"]),
             one["reused_run"],
@@ -142,7 +168,7 @@ def checkpoints_table(detail: RunDetail) -> Table:
         ]
         for one in detail.checkpoints.dictionaries()
     ]
-    return _without_empty(Table(columns, rows), "from run")
+    return _without_empty(_without_empty(Table(columns, rows), "from run"), "worker")
 
 
 def progress_line(run: Mapping[str, Any]) -> str:

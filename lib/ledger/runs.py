@@ -27,7 +27,7 @@ from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
 from schema.esm2_config import ESM2Config
-from schema.tables import Attempt, Base, Checkpoint, Input, Model, Run
+from schema.tables import Attempt, Base, Checkpoint, Input, Model, Run, Worker
 
 __all__ = [
     "AttemptFacts",
@@ -183,6 +183,12 @@ def start_attempt(
             update(Attempt)
             .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
             .values(ended_at=utc_now(), outcome="lost")
+        )
+        of_run = select(Attempt.id).where(Attempt.run_id == run.id)
+        session.execute(
+            update(Worker)
+            .where(Worker.attempt_id.in_(of_run), Worker.outcome.is_(None))
+            .values(outcome="lost")
         )
         session.execute(
             update(Run).where(Run.id == run.id).values(status="running", finished_at=None)

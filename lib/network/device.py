@@ -29,7 +29,9 @@ def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
     """Return the device and why it was chosen; raises MachineError if there is none."""
     if compute.device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0), "auto: CUDA is available"
+            count = torch.cuda.device_count()
+            others = f", 1 of {count} devices ([cluster] ray = auto uses all)" if count > 1 else ""
+            return torch.device("cuda", 0), f"auto: CUDA is available{others}"
         return torch.device("cpu"), "auto: no CUDA device"
     device = torch.device(compute.device)
     if device.type == "cuda":

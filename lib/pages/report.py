@@ -18,7 +18,7 @@ from lib.embeddings.reading import RunEmbeddings, open_run
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, new_path, refuse_existing
 from lib.ledger.history import RunDetail, Table, query, run_detail
-from lib.ledger.overview import attempts_table, inputs_table, run_fields
+from lib.ledger.overview import attempts_table, inputs_table, run_fields, workers_table
 from lib.ledger.sqlite_file import database_path
 from lib.pages.figures import (
     Figure,
@@ -68,6 +68,8 @@ class Report:
     inputs_left_out: int
     attempts: Table
     attempts_left_out: int
+    workers: Table
+    workers_left_out: int
 
 
 def default_place(url: str, run_id: int) -> Path:
@@ -103,6 +105,7 @@ def make_report(url: str, run_id: int, written: str) -> Report:
     warnings = _warnings(run, found, detail, attempts)
     table, inputs = attempts_table(detail), inputs_table(detail)
     several = inputs.rows if len(inputs.rows) > 1 else []
+    workers = workers_table(detail)
     return Report(
         run=run_id,
         uuid=run.facts["uuid"],
@@ -125,6 +128,8 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         inputs_left_out=max(0, len(several) - _INPUTS_SHOWN),
         attempts=Table(table.columns, table.rows[-_ATTEMPTS_SHOWN:]),
         attempts_left_out=max(0, len(table.rows) - _ATTEMPTS_SHOWN),
+        workers=Table(workers.columns, workers.rows[-_ATTEMPTS_SHOWN:]),
+        workers_left_out=max(0, len(workers.rows) - _ATTEMPTS_SHOWN),
     )
 
 
@@ -259,6 +264,10 @@ def _warnings(
         different = list(dict.fromkeys(values))
         if len(different) > 1:
             told.append(f"Attempts differ in {name}: {'; '.join(different)}.")
+    computed = [one for one in detail.workers.dictionaries() if one["checkpoints"]]
+    devices = list(dict.fromkeys(one["device_name"] for one in computed))
+    if len(devices) > 1:
+        told.append(f"Workers differ in devices: {'; '.join(devices)}.")
     return told
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.console.program import ctrl_c_within
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place
 
@@ -117,3 +118,16 @@ def test_a_script_runs_as_a_module_too() -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_may_come_at_any_moment_of_waiting_for_it() -> None:
+    """Before, one that came while a lock was held waited for that lock for ever."""
+    with ctrl_c_within() as stopped_within:
+        assert not stopped_within(0)
+        try:
+            sys.setprofile(lambda *_: signal.raise_signal(signal.SIGINT))
+            stopped = stopped_within(60)
+        finally:
+            sys.setprofile(None)
+        assert stopped
+        assert stopped_within(60)

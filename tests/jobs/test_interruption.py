@@ -79,7 +79,12 @@ def test_one_signal_commits_within_a_packs_time(
 
 
 @pytest.mark.parametrize(
-    "target", ["scripts.embed.preflight", "scripts.embed.load_model", "scripts.embed.create_run"]
+    "target",
+    [
+        "scripts.embed.preflight",
+        "lib.jobs.computing.load_model",
+        "lib.console.embedding.create_run",
+    ],
 )
 def test_ctrl_c_during_set_up_leaves_no_half_made_run(
     script: Script, place: Place, small_model: Path, target: str

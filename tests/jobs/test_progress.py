@@ -21,7 +21,7 @@ import torch
 
 import lib.console.bars
 from lib.console.bars import ResidueBar
-from lib.jobs.embedding import Job, work
+from lib.jobs.embedding import Job, ThisProcess, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model, try_model
 from lib.jobs.progress import Progress
@@ -330,7 +330,8 @@ def test_a_real_run_is_told_right(place: Place) -> None:
     ):
         work(
             Job(
-                engine, ownership, model.settings, inventory, model.network, Interruption(), advance
+                engine, ownership, model.settings, inventory, ThisProcess(model.network),
+                Interruption(), advance,
             )
         )  # fmt: skip
     times, left = np.array(told).T

@@ -24,6 +24,7 @@ from tests.reference import assert_same_bits
 
 TABLES = ["attempts", "checkpoints", "inputs", "models", "runs", "schema_version", "workers"]
 VIEWS = ["checkpoint_audit", "model_usage", "record_files", "run_history", "run_progress"]
+VIEWS += ["worker_throughput"]
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def test_every_statement_of_the_schema_is_read() -> None:
         "record_files",
         "checkpoint_audit",
         "model_usage",
+        "worker_throughput",
     ]
     assert all(view.comments and view.columns for view in views)
     questions = read_statements("questions.sql")

@@ -179,7 +179,7 @@ def test_a_file_that_changes_mid_run_takes_nothing_that_is_finished(
         path.write_bytes(content.rstrip() + b"M\n")
         return true(*arguments)
 
-    monkeypatch.setattr("scripts.embed.load_model", load_model)
+    monkeypatch.setattr("lib.jobs.computing.load_model", load_model)
     flags = ["--set", "compute.tokens_per_pack=10", "--set", f"compute.threads={threads}"]
     answer = script("embed", "--esm-model", small_model, "--input", path, *flags)
     assert (answer.status, answer.error) == (2, f"{path}: changed while it was being read")

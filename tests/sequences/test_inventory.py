@@ -53,7 +53,7 @@ def test_no_input_at_all_is_refused(script: Script, small_model: Path) -> None:
 def test_input_is_refused_before_the_model_is_loaded(
     script: Script, place: Place, path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("scripts.embed.load_model")
+    monkeypatch.delattr("scripts.embed.made_ready")
     path.write_text(">a\nMJ\n")
     answer = script("embed", "--esm-model", small_model, "--input", path)
     assert (answer.status, answer.error) == (2, f"record 0 (a): {UNKNOWN_LETTER.format('J', 2)}")

@@ -1,0 +1,69 @@
+"""Workers on the record: who computed for an attempt, with which weights, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, update
+
+from lib.ledger.database import transaction, utc_now
+from schema.tables import Worker
+
+__all__ = ["WorkerFacts", "add_worker", "end_worker"]
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What is recorded of a worker; None: it was refused before that was known."""
+
+    host: str
+    pid: int
+    node: str
+    versions: Mapping[str, str]
+    device: str | None = None
+    device_name: str | None = None
+    threads: int | None = None
+    weights_path: str | None = None
+    weights_sha256: str | None = None
+
+
+def add_worker(
+    engine: Engine,
+    attempt_id: int,
+    facts: WorkerFacts,
+    started_at: str,
+    outcome: str | None = None,
+    error: str | None = None,
+) -> int:
+    """Record a worker; returns its number. outcome, error: if it has ended already."""
+    with transaction(engine) as session:
+        row = Worker(
+            attempt_id=attempt_id,
+            host=facts.host,
+            pid=facts.pid,
+            node=facts.node,
+            device=facts.device,
+            device_name=facts.device_name,
+            threads=facts.threads,
+            weights_path=facts.weights_path,
+            weights_sha256=facts.weights_sha256,
+            versions=dict(facts.versions),
+            started_at=started_at,
+            seen_at=utc_now(),
+            outcome=outcome,
+            error=error,
+        )
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:
+    """Record how a worker ended: finished, refused, lost or failed; only the first counts."""
+    with transaction(engine) as session:
+        session.execute(
+            update(Worker)
+            .where(Worker.id == worker_id, Worker.outcome.is_(None))
+            .values(outcome=outcome, error=error)
+        )

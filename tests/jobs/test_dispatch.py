@@ -1,0 +1,346 @@
+"""Dispatch: if this fails, what goes wrong with one worker loses or repeats work of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lib.errors import MachineError
+from lib.jobs.messages import Answer, Failure
+from tests.conftest import UNIPROT_PART, Place, Script
+from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
+from tests.processes import Answer as Ended
+from tests.reference import assert_same_bits, fasta, read_run, write_fasta
+
+# Small packs, and one or two in a stretch; each run computes for itself.
+QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+QUICK += ["--set", "output.reuse=no"]
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
+    """Ray in this process, on two machines with a CPU each."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "0")
+    return installed(monkeypatch.setitem)
+
+
+class Runs:
+    """The same run, here and on the cluster."""
+
+    def __init__(self, script: Script, place: Place, model: Path) -> None:
+        self.script, self.place = script, place
+        self._flags = ["--esm-model", model, "--input", UNIPROT_PART, *QUICK]
+        assert script("embed", *self._flags).status == 0
+
+    def embed(self, *flags: str) -> Ended:
+        return self.script("embed", *self._flags, "--ray", "auto", *flags)
+
+    def rows(self, statement: str) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.place.database)) as connection:
+            return connection.execute(statement).fetchall()
+
+    def check(self) -> None:
+        """Compare run 2 with run 1, and its files with the database."""
+        folder = self.place.output / "run-000002"
+        assert_same_bits(folder, self.place.output / "run-000001")
+        self.check_files()
+
+    def check_files(self) -> None:
+        listed = {path for (path,) in self.rows("SELECT path FROM checkpoints WHERE run_id = 2")}
+        folder = self.place.output / "run-000002"
+        assert {path.name for path in folder.iterdir()} == {".lock", *listed}
+
+    def outcomes(self) -> list[str]:
+        return [outcome for (outcome,) in self.rows("SELECT outcome FROM workers ORDER BY id")]
+
+
+@pytest.fixture
+def runs(script: Script, place: Place, small_model: Path, ray: InProcessRay) -> Runs:
+    return Runs(script, place, small_model)
+
+
+@pytest.mark.parametrize("files", ["auto", "sent"])
+def test_nothing_goes_wrong(runs: Runs, ray: InProcessRay, files: str) -> None:
+    answer = runs.embed("--set", f"cluster.files={files}")
+    assert answer.status == 0, answer.err
+    runs.check()
+    assert runs.outcomes() == ["finished", "finished"], answer.err
+    history = runs.script("history", "--run", "2", "--json").json
+    assert len(history["workers"]) == 2
+    assert sum(one["residues"] for one in history["workers"]) == history["residues_done"]
+    shown = runs.script("history", "--run", "2").out
+    assert "\nworkers\n" in shown
+    assert runs.script("validate", "--run", "2").status == 0
+    page = runs.place.folder / "page.html"
+    assert runs.script("report", "--run", "2", "--to", page).status == 0
+    assert "<h2>Workers</h2>" in page.read_text()
+
+
+def test_half_precision_long_sequences_and_every_column_are_as_on_one_machine(
+    script: Script, place: Place, small_model: Path, ray: InProcessRay
+) -> None:
+    place.set("compute", "precision", "bfloat16")
+    place.set("input", "long_sequences", "whole")
+    place.set("output", "include", "mean bos per_tok contacts")
+    place.set("output", "per_tok_dtype", "float16")
+    place.set("model", "repr_layers", "0 -1")
+    runs = Runs(script, place, small_model)
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    runs.check_files()
+    here, there = (pq.read_table(place.output / f"run-00000{number}") for number in (1, 2))
+    assert there.sort_by("record").equals(here.sort_by("record"))
+
+
+def test_what_fails_on_three_workers_ends_the_run_with_its_line_and_the_rest_committed(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if packs[0].positions.start == 0:
+            return Answer(0, failure=Failure.of(MachineError("record 1 (x): too long"))), None
+        return true(order, packs)
+
+    ray.hooks["compute"] = fails
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.startswith("positions 0 to 2 failed 3 times: worker ")
+    assert answer.error.endswith("record 1 (x): too long")
+    runs.check_files()
+    ray.hooks.clear()
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_a_value_that_is_not_finite_ends_the_run_and_names_the_record(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs[:1])
+        if packs[0].positions.start < 10:
+            return answer, content
+        return replace(answer, failure=Failure("NonFiniteError", "record 7 (y): NaN")), content
+
+    ray.hooks["compute"] = fails
+    answer = runs.embed()
+    assert (answer.status, answer.error) == (2, "record 7 (y): NaN")
+    runs.check_files()
+    assert runs.rows("SELECT status FROM runs WHERE id = 2") == [("failed",)]
+    ray.hooks.clear()
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_what_a_worker_has_not_ended_another_does(runs: Runs, ray: InProcessRay) -> None:
+    def half(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs[:1])
+        return answer, content
+
+    ray.hooks["compute"] = half
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    runs.check()
+
+
+def test_what_a_worker_writes_that_was_given_up_is_never_taken(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    late = threading.Event()
+
+    def unreachable(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if actor is ray.actors[0] and not late.is_set():
+            late.set()
+            true(order, packs)
+            raise ActorError("cannot be reached")
+        return true(order, packs)
+
+    ray.hooks["compute"] = unreachable
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert "lost: ActorError: cannot be reached" in answer.err
+    assert set(runs.outcomes()) == {"lost", "finished"}
+    runs.check()
+
+
+@pytest.mark.parametrize("files", ["shared", "sent"])
+def test_a_file_that_came_back_damaged_is_computed_again(
+    runs: Runs, ray: InProcessRay, files: str
+) -> None:
+    damaged: list[str] = []
+
+    def damage(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = true(order, packs)
+        if not damaged:
+            damaged.append(answer.name)
+            if content is None:
+                (order.rules.folder / answer.name).write_bytes(b"damaged")
+            else:
+                content = np.zeros_like(content)
+        return answer, content
+
+    ray.hooks["compute"] = damage
+    answer = runs.embed("--set", f"cluster.files={files}")
+    assert answer.status == 0, answer.err
+    assert f"{damaged[0]}: " in answer.err
+    assert ", computed again" in answer.err
+    runs.check()
+
+
+def test_a_folder_that_a_worker_does_not_see_has_its_files_sent_or_the_worker_refused(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def not_there(actor: Handle, true: Any, nonce: Path, copy: Path) -> Any:  # noqa: ANN401
+        return true(nonce, copy) if actor in ray.actors[::2] else f"{nonce}: No such file"
+
+    ray.hooks["copy_nonce"] = not_there
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert "/run-000002, its files are sent" in answer.err
+    runs.check()
+    answer = runs.embed("--set", "cluster.files=shared")
+    assert answer.status == 0, answer.err
+    assert "refused: the run's folder is not shared: " in answer.err
+
+
+def test_workers_that_are_lost_before_they_are_ready_end_in_one_line(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def dies(_: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        raise ActorError("died of it")
+
+    ray.hooks["load"] = dies
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.endswith(" workers were lost at their start: ActorError: died of it")
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
+    begun = threading.Event()
+
+    def interrupted(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if packs[0].positions.start > 8 and not begun.is_set():
+            begun.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(order, packs)
+
+    ray.hooks["compute"] = interrupted
+    answer = runs.embed()
+    assert answer.status == 143, answer.err
+    assert answer.error == "SIGTERM: run 2 interrupted, finished work committed (make resume RUN=2)"
+    runs.check_files()
+    assert runs.outcomes() == ["finished", "finished"]
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessRay) -> None:
+    ray.machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+    answer = runs.embed()
+    assert answer.status == 4
+    assert answer.error.startswith("all 2 workers were refused: worker ")
+    assert answer.error.endswith(": device cuda: torch sees 0 CUDA devices")
+
+
+def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InProcessRay) -> None:
+    ray.machines = [{"CPU": 1.0}] * 3
+
+    def stranger(actor: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        ready = true(settings)
+        if ray.placed[ray.actors.index(actor)] != "0":
+            return ready
+        return replace(ready, config={**ready.config, "sha256": "0" * 64})
+
+    def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if ray.placed.index("1") == ray.actors.index(actor):
+            raise ActorError("gone")
+        time.sleep(0.3)  # until there is another look for room
+        return true(order, packs)
+
+    ray.hooks |= {"load": stranger, "compute": slow_and_lost_once}
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert ray.placed.count("0") == 1
+    assert ray.placed.count("1") == 2
+    runs.check()
+
+
+def test_a_cluster_without_what_a_worker_needs_is_told_in_a_line(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.jobs.crew._ROOM_SECONDS", 0.1)
+    answer = runs.embed("--set", "compute.device=cuda")
+    assert answer.status == 4
+    fact = "the cluster has room for 0 workers with 1 GPU each"
+    assert answer.error == f"no worker within 0 s: {fact}"
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_if_every_worker_has_other_weights_nothing_is_computed(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def others(_: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        ready = true(settings)
+        return replace(ready, config={**ready.config, "sha256": "0" * 64})
+
+    ray.hooks["load"] = others
+    answer = runs.embed()
+    assert answer.status == 3
+    assert answer.error.startswith("all 2 workers were refused: worker ")
+    assert f": sha256 is {'0' * 64} in " in answer.error
+    assert runs.rows("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_more_workers_than_there_is_room_for_are_told(runs: Runs, ray: InProcessRay) -> None:
+    answer = runs.embed("--set", "cluster.workers=9")
+    assert answer.status == 0, answer.err
+    fact = "[cluster] workers = 9: the cluster has room for 2 workers with 1 CPUs each"
+    assert fact in answer.err.splitlines()
+    assert len(ray.actors) == 2
+
+
+def test_a_run_is_resumed_where_config_and_flags_say_now(runs: Runs, ray: InProcessRay) -> None:
+    def fails(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        raise ActorError("gone")
+
+    ray.hooks["compute"] = fails
+    assert runs.embed().status == 4
+    ray.hooks.clear()
+    started = len(ray.actors)
+    answer = runs.script("resume", "--ray", "auto")
+    assert answer.status == 0, answer.err
+    assert len(ray.actors) == started + 2
+    runs.check()
+
+
+def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
+    runs: Runs, ray: InProcessRay, small_model: Path
+) -> None:
+    half = write_fasta(runs.place.folder / "half.fasta", fasta(UNIPROT_PART)[::2])
+    flags = ["--esm-model", small_model, *QUICK, "--input"]
+    assert runs.script("embed", *flags, half).status == 0
+    reusing = [*flags, UNIPROT_PART, "--set", "output.reuse=yes"]
+    with closing(sqlite3.connect(runs.place.database)) as connection, connection:
+        connection.execute("UPDATE runs SET precision = 'none' WHERE id = 1")  # not copied from
+    answer = runs.script("embed", *reusing, "--ray", "auto")
+    assert answer.status == 0, answer.err
+    copied = runs.rows("SELECT sum(records) FROM checkpoints WHERE reused_run_id = 2")
+    assert copied == [(30,)]
+    by_workers = "SELECT sum(records) FROM checkpoints WHERE run_id = 3 AND worker_id IS NOT NULL"
+    assert runs.rows(by_workers) == [(29,)]
+    found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
+    for record, row in found.items():
+        assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)
