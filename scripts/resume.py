@@ -6,9 +6,8 @@
 
 Settings come from the run database, not from config.ini as it is today, but for [cluster]: where
 the work is done may change. --esm-model and --input may say where the same weights and the same
-FASTA lie now. Exit status: 0 done, 2 nothing to
-resume or weights not found, 3 identity refused, 4 disk, database or memory failed, 130 or 143
-interrupted with the work so far committed.
+FASTA lie now. Exit status: 0 done, 2 nothing to resume or weights not found, 3 identity refused,
+4 disk, database or memory failed, 130 or 143 interrupted with the work so far committed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lib.errors import LedgerError
-from lib.settings import DEFAULT_CONFIG, Overrides, load_settings
+from lib.settings import DEFAULT_CONFIG, Overrides, Settings, load_settings
 from schema.settings import ClusterSettings
 
 __all__ = ["arguments", "cluster_settings", "database_url", "overrides", "settings_arguments"]
@@ -112,15 +112,17 @@ def overrides(parsed: argparse.Namespace) -> dict[str, str | list[str]]:
 
 def database_url(parsed: argparse.Namespace) -> str:
     """Return the run database that --database, --set or else config.ini names."""
-    said: Overrides = {
-        key: value for key, value in overrides(parsed).items() if key == "database.url"
-    }
-    return load_settings(parsed.config, said).database.url
+    return _section_today(parsed, "database").database.url
 
 
 def cluster_settings(parsed: argparse.Namespace) -> ClusterSettings:
     """Return the [cluster] of config.ini as it is today, with --ray and --set laid over it."""
+    return _section_today(parsed, "cluster").cluster
+
+
+def _section_today(parsed: argparse.Namespace, section: str) -> Settings:
+    """Return config.ini as it is today, with what flags and --set say of one section."""
     said: Overrides = {
-        key: text for key, text in overrides(parsed).items() if key.startswith("cluster.")
+        key: value for key, value in overrides(parsed).items() if key.startswith(f"{section}.")
     }
-    return load_settings(parsed.config, said).cluster
+    return load_settings(parsed.config, said)

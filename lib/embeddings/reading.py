@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
-from lib.ledger.history import altered_rows, query
+from lib.ledger.history import altered_rows, query, refuse_pruned
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
 
@@ -58,8 +58,7 @@ def open_run(
     if not found:
         raise SettingsError(f"run {run}: not in database {database_path(url)}")
     facts = found[0]
-    if facts["pruned_at"] is not None:
-        raise SettingsError(f"run {run}: its files were pruned at {facts['pruned_at']}")
+    refuse_pruned(run, facts["pruned_at"])
     attempts = query(
         url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
     ).dictionaries()

@@ -19,6 +19,7 @@ from lib.ledger.audit import (
     audit_files,
     missing_positions,
 )
+from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import (
     check_digests,
     check_input,
@@ -29,7 +30,6 @@ from lib.ledger.identity import (
     run_config,
 )
 from lib.ledger.reuse_plan import ReusePlan, read_plan
-from lib.ledger.runs import refuse_pruned
 from lib.models.detection import Detection, detect
 from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
@@ -71,7 +71,7 @@ def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admissi
     identity. Raises SettingsError for a pruned run, and IdentityRefusedError at the first
     difference, and for damaged checkpoints, naming them all, unless `recompute_damaged`.
     """
-    refuse_pruned(run)
+    refuse_pruned(run.id, run.pruned_at)
     _refuse(audit(run, files=False))
     settings = settings_of(run, overrides)
     check_settings(run, settings)

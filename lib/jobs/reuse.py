@@ -17,9 +17,10 @@ from sqlalchemy import Engine
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.ledger.audit import Finding, audit
+from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import first_difference, run_identity
 from lib.ledger.reuse_plan import ReusePlan, Source
-from lib.ledger.runs import load_run, refuse_pruned
+from lib.ledger.runs import load_run
 from lib.ledger.sources import Wanted, source_runs
 from lib.sequences.digests import first_halves
 from lib.sequences.inventory import Inventory
@@ -115,7 +116,7 @@ class SourceFiles:
         if self._run is None or self._run.id != source.run_id:
             try:
                 run = load_run(self._engine, source.run_id)
-                refuse_pruned(run)
+                refuse_pruned(run.id, run.pruned_at)
             except (IdentityRefusedError, SettingsError) as error:
                 raise LostSourceError(str(error)) from None
             self._run, self._findings = run, list(audit(run, files=False))

@@ -11,8 +11,9 @@ from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_
 from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
+from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import check_settings
-from lib.ledger.runs import load_run, refuse_pruned, unfinished_runs
+from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
@@ -95,7 +96,7 @@ def audit_run(url: str, run_id: int, overrides: Overrides) -> RunAudit:
     engine = open_for_reading(url)
     try:
         run = load_run(engine, run_id)
-        refuse_pruned(run)
+        refuse_pruned(run.id, run.pruned_at)
     finally:
         engine.dispose()
     errors: list[LedgerError] = [

@@ -18,6 +18,7 @@ __all__ = [
     "Table",
     "altered_rows",
     "query",
+    "refuse_pruned",
     "run_detail",
     "run_history",
     "run_states",
@@ -122,6 +123,12 @@ def run_states(url: str) -> Table:
             "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
         )
     )
+
+
+def refuse_pruned(run_id: int, pruned_at: str | None) -> None:
+    """Raise SettingsError if the files of a run have been taken off the disk."""
+    if pruned_at is not None:
+        raise SettingsError(f"run {run_id}: its files were pruned at {pruned_at}")
 
 
 def watch(

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, selectinload
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors, sync_folder
 from lib.ledger.database import transaction, utc_now
+from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
@@ -40,7 +41,6 @@ __all__ = [
     "load_run",
     "own",
     "owned_by_another",
-    "refuse_pruned",
     "show_alive",
     "start_attempt",
     "unfinished_runs",
@@ -138,7 +138,7 @@ def own(engine: Engine, run_id: int | None) -> Iterator[Run]:
     found, folder = _find(engine, run_id)
     with hold_lock(engine, found, folder):
         run = load_run(engine, found)
-        refuse_pruned(run)
+        refuse_pruned(run.id, run.pruned_at)
         yield run
 
 
@@ -159,12 +159,6 @@ def hold_lock(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
 def owned_by_another(run: Run) -> MachineError:
     """Return the error for a run that a live process owns, whom it names."""
     return MachineError(f"run {run.id}: {_owner(run)}")
-
-
-def refuse_pruned(run: Run) -> None:
-    """Raise SettingsError if the files of a run have been taken off the disk."""
-    if run.pruned_at is not None:
-        raise SettingsError(f"run {run.id}: its files were pruned at {run.pruned_at}")
 
 
 @contextmanager
@@ -323,7 +317,7 @@ def _find(engine: Engine, run_id: int | None) -> tuple[int, Path]:
     # Also a row of the wrong types, or none: told by load_run.
     if not isinstance(folder, str) or pruned_at is not None:
         run = load_run(engine, run_id)
-        refuse_pruned(run)
+        refuse_pruned(run.id, run.pruned_at)
         folder = run.output_folder
     return run_id, Path(folder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import Engine, update
 
@@ -40,15 +40,7 @@ def add_worker(
     with transaction(engine) as session:
         row = Worker(
             attempt_id=attempt_id,
-            host=facts.host,
-            pid=facts.pid,
-            node=facts.node,
-            device=facts.device,
-            device_name=facts.device_name,
-            threads=facts.threads,
-            weights_path=facts.weights_path,
-            weights_sha256=facts.weights_sha256,
-            versions=dict(facts.versions),
+            **asdict(facts),
             started_at=started_at,
             seen_at=utc_now(),
             outcome=outcome,

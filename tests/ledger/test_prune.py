@@ -6,8 +6,8 @@ import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -324,7 +324,7 @@ def test_a_source_that_is_pruned_while_it_is_copied_is_computed_from_there(
     with processes.start("embed", *flags, "--config", place.config, prepare=prepare) as process:
         process.wait_for("reached")  # three were looked into, one copied
         assert script("prune", "--run", "1").status == 0
-        gate.touch()
+        (place.folder / "gate").touch()
         answer = process.end()
     assert answer.status == 0, answer.err
     lines = [line for line in answer.err.splitlines() if line.startswith("not reused: ")]
@@ -356,15 +356,22 @@ def test_a_resumed_run_computes_what_it_was_to_copy_from_a_pruned_one(
 # ---- Who owns it
 
 
-def test_a_run_with_a_live_owner_is_refused(
-    script: Script, place: Place, small_model: Path, embed: Callable[..., Answer]
-) -> None:
+@contextmanager
+def stopped_in_a_commit(place: Place, model: Path) -> Iterator[processes.Process]:
+    """Start a run that stops before its second checkpoint is listed, until the gate is there."""
     path = write_fasta(place.folder / "input.fasta", REAL)
-    flags = ["--esm-model", small_model, "--input", path, *QUICK, "--config", place.config]
+    flags = ["--esm-model", model, "--input", path, *QUICK, "--config", place.config]
     gate = place.folder / "gate"
     prepare = partial(processes.stop_at, "lib.ledger.commit.add_checkpoint", 2, gate)
     with processes.start("embed", *flags, prepare=prepare) as process:
         process.wait_for("reached")
+        yield process
+
+
+def test_a_run_with_a_live_owner_is_refused(
+    script: Script, place: Place, small_model: Path, embed: Callable[..., Answer]
+) -> None:
+    with stopped_in_a_commit(place, small_model) as process:
         before = contents(place.folder)
         for dry in ([], ["--dry-run"]):
             answer = script("prune", "--run", "1", *dry)
@@ -386,15 +393,10 @@ def test_a_run_with_a_live_owner_is_refused(
 def test_a_process_that_no_lock_reaches_can_commit_nothing_more(
     script: Script, place: Place, small_model: Path, embed: Callable[..., Answer]
 ) -> None:
-    path = write_fasta(place.folder / "input.fasta", REAL)
-    flags = ["--esm-model", small_model, "--input", path, *QUICK, "--config", place.config]
-    gate = place.folder / "gate"
-    prepare = partial(processes.stop_at, "lib.ledger.commit.add_checkpoint", 2, gate)
-    with processes.start("embed", *flags, prepare=prepare) as process:
-        process.wait_for("reached")
+    with stopped_in_a_commit(place, small_model) as process:
         (folder(place) / ".lock").rename(place.folder / "lock")  # as on another machine
         assert script("prune", "--run", "1").status == 0
-        gate.touch()
+        (place.folder / "gate").touch()
         answer = process.end()
     assert answer.status == 4
     assert answer.error == "run 1: attempt 1 has lost it: it was pruned"
