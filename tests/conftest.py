@@ -32,7 +32,10 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 DATA = Path(__file__).parent / "data"
-SOME_PROTEINS = DATA / "some_proteins.fasta"
+# UniRef50 representatives, of 71 to 935 residues; and the same with all but one cut to at most 222,
+# for the many tests that need any run of real proteins.
+WHOLE_PROTEINS = DATA / "some_proteins.fasta"
+SOME_PROTEINS = DATA / "short_proteins.fasta"
 UNIPROT_PART = DATA / "uniprot_part.fasta"
 # What make hands down, and the Makefile's variables: `make test ARGS=...` exports them.
 _OF_MAKE = re.compile(

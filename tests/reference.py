@@ -26,10 +26,21 @@ class Reference:
 
     def tokens(self, residues: str, layers: Iterable[int]) -> dict[int, Array]:
         """Return (residues + 2, hidden_dim) by layer, <cls> and <eos> included."""
+        return self.tokens_and_contacts(residues, layers, contacts=False)[0]
+
+    def contacts(self, residues: str) -> Array:
+        """Return the (residues, residues) probabilities."""
+        return self.tokens_and_contacts(residues, [])[1]
+
+    def tokens_and_contacts(
+        self, residues: str, layers: Iterable[int], *, contacts: bool = True
+    ) -> tuple[dict[int, Array], Array]:
+        """Return both of one pass; the contacts are empty unless they are wanted."""
         _, _, tokens = self._alphabet.get_batch_converter()([("", residues)])
         with torch.inference_mode():
-            hidden = self._model(tokens, repr_layers=list(layers))["representations"]
-        return {layer: value[0].numpy() for layer, value in hidden.items()}
+            found = self._model(tokens, repr_layers=list(layers), return_contacts=contacts)
+        hidden = {layer: value[0].numpy() for layer, value in found["representations"].items()}
+        return hidden, found["contacts"][0].numpy() if contacts else np.empty((0, 0), np.float32)
 
 
 def worst_residue_error(found: Array, truth: Array) -> float:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
+from tests.conftest import SOME_PROTEINS, UNIPROT_PART, WHOLE_PROTEINS, Place, Script
 from tests.reference import (
     Reference,
     assert_same_bits,
@@ -23,7 +23,7 @@ from tests.reference import (
 BOUND = 1e-5
 
 
-@pytest.mark.parametrize("source", [SOME_PROTEINS, UNIPROT_PART])
+@pytest.mark.parametrize("source", [WHOLE_PROTEINS, UNIPROT_PART])
 def test_all_vectors_of_real_proteins_equal_fair_esm(
     script: Script, place: Place, small_model: Path, source: Path
 ) -> None:

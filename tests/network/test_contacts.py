@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import esm
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,61 +20,15 @@ from lib.ledger import checkpoints
 from lib.ledger.footer import read_footer
 from lib.models.detection import detect
 from lib.models.regression import regression_path
-from lib.models.untrained import make_folder, make_model
+from lib.models.untrained import make_folder
 from lib.network import contacts
 from lib.network.contacts import ContactMaps
-from lib.network.esm2 import load_network
-from lib.network.vectors import launch
-from lib.sequences.records import Owner
-from lib.sequences.windows import Sequence as FastaSequence
 from lib.settings import load_settings
-from schema.parquet import VectorColumn
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
 from tests.models.test_adapter import factors, save_adapter
-from tests.network.test_network import MIXED_PACK, SHAPES
-from tests.reference import Array, assert_same_bits, fasta, read_run, write_fasta
-
-# Probabilities: the bounds are absolute. float32 is the design's; half precision has its bounds of
-# vectors.
-# The shapes of vectors' tests, the two with most numbers made smaller.
-SMALLER = {(30, 640, 20): (30, 320, 10), (2, 2560, 40): (1, 2560, 40)}
-CONTACT_SHAPES = [SMALLER.get(shape, shape) for shape in SHAPES]
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-CONTACT_MAPS = VectorColumn("contacts")
-
-
-class FairEsm:
-    """fair-esm's predict_contacts, one sequence at a time."""
-
-    def __init__(self, path: Path) -> None:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            model, alphabet = esm.pretrained.load_model_and_alphabet_local(str(path))
-        self._model, self._batch = model.eval(), alphabet.get_batch_converter()
-
-    def __call__(self, residues: str) -> Array:
-        _, _, tokens = self._batch([("", residues)])
-        with torch.inference_mode():
-            found: Array = self._model.predict_contacts(tokens)[0].numpy()
-        return found
-
-
-def predicted(
-    path: Path,
-    pack: list[str],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> list[Array]:
-    """Return the (residues, residues) contacts of the sequences of a pack."""
-    found = detect(load_settings(overrides={"model.esm_model": str(path)}).model, contacts=True)
-    network = load_network(found, device, dtype)
-    owner = [Owner(0, "a", "", 1, "")]
-    sequences = [FastaSequence(sequence.encode(), owner) for sequence in pack]
-    kept = launch(network, sequences, [CONTACT_MAPS], "float32").collect()
-    column = kept.columns[CONTACT_MAPS]
-    assert isinstance(column, list)
-    return column
+from tests.network.test_network import MIXED_PACK, contacts_of, load
+from tests.reference import Reference, assert_same_bits, fasta, read_run, write_fasta
 
 
 @pytest.fixture
@@ -88,38 +40,22 @@ def model(tmp_path: Path, small_model: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("num_layers", "hidden_dim", "heads"), CONTACT_SHAPES)
-def test_a_mixed_pack_has_the_contacts_of_fair_esm(
-    tmp_path: Path, num_layers: int, hidden_dim: int, heads: int
-) -> None:
-    path = tmp_path / "esm2_made.pt"
-    make_model(path, num_layers, hidden_dim, heads)
-    truth = [*map(FairEsm(path), MIXED_PACK)]
-    assert max(map(np.ptp, truth)) > 0.3, "contacts that hardly differ compare nothing"
-    for dtype, bound in BOUNDS.items():
-        if dtype is not torch.float32 and num_layers * hidden_dim > 2500:
-            continue  # makes no difference and takes long
-        found = predicted(path, MIXED_PACK, dtype)
-        for sequence, one, expected in zip(MIXED_PACK, found, truth, strict=True):
-            assert one.shape == expected.shape == (len(sequence), len(sequence))
-            assert one.dtype == np.float32
-            assert np.abs(one - expected).max() <= bound, (sequence[:20], dtype)
-
-
 def test_maps_are_made_a_few_at_a_time_and_summed_up_all_the_same(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = predicted(small_model, MIXED_PACK)
+    network = load(small_model)
+    whole = contacts_of(network, MIXED_PACK)
     # Three heads of the longest (of four), and several sequences of the short ones.
     monkeypatch.setattr(contacts, "BLOCK_BYTES", 4 * 3 * (len(MIXED_PACK[0]) + 2) ** 2)
-    for one, other in zip(whole, predicted(small_model, MIXED_PACK), strict=True):
+    for one, other in zip(whole, contacts_of(network, MIXED_PACK), strict=True):
         assert np.abs(one - other).max() <= 1e-6
 
 
 def test_pack_mates_do_not_change_contacts(small_model: Path) -> None:
-    together = predicted(small_model, MIXED_PACK)
+    network = load(small_model)
+    together = contacts_of(network, MIXED_PACK)
     for sequence, one in zip(MIXED_PACK, together, strict=True):
-        assert np.abs(predicted(small_model, [sequence])[0] - one).max() <= 1e-6
+        assert np.abs(contacts_of(network, [sequence])[0] - one).max() <= 1e-6
 
 
 def test_a_run_keeps_contacts_of_every_record_and_its_vectors_as_they_were(
@@ -132,9 +68,9 @@ def test_a_run_keeps_contacts_of_every_record_and_its_vectors_as_they_were(
     assert script("embed", *flags, "--include", "mean").status == 0
     run = open_run(place.database, 1, verify=True)
     rows, plain = (read_run(place.output / f"run-00000{run}") for run in (1, 2))
-    reference = FairEsm(small_model)
+    reference = Reference(small_model)
     for record, (_, sequence) in enumerate([*entries, entries[3]]):
-        truth = reference(sequence[:70])
+        truth = reference.contacts(sequence[:70])
         found = rows[record]["contacts"]
         assert isinstance(found, np.ndarray)
         assert np.abs(found.reshape(truth.shape) - truth).max() <= 1e-5

@@ -70,12 +70,12 @@ CONTACTS = [VectorColumn("contacts")]
 @pytest.mark.parametrize(
     ("width", "packs", "count", "residues", "columns"),
     [
-        (640, 1, 16, 1022, MEAN),
+        (640, 1, 13, 1022, MEAN),  # so many that its arrays go back to the system
         (1280, 1, 4, 1022, MEAN),
-        (640, 2, 8, 1022, MEAN),  # at once
-        (640, 2, 1, 6_000, MEAN),  # one after the other
-        (640, 1, 16, 1022, PER_TOK),
-        (640, 1, 2, 2_000, CONTACTS),
+        (640, 2, 6, 1022, MEAN),  # at once
+        (640, 2, 1, 3_500, MEAN),  # one after the other
+        (640, 1, 13, 1022, PER_TOK),
+        (640, 1, 1, 2_000, CONTACTS),
     ],
 )
 def test_packs_take_no_more_than_estimated(

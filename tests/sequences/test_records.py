@@ -10,7 +10,7 @@ from lib.sequences.alphabet import LETTERS
 from lib.sequences.inventory import preflight
 from lib.sequences.records import Record, read_records
 from tests import reference
-from tests.conftest import SOME_PROTEINS, UNIPROT_PART
+from tests.conftest import UNIPROT_PART, WHOLE_PROTEINS
 from tests.sequences.conftest import UNKNOWN, UNKNOWN_LETTER, read, refusal, residues, rules
 
 
@@ -22,7 +22,7 @@ def test_a_record_is_read_as_written(path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("path_of_real", [SOME_PROTEINS, UNIPROT_PART])
+@pytest.mark.parametrize("path_of_real", [WHOLE_PROTEINS, UNIPROT_PART])
 def test_real_files_are_read_as_the_plainest_code_does(path_of_real: Path) -> None:
     records = list(read_records(rules(path_of_real, long_sequences="whole")))
     expected = reference.fasta(path_of_real)
