@@ -35,10 +35,11 @@ _MEASURE = """
 import json, sys, time
 from benchmarks.processes import peak_bytes
 {imports}
+before = peak_bytes()
 start = time.perf_counter()
 {load}
 ready = time.perf_counter() - start
-print(json.dumps({{"ready_s": ready, "peak_bytes": peak_bytes()}}))
+print(json.dumps({{"ready_s": ready, "peak_bytes": peak_bytes(), "imports_bytes": before}}))
 """
 _OURS = """import torch
 from lib.models.detection import detect
@@ -56,7 +57,10 @@ LOADERS = {
 
 
 def measure(loader: str, path: Path) -> dict[str, float]:
-    """Load once in a process of its own; returns seconds and bytes."""
+    """Load once in a process of its own; returns seconds and bytes.
+
+    `imports_bytes` is the peak before loading.
+    """
     imports, load = LOADERS[loader]
     code = _MEASURE.format(imports=imports, load=load)
     # fair-esm runs as it ships: what lib sets for this process is not handed down.

@@ -32,10 +32,11 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 DATA = Path(__file__).parent / "data"
-# UniRef50 representatives, of 71 to 935 residues; and the same with all but one cut to at most 222,
-# for the many tests that need any run of real proteins.
+# UniRef50 representatives of 71 to 935 residues; and the same with the six longest cut, for the
+# many tests that need any run of real proteins.
 WHOLE_PROTEINS = DATA / "some_proteins.fasta"
 SOME_PROTEINS = DATA / "short_proteins.fasta"
+# Of UniProt, with full headers; what has over 230 residues is cut to a quarter, but for one.
 UNIPROT_PART = DATA / "uniprot_part.fasta"
 # What make hands down, and the Makefile's variables: `make test ARGS=...` exports them.
 _OF_MAKE = re.compile(

@@ -20,7 +20,7 @@ from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.jobs.test_resume import killed_at
 from tests.reference import assert_same_bits
 
-QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
 
 
 def flags(model: Path) -> list[str | Path]:

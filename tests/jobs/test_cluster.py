@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 # Small packs, and one or two in a stretch; each run computes for itself.
-QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=450"]
 QUICK += ["--set", "output.reuse=no"]
 ALL = ["--include", "mean", "bos", "per_tok", "contacts"]
 

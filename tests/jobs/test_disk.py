@@ -35,7 +35,7 @@ def after_two_checkpoints(do: Work, *flags: object) -> Answer:
 
 
 def embed_flags(model: Path) -> list[str | Path]:
-    small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
     return ["--esm-model", model, "--input", SOME_PROTEINS, "--include", "mean", "per_tok", *small]
 
 

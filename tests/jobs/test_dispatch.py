@@ -24,7 +24,7 @@ from tests.processes import Answer as Ended
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 
 # Small packs, and one or two in a stretch; each run computes for itself.
-QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=1100"]
+QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=450"]
 QUICK += ["--set", "output.reuse=no"]
 
 

@@ -161,18 +161,18 @@ def test_pages_have_checksums_that_are_verified(
 def test_checkpoints_are_cut_by_records(script: Script, place: Place, small_model: Path) -> None:
     answer = script(
         "embed", "--esm-model", small_model, "--input", SOME_PROTEINS, "--json",
-        "--set", "output.checkpoint_records=4", "--set", "compute.tokens_per_pack=900",
+        "--set", "output.checkpoint_records=4", "--set", "compute.tokens_per_pack=300",
     )  # fmt: skip
     assert len(answer.json["checkpoints"]) > 2
     script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS,
-           "--set", "compute.tokens_per_pack=900")  # fmt: skip
+           "--set", "compute.tokens_per_pack=300")  # fmt: skip
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
 def test_checkpoints_are_cut_by_seconds(script: Script, place: Place, small_model: Path) -> None:
     answer = script(
         "embed", "--esm-model", small_model, "--input", SOME_PROTEINS, "--json",
-        "--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=900",
+        "--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=300",
     )  # fmt: skip
     assert len(answer.json["checkpoints"]) > 4
 

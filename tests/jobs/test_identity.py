@@ -46,7 +46,7 @@ def half_a_run(script: Script, model: Path, source: Path) -> None:
         patch.setattr(loading, "load_network", network.load_network)
         answer = script(
             "embed", "--esm-model", model, "--input", source, "--repr-layers", "1", "2",
-            "--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=1100",
+            "--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=450",
         )  # fmt: skip
     assert answer.status == 130, answer.err
 

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.jobs.test_identity import sql
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 
-QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
 FIRSTS = [0, 4, 9]
 
 

@@ -21,7 +21,7 @@ def embed_flags(place: Place, model: Path) -> list[str | Path]:
     flags: list[str | Path] = ["--esm-model", model, "--input", SOME_PROTEINS]
     flags += ["--config", place.config]
     # On one thread a pack is computed by the thread that signals interrupt.
-    return [*flags, "--set", "compute.tokens_per_pack=900", "--set", "compute.threads=1"]
+    return [*flags, "--set", "compute.tokens_per_pack=300", "--set", "compute.threads=1"]
 
 
 def stopped(place: Place, model: Path, target: str, nth: int) -> Process:
@@ -128,7 +128,7 @@ def test_ctrl_c_does_not_wait_for_the_digest_of_a_large_file(
 def test_a_folder_in_a_checkpoints_place_is_kept_aside_with_what_is_in_it(
     script: Script, place: Place, small_model: Path
 ) -> None:
-    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
     begun = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
     assert begun.status == 0
     file = place.output / "run-000001" / "checkpoint-000002.parquet"
@@ -147,7 +147,7 @@ def test_a_folder_in_a_checkpoints_place_is_kept_aside_with_what_is_in_it(
 def test_an_attempt_that_fails_before_its_work_is_not_left_open(
     script: Script, place: Place, small_model: Path
 ) -> None:
-    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
     begun = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
     assert begun.status == 0
     (place.output / "run-000001" / "checkpoint-000002.parquet").unlink()

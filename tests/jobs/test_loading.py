@@ -23,10 +23,12 @@ from tests.conftest import SOME_PROTEINS, Place, Script
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "esm2_large.pt"
-    make_model(path, 20, 1024, 16, dtype=dtype)
-    in_memory = 4 * ModelShape(20, 1024, 16, True).parameters
-    assert in_memory > 0.95e9  # large enough that a second copy breaks the bound
-    assert measure("esm-ledger, digest taken", path)["peak_bytes"] <= 1.15 * in_memory + 0.7e9
+    make_model(path, 8, 1024, 16, dtype=dtype)
+    in_memory = 4 * ModelShape(8, 1024, 16, True).parameters
+    took = measure("esm-ledger, digest taken", path)
+    # With the largest layer as it is in the file; a second copy of the model breaks the bound.
+    assert took["peak_bytes"] - took["imports_bytes"] <= 1.15 * in_memory + 0.1e9
+    assert 1.15 * in_memory + 0.1e9 < 2 * in_memory
 
 
 def test_nothing_is_initialised_at_random(
@@ -77,7 +79,7 @@ def test_validation_changes_nothing(script: Script, place: Place, small_model: P
         assert answer.status == 0, answer.err
         lines = answer.out.splitlines()
         assert lines[0].startswith("model esm2_small (untrained weights): 2 layers, hidden_dim 64")
-        assert "15 records, 15 different sequences, 5115 residues" in lines[1]
+        assert "15 records, 15 different sequences, 1770 residues" in lines[1]
         assert lines[-1] == "no unfinished run"
         shown = script(name, *flags, *more, "--json").json
         assert shown["model"]["attention_heads"] == 4

@@ -19,7 +19,7 @@ from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import assert_same_bits
 
-QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
 CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 # Before the second commit; and within it, when its file is about to get its name.
 MOMENTS = ["lib.ledger.commit.add_checkpoint", "lib.jobs.stretches.CheckpointWriter.finish"]

@@ -260,7 +260,7 @@ def test_a_resumed_run_says_what_was_there_before(
     """Interrupted after its first checkpoint, the run goes on from there."""
     told: list[str] = []
     monkeypatch.setattr(lib.console.bars, "_SECONDS_BETWEEN_LINES", 0.0)
-    flags = ["--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=2000"]
+    flags = ["--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=600"]
     true = ResidueBar.advance
 
     def advance(bar: ResidueBar, lengths: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from tests.conftest import UNIPROT_PART, Place, Script
 from tests.reference import assert_same_bits
 
 # Small packs and checkpoints, so that there is much to interrupt.
-QUICK = ["--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=1100"]
+QUICK = ["--set", "output.checkpoint_records=6", "--set", "compute.tokens_per_pack=450"]
 
 POINTS = [
     ("lib.network.pipeline.launch", "before", 4),
@@ -180,12 +180,12 @@ def test_other_pack_sizes_may_continue_a_run_and_compute_every_record_once(
     script: Script, place: Place, small_model: Path
 ) -> None:
     interrupted_run(place, small_model)
-    answer = script("resume", "--set", "compute.tokens_per_pack=777", "--json")
+    answer = script("resume", "--set", "compute.tokens_per_pack=333", "--json")
     assert answer.status == 0
     rows = script("query", "select sum(records) as n from checkpoints", "--json").json
     assert rows == [{"n": 59}]
     attempts = script("query", "select tokens_per_pack as n from attempts", "--json").json
-    assert [one["n"] for one in attempts] == [1100, 777]
+    assert [one["n"] for one in attempts] == [450, 333]
 
 
 def test_settings_of_identity_cannot_be_changed_on_resume(

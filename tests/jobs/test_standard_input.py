@@ -27,7 +27,7 @@ from tests.reference import assert_same_bits, fasta
 
 Feed = Callable[[Path], None]
 
-QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+QUICK = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
 
 
 def embed(model: Path, source: str | Path = "-") -> list[str | Path]:

@@ -122,10 +122,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing_committed(
         true_write(self, *arguments)
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", write)
-    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    flags = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
     answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS, *flags)
     assert answer.status == 4
-    assert answer.error.endswith(".attempt-1-6.parquet.tmp: No space left on device")
+    assert answer.error.endswith(".attempt-1-7.parquet.tmp: No space left on device")
     monkeypatch.undo()
     shown = script("history", "--run", "1", "--json").json
     assert shown["status"] == "failed"

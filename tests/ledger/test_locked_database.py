@@ -24,7 +24,7 @@ from tests.torture.locked import held
 
 
 def embed(script: Script, model: Path, *flags: str | Path) -> Answer:
-    small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=900"]
+    small = ["--set", "output.checkpoint_records=3", "--set", "compute.tokens_per_pack=300"]
     return script("embed", "--esm-model", model, "--input", SOME_PROTEINS, *small, *flags)
 
 

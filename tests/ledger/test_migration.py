@@ -19,7 +19,7 @@ from lib.ledger.database import open_for_writing
 from schema.migrations.versions import v2
 from schema.version import SCHEMA_VERSION
 from tests import processes
-from tests.conftest import DATA, SOME_PROTEINS, Place, Script
+from tests.conftest import DATA, WHOLE_PROTEINS, Place, Script
 from tests.reference import read_run
 
 VERSION_1 = DATA / "version_1"
@@ -44,7 +44,7 @@ def ask(path: Path, statement: str) -> list[tuple[object, ...]]:
 
 
 def here(place: Place) -> list[str | Path]:
-    return ["--esm-model", place.folder / "esm2_tiny.pt", "--input", SOME_PROTEINS]
+    return ["--esm-model", place.folder / "esm2_tiny.pt", "--input", WHOLE_PROTEINS]
 
 
 def test_an_older_database_is_refused_with_the_command_that_helps(
@@ -183,7 +183,7 @@ def test_a_backup_is_whole_while_a_run_goes_on(
     script: Script, place: Place, small_model: Path
 ) -> None:
     gate, to = place.folder / "gate", place.folder / "copy.sqlite"
-    flags: list[object] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags: list[object] = ["--esm-model", small_model, "--input", WHOLE_PROTEINS]
     flags += ["--config", place.config, "--set", "output.checkpoint_records=3"]
     flags += ["--set", "compute.tokens_per_pack=900"]
 
@@ -211,7 +211,7 @@ class Pause:
 def test_after_a_kill_the_one_file_has_everything_that_was_committed(
     place: Place, small_model: Path
 ) -> None:
-    flags: list[object] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags: list[object] = ["--esm-model", small_model, "--input", WHOLE_PROTEINS]
     flags += ["--config", place.config, "--set", "output.checkpoint_records=3"]
     flags += ["--set", "compute.tokens_per_pack=900"]
     assert processes.run("embed", *flags, prepare=_die_after_two).status == -9

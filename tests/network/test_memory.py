@@ -116,9 +116,9 @@ def test_a_pack_that_does_not_fit_is_halved(
         return true_forward(self, tokens, *others)
 
     monkeypatch.setattr(Network, "forward", forward)
-    monkeypatch.setattr(vectors, "available_bytes", lambda _: pack_bytes(1000, 64, 1))
+    monkeypatch.setattr(vectors, "available_bytes", lambda _: pack_bytes(400, 64, 1))
     assert script("embed", *flags).status == 0
-    assert max(packs) <= 1000
+    assert max(packs) <= 400
     whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
     assert sorted(whole) == sorted(halved)
     for number, row in whole.items():
@@ -135,7 +135,7 @@ def test_an_allocation_that_fails_halves_the_pack(
     true_forward = Network.forward
 
     def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
-        if len(tokens) > 1200:
+        if len(tokens) > 400:
             torch.empty(1 << 60)
         return true_forward(self, tokens, *others)
 

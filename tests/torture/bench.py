@@ -50,7 +50,7 @@ class Bench:
             *("--esm-model", str(self.folder / "esm2_small.pt"), "--input", str(SOME_PROTEINS)),
             *("--database", str(self.trial / "runs.sqlite")),
             *("--output", str(self.trial / "embeddings"), "--include", "mean", "bos", "per_tok"),
-            *("--set", "output.checkpoint_records=2", "--set", "compute.tokens_per_pack=900"),
+            *("--set", "output.checkpoint_records=2", "--set", "compute.tokens_per_pack=120"),
             *("--set", "compute.threads=1"),
         ]
 
