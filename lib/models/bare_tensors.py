@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lib.errors import WeightsError
+from lib.models.candidate import Candidate
 from lib.models.fair_esm_file import FairEsmFile, refuse_relatives
 from lib.models.held_file import HeldFile
 from lib.models.regression import regression_path
 from lib.models.stored import ROTARY, StoredTensor, with_rotary_of_every_layer
 from lib.models.tensor_file import read_stored, stored_tensors, tensors_in
 from lib.models.tensor_names import HEADS, fair_esm_name, hugging_face_name
-from lib.models.torch_archive import load_archive
 from lib.models.weights import TensorInfo, Weights
 
 __all__ = ["SafetensorsFile", "StateDictFile"]
@@ -132,15 +132,15 @@ class SafetensorsFile(_BareTensors):
     format: ClassVar[str] = "safetensors"
 
     @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Return whether `path` is a file with this suffix."""
-        return path.suffix == ".safetensors" and not path.is_dir()
+    def recognises(cls, candidate: Candidate) -> bool:
+        """Return whether it is a file with this suffix."""
+        return candidate.path.suffix == ".safetensors" and not candidate.path.is_dir()
 
     @classmethod
-    def open(cls, path: Path) -> SafetensorsFile:
+    def open(cls, candidate: Candidate) -> SafetensorsFile:
         """Read the metadata; raises WeightsError if the file does not hold a whole ESM-2 model."""
-        found = cls._read(HeldFile(path), None)
-        refuse_relatives({}, found.stored, path)
+        found = cls._read(candidate.file, None)
+        refuse_relatives({}, found.stored, candidate.path)
         return found
 
 
@@ -151,25 +151,24 @@ class StateDictFile(_BareTensors):
     format: ClassVar[str] = "state-dict"
 
     @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Return whether `path` is a dictionary with a trunk that FairEsmFile does not read."""
-        if path.is_dir():
+    def recognises(cls, candidate: Candidate) -> bool:
+        """Return whether it is a dictionary with a trunk that FairEsmFile does not read."""
+        if candidate.path.is_dir():
             return False
         try:
-            archive = load_archive(HeldFile(path))
+            archive = candidate.archive
         except WeightsError:
             return False
         return not FairEsmFile.reads(archive) and bool(_keys_in(archive))
 
     @classmethod
-    def open(cls, path: Path) -> StateDictFile:
+    def open(cls, candidate: Candidate) -> StateDictFile:
         """Read the metadata; raises WeightsError if the file does not hold a whole ESM-2 model."""
-        file = HeldFile(path)
-        archive = load_archive(file)
+        path, archive = candidate.path, candidate.archive
         keys = _keys_in(archive)
         if len(keys) != 1:
             raise WeightsError(f"{path}: state dicts of ESM-2 in {_listed(keys)}: not one")
-        found = cls._read(file, keys[0])
+        found = cls._read(candidate.file, keys[0])
         refuse_relatives(archive, found.stored, path)
         return found
 

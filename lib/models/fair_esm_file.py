@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from lib.errors import WeightsError
+from lib.models.candidate import Candidate
 from lib.models.held_file import HeldFile
 from lib.models.regression import regression_path
 from lib.models.tensor_file import tensors_in
@@ -53,9 +54,9 @@ class FairEsmFile:
     left_out: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Return whether `path` is a file: only this format is one."""
-        return not path.is_dir()
+    def recognises(cls, candidate: Candidate) -> bool:
+        """Return whether it is a file, which no other format has recognised."""
+        return not candidate.path.is_dir()
 
     @classmethod
     def reads(cls, archive: Mapping[str, Any]) -> bool:
@@ -65,10 +66,9 @@ class FairEsmFile:
         return any(_PREFIX.sub("", name) == "embed_tokens.weight" for name in names)
 
     @classmethod
-    def open(cls, path: Path) -> FairEsmFile:
+    def open(cls, candidate: Candidate) -> FairEsmFile:
         """Read the metadata; raises WeightsError if the file does not hold an ESM-2 model."""
-        file = HeldFile(path)
-        archive = load_archive(file)
+        path, file, archive = candidate.path, candidate.file, candidate.archive
         state = _state_dict(archive, path)
         stored = _without_prefixes(state, path)
         refuse_relatives(archive, stored, path)

@@ -21,6 +21,7 @@ import torch
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.bare_tensors import SafetensorsFile, StateDictFile
+from lib.models.candidate import Candidate
 from lib.models.fair_esm_file import FairEsmFile
 from lib.models.hub import cached_model
 from lib.models.huggingface import HuggingFaceFolder
@@ -37,10 +38,10 @@ class WeightsFormat(Protocol):
     def format(self) -> str:
         """The name of the format."""
 
-    def recognises(self, path: Path) -> bool:
-        """Return whether what lies at `path` should be opened as this format."""
+    def recognises(self, candidate: Candidate) -> bool:
+        """Return whether what lies there should be opened as this format."""
 
-    def open(self, path: Path) -> Weights:
+    def open(self, candidate: Candidate) -> Weights:
         """Read metadata, but no tensor data; raises WeightsError if it is not an ESM-2 model."""
 
 
@@ -59,7 +60,8 @@ def open_weights(path: Path) -> Weights:
 
     Raises WeightsError, in one line, for anything that is not an ESM-2 model.
     """
-    return next(found.open(path) for found in FORMATS if found.recognises(path))
+    candidate = Candidate(path)
+    return next(form.open(candidate) for form in FORMATS if form.recognises(candidate))
 
 
 def hub_checkpoints() -> Path:

@@ -16,6 +16,7 @@ import torch
 
 from lib.errors import WeightsError
 from lib.files import listing_sha256
+from lib.models.candidate import Candidate
 from lib.models.held_file import HeldFile
 from lib.models.huggingface_config import (
     metadata,
@@ -55,13 +56,14 @@ class HuggingFaceFolder:
     left_out: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def recognises(cls, path: Path) -> bool:
-        """Return whether `path` is a folder."""
-        return path.is_dir()
+    def recognises(cls, candidate: Candidate) -> bool:
+        """Return whether it is a folder."""
+        return candidate.path.is_dir()
 
     @classmethod
-    def open(cls, path: Path) -> HuggingFaceFolder:
+    def open(cls, candidate: Candidate) -> HuggingFaceFolder:
         """Read the metadata; raises WeightsError if the folder does not hold an ESM-2 model."""
+        path = candidate.path
         config_file = HeldFile(path / _CONFIG)
         config = read_json(config_file)
         refuse_other_models(config, path)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lib.models.candidate import Candidate
 from lib.models.formats import FORMATS, open_weights
 from lib.models.untrained import make_folder
 from schema.esm2_config import WEIGHTS_FORMATS
@@ -40,7 +41,8 @@ def test_the_first_format_that_recognises_a_path_opens_it(
         "safetensors": bare,
         "state-dict": tmp_path / "tuned.ckpt",
     }[kind]
-    assert next(known.format for known in FORMATS if known.recognises(path)) == kind
+    candidate = Candidate(path)
+    assert next(known.format for known in FORMATS if known.recognises(candidate)) == kind
     weights = open_weights(path)
     assert (weights.format, weights.path, weights.unadapted) == (kind, path, weights)
 
