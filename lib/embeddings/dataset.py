@@ -15,6 +15,7 @@ from lib.embeddings.provenance import facts_text, facts_to_publish
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, ordered_vectors
 from lib.files import new_path
+from lib.parts import bounded_parts
 from lib.units import count, printable, records
 from schema.parquet import EXPORT_KEY, VectorColumn
 
@@ -55,30 +56,18 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         ordered_vectors(run, column, to) as vectors,
     ):
         sizes = np.array([vector.nbytes for vector in vectors], np.int64)
-        shards = _cut(range(len(run)), sizes, _SHARD_BYTES)
+        # Without a record there is one file without rows.
+        shards = [*bounded_parts(sizes, _SHARD_BYTES)] or [range(0)]
         schema = _schema(described, column, run).with_metadata({EXPORT_KEY: facts_text(facts)})
         for number, shard in enumerate(shards):
             path = folder / f"train-{number:05d}-of-{len(shards):05d}.parquet"
             with pq.ParquetWriter(path, schema, compression="zstd", write_page_index=True) as file:
-                for rows in filter(None, _cut(shard, sizes, _GROUP_BYTES)):
-                    part = described.slice(rows.start, len(rows))
+                for part in bounded_parts(sizes[shard.start : shard.stop], _GROUP_BYTES):
+                    rows = shard[part.start : part.stop]
+                    texts = described.slice(rows.start, len(rows))
                     here = _lists(vectors[rows.start : rows.stop], run.hidden_dim, column)
-                    file.write_table(pa.table([*part.columns, here], schema=schema))
+                    file.write_table(pa.table([*texts.columns, here], schema=schema))
         (folder / "README.md").write_text(_card(facts, run.hidden_dim), encoding="utf-8")
-
-
-def _cut(rows: range, sizes: npt.NDArray[np.int64], most: int) -> list[range]:
-    """Cut rows into parts of at most `most` bytes, or of one row; no rows are one part.
-
-    sizes: bytes of every row.
-    """
-    parts, start, held = [], rows.start, 0
-    for row, size in zip(rows, sizes[rows.start : rows.stop].tolist(), strict=True):
-        if row > start and held + size > most:
-            parts.append(range(start, row))
-            start, held = row, 0
-        held += size
-    return [*parts, range(start, rows.stop)]
 
 
 def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa.Schema:

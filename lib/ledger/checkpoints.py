@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lib.columns import Vectors
 from lib.files import disk_errors
+from lib.parts import bounded_parts
 from lib.sequences.describing import describe_owners, owner_index
 from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import EMBEDDED_SHA256, FOOTER_KEY
@@ -210,13 +211,8 @@ def row_group_slices(sizes: npt.NDArray[np.int64]) -> Iterator[slice]:
 
     sizes: (rows,) bytes of the vectors of each.
     """
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        limit = (int(ends[start - 1]) if start else 0) + _ROW_GROUP_BYTES
-        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        yield slice(start, stop)
-        start = stop
+    for part in bounded_parts(sizes, _ROW_GROUP_BYTES):
+        yield slice(part.start, part.stop)
 
 
 def _rows(

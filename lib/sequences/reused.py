@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from lib.parts import bounded_parts
 from lib.sequences.inventory import WINDOW_RECORDS, WINDOW_RESIDUES, Inventory
 from lib.sequences.windows import Sequence, Window, read_windows
 from schema.settings import InputSettings
@@ -74,14 +75,9 @@ def bounded_windows(positions: range, lengths: npt.NDArray[np.int32]) -> Iterato
 
     lengths: embedded residues by position.
     """
-    ends = np.cumsum(lengths[positions.start : positions.stop], dtype=np.int64)
-    first = 0
-    while first < len(ends):
-        limit = (int(ends[first - 1]) if first else 0) + WINDOW_RESIDUES
-        fitting = int(np.searchsorted(ends, limit, side="right"))
-        stop = min(max(first + 1, fitting), first + WINDOW_RECORDS)
-        yield range(positions.start + first, positions.start + stop)
-        first = stop
+    here = lengths[positions.start : positions.stop]
+    for part in bounded_parts(here, WINDOW_RESIDUES, WINDOW_RECORDS):
+        yield positions[part.start : part.stop]
 
 
 def _joined(windows: Iterable[Window], position: int) -> Iterator[Window]:
