@@ -102,6 +102,8 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
         lines.append(f"unknown letters read as X: {inventory.mapped}")
     if inventory.nucleotide_like:
         lines.append(f"only letters of ACGTUN (nucleotides?): {inventory.nucleotide_like} records")
+    if inventory.with_gaps:
+        lines.append(f"gaps, - or . (an alignment?): {inventory.with_gaps} records")
     return lines
 
 
@@ -130,6 +132,7 @@ def run_json(run: Run) -> dict[str, Any]:
     """Return the result of a run as JSON."""
     return {
         "run": run.id,
+        "label": run.label,
         "status": run.status,
         "model": run.esm2_config,
         "input": run.input_path,
