@@ -14,6 +14,8 @@ from lib.jobs.progress import Progress
 from lib.jobs.reuse import plan_reuse
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, create_run
+from lib.ledger.sources import Wanted
+from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import Detection
 from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
@@ -66,6 +68,9 @@ def embed_new_run(
 
     purpose: printed behind the run's number; label: what its user calls it.
     """
+    twin = finished_twin(engine, Wanted(model.config, model.settings), inventory)
+    if twin is not None:
+        note(describe_twin(twin))
     reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
     with (
         interruption.deferred(),

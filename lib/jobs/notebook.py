@@ -28,7 +28,9 @@ from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import plan_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label, create_run
+from lib.ledger.sources import Wanted
 from lib.ledger.standard_input import copied_standard_input
+from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import DEFAULT_CONFIG, load_settings
@@ -84,6 +86,9 @@ def embed(
         loaded, computer = opened.enter_context(
             made_ready(chosen, detection, None, interruption, say)
         )
+        twin = finished_twin(engine, Wanted(loaded.config, loaded.settings), inventory)
+        if twin is not None:
+            say(describe_twin(twin))
         reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
         with (
             interruption.deferred(),

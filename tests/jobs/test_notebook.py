@@ -39,7 +39,10 @@ def test_the_vectors_are_those_of_the_script(
     said: list[str] = []
     run = call(SEQUENCES, say=said.append)
     assert isinstance(run, RunEmbeddings)
-    assert said == ["run 2: 15 records by esm2_small (untrained weights)"]
+    assert said == [
+        "run 1 has these vectors",
+        "run 2: 15 records by esm2_small (untrained weights)",
+    ]
     assert run.facts["status"] == "finished"
     assert run.ids == [*SEQUENCES]
     assert run.matrix().tobytes() == open_run(place.database, 1).matrix().tobytes()
