@@ -62,6 +62,7 @@ class Inventory:
     """The counts of preflight. `residues` counts what is embedded, identical sequences once.
 
     nucleotide_like: records of nothing but ACGTUN and gaps; with_gaps: records with - or `.`.
+    header_letters: of all ids and descriptions.
     """
 
     files: list[InputFile]
@@ -73,6 +74,7 @@ class Inventory:
     mapped: int = 0
     nucleotide_like: int = 0
     with_gaps: int = 0
+    header_letters: int = 0
     windows: list[WindowSummary] = field(default_factory=list)
     # (records,) the first record with the same embedded residues, which can be the record itself.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -234,6 +236,7 @@ def preflight(
 def _count(records: list[Record], residues: list[bytes], inventory: Inventory) -> None:
     lengths = [record.length for record in records]
     inventory.truncated += sum(map(lt, map(len, residues), lengths))
+    inventory.header_letters += sum([len(one.id) + len(one.description) for one in records])
     inventory.mapped += sum([record.mapped for record in records])
     inventory.nucleotide_like += [one.lstrip(_NUCLEOTIDES) for one in residues].count(b"")
     together = b"".join(residues)
