@@ -27,8 +27,12 @@ WIDTH = 64
 
 @pytest.fixture
 def model(place: Place, small_model: Path) -> LoadedModel:
-    said = {"model.esm_model": str(small_model), "input.fasta": [str(SOME_PROTEINS)]}
-    settings = load_settings(place.config, {**said, "compute.device": "cpu"})
+    said: dict[str, str | list[str]] = {
+        "model.esm_model": str(small_model),
+        "input.fasta": [str(SOME_PROTEINS)],
+        "compute.device": "cpu",
+    }
+    settings = load_settings(place.config, said)
     return load_model(settings, detect(settings.model))
 
 
