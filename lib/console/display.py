@@ -220,6 +220,8 @@ def validation_json(validation: Validation) -> dict[str, Any]:
             "sequences": inventory.sequences,
             "residues": inventory.residues,
             "truncated": inventory.truncated,
+            "nucleotide_like": inventory.nucleotide_like,
+            "with_gaps": inventory.with_gaps,
         },
         "estimate": None if validation.estimate is None else asdict(validation.estimate),
         "unfinished": [

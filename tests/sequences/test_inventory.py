@@ -87,6 +87,8 @@ def test_genes_and_rows_of_an_alignment_are_counted_and_warned_of(
     answer = script("embed", "--esm-model", small_model, "--input", path)
     assert "only letters of ACGTUN (nucleotides?): 4 records" in answer.err.splitlines()
     assert "gaps, - or . (an alignment?): 3 records" in answer.err.splitlines()
+    found = script("validate", "--esm-model", small_model, "--input", path, "--json").json["input"]
+    assert (found["nucleotide_like"], found["with_gaps"]) == (4, 3)
     counted = "select records_nucleotide_like, records_with_gaps from runs"
     assert script("query", counted, "--format", "csv").out.endswith("\n4,3\n")
     text = script("history", "--run", "1").out
