@@ -5,6 +5,7 @@
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run
 #   RUN     the number of a run
+#   LABEL   embed: what history calls the run
 #   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
 #   TO      export, neighbours, crate, report: where to write
@@ -27,7 +28,7 @@ export PYTHONUTF8 := 1
 
 # `make embed model=FILE` would go on without a word, with another model.
 upper = $(shell echo '$(1)' | tr a-z A-Z)
-$(foreach name,model input output run ray format to query config args,\
+$(foreach name,model input output run label ray format to query config args,\
   $(if $(findstring command line,$(origin $(name))),\
     $(error $(name)= is not a variable, $(call upper,$(name))= is)))
 
@@ -37,6 +38,7 @@ export esm_model := $(value MODEL)
 export esm_input := $(value INPUT)
 export esm_output := $(value OUTPUT)
 export esm_run := $(value RUN)
+export esm_label := $(value LABEL)
 export esm_ray := $(value RAY)
 export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
@@ -47,6 +49,7 @@ model := $${esm_model:+--esm-model "$$esm_model"}
 input := $${esm_input:+--set "input.fasta=$$esm_input"}
 output := $${esm_output:+--output "$$esm_output"}
 run := $${esm_run:+--run "$$esm_run"}
+label := $${esm_label:+--label "$$esm_label"}
 ray := $${esm_ray:+--ray "$$esm_ray"}
 # What computes on a cluster needs Ray, and so does every machine of the cluster.
 cluster := $(if $(RAY),$(venv)/.installed-cluster)
@@ -59,7 +62,7 @@ demo_model := models/esm2_untrained_t6_8M.pt
 
 .PHONY: help
 help: ## print every target
-	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [RAY=] [CONFIG=] [ARGS=]"
+	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [LABEL=] [RAY=] [CONFIG=] [ARGS=]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
@@ -93,7 +96,7 @@ verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compar
 
 .PHONY: embed
 embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the record
-	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(ray) $(ARGS)
+	@$(python) scripts/embed.py $(config) $(model) $(input) $(output) $(label) $(ray) $(ARGS)
 
 .PHONY: resume
 resume: $(installed) $(cluster) ## continue RUN=, or the newest unfinished run

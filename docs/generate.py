@@ -9,16 +9,19 @@ A page asks for a part in a comment that cog reads: `[[[cog from docs import gen
 from __future__ import annotations
 
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lib.catalog import RELEASED
 from lib.ledger.comments import view_comments
 from lib.ledger.questions import questions
 from lib.settings import DEFAULT_CONFIG
+from lib.units import size
 
-__all__ = ["modules", "queries", "question_list", "settings", "tree", "views"]
+__all__ = ["modules", "queries", "question_list", "settings", "sizes", "speeds", "tree", "views"]
 
 ROOT = Path(__file__).resolve().parent.parent
 # The places of the tree: those with `*` show every file with its line, `+` folders and names.
@@ -26,6 +29,7 @@ _PLACES = [
     "Makefile", "config.ini", "constraints.txt", "scripts/*", "lib/+", "schema/*", "tests/",
     "docs/", "examples/", "benchmarks/",
 ]  # fmt: skip
+_MEASURED = "2026-11-23-amd-epyc-2-cores.json"
 _COLUMN = 20
 _WIDTH = 100
 
@@ -86,6 +90,48 @@ def settings() -> str:
         about = []
     columns = ["option", "default", "what"]
     return "\n\n".join(f"`{name}`\n\n{_table(columns, rows)}" for name, rows in tables.items())
+
+
+def speeds() -> str:
+    """Return residues per second of this program by model, as benchmarks/ has them measured."""
+    found = json.loads((ROOT / "benchmarks" / _MEASURED).read_text(encoding="utf-8"))
+    rows = []
+    for case in found["cases"]:
+        name, mix, sequences = case["case"].split(":")
+        share = 1 - 2 * int(sequences) / case["tokens"]  # <cls> and <eos> are tokens, not residues
+        rates = {
+            one["contender"]: f"{share * one['tokens_per_second']:,.0f}"
+            for one in case["contenders"]
+        }
+        residues = f"{share * case['tokens']:,.0f}"
+        rows.append(
+            [name, f"{mix}: {sequences} sequences, {residues} residues"]
+            + [rates[f"esm-ledger {precision}"] for precision in ("float32", "bfloat16")]
+        )
+    columns = ["model", "input", "residues/s, float32", "residues/s, bfloat16"]
+    about = f"{found['machine']}, torch {found['versions']['torch']}, {found['date']}, "
+    about += f"{found['weights']} weights:"
+    return f"{about}\n\n{_table(columns, rows)}"
+
+
+def sizes() -> str:
+    """Return what each released model takes on disk, in memory, by record and by residue."""
+    rows = []
+    for name, model in RELEASED.items():
+        file, width = model.file.bytes, model.shape.hidden_dim
+        rows.append(
+            [
+                f"`{name}`",
+                "unknown" if file is None else size(file),
+                size(4 * model.shape.parameters),
+                size(2 * model.shape.parameters),
+                f"{4 * width:,}",
+                f"{4 * width:,} or {2 * width:,}",
+            ]
+        )
+    columns = ["model", "`.pt` on disk", "in memory, float32", "in memory, half precision"]
+    columns += ["bytes of a `mean`, per record", "of `per_tok`, per residue"]
+    return _table(columns, rows)
 
 
 def queries() -> str:

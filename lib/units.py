@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
-__all__ = ["count", "duration", "moment", "printable", "records", "seconds_between", "size"]
+__all__ = [
+    "count",
+    "duration",
+    "first_within",
+    "moment",
+    "printable",
+    "records",
+    "seconds_between",
+    "shortened_to",
+    "size",
+]
 
 
 def count(number: float) -> str:
@@ -51,6 +62,19 @@ def size(number: float) -> str:
         if number < 999.95:
             return f"{number:.1f} {unit}"
     return f"{number / 1000:,.1f} PB"
+
+
+def first_within(width: int, texts: Sequence[str]) -> str:
+    """Return the first text that has at most `width` characters, or else the last."""
+    return next((text for text in texts if len(text) <= width), texts[-1])
+
+
+def shortened_to(width: int, text: str) -> str:
+    """Return a text with at most `width` characters: beginning and end, with `…` between them."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: max(0, width - 1 - end)]}…{text[len(text) - end :]}"[: max(0, width)]
 
 
 def moment(text: str) -> str:

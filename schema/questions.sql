@@ -1,9 +1,10 @@
 -- Questions that people ask of the run database, each with its one statement. docs/history.md
--- shows them in this order, and `make browse` has a page for each.
+-- shows them in this order, and `make browse` has a page for each. `{run: 1}` is the field `run` of
+-- that page, which shows all as long as it is empty; the docs have the value 1 there.
 
--- Which runs used the 650M model on this input?
-SELECT run, status, layers, started FROM run_history
-WHERE model = 'esm2_t33_650M_UR50D' AND released AND input LIKE '%/proteins.fasta';
+-- Which runs used this model on this input?
+SELECT run, model, layers, status, started, label FROM run_history
+WHERE model LIKE '%{model: esm2_t33_650M_UR50D}%' AND input LIKE '%{input: proteins.fasta}%';
 
 -- What is unfinished, and how far is it?
 SELECT run, status, percent, attempts, heartbeat FROM run_progress
@@ -21,11 +22,11 @@ SELECT run, file, problem FROM checkpoint_audit WHERE problem IS NOT NULL;
 
 -- Which model made this file?
 SELECT run, model, model_sha256 FROM checkpoint_audit
-WHERE file LIKE '%/run-000001/checkpoint-000001.parquet';
+WHERE file LIKE '%{file: run-000001/checkpoint-000001.parquet}';
 
 -- Which file is this record from?
-SELECT file, 100 - first_record AS record_in_file FROM record_files
-WHERE run = 1 AND 100 BETWEEN first_record AND last_record;
+SELECT run, file, {record: 100} - first_record AS record_in_file FROM record_files
+WHERE run = {run: 1} AND {record: 100} BETWEEN first_record AND last_record;
 
 -- What was copied from earlier runs, and from which?
 SELECT run_id AS run, reused_run_id AS from_run, sum(records) AS records
@@ -47,14 +48,14 @@ FROM attempts GROUP BY run_id HAVING count(*) > 1 OR max(outcome) <> 'finished';
 SELECT run_id, count(*) AS files, sum(c.bytes) / 1e6 AS megabytes
 FROM checkpoints c JOIN runs r ON r.id = c.run_id WHERE r.pruned_at IS NULL GROUP BY run_id;
 
--- Which runs embedded sequences only in part, or read letters as X?
-SELECT id AS run, records_truncated, max_residues, residues_mapped FROM runs
-WHERE records_truncated > 0 OR residues_mapped > 0;
+-- Which runs cut sequences, read letters as X, or read genes or an alignment?
+SELECT id AS run, records_truncated, residues_mapped, records_nucleotide_like, records_with_gaps FROM runs
+WHERE records_truncated > 0 OR residues_mapped > 0 OR records_nucleotide_like > 0 OR records_with_gaps > 0;
 
 -- Which library versions computed this run?
 SELECT id AS attempt, versions ->> 'torch' AS torch, versions ->> 'python' AS python
-FROM attempts WHERE run_id = 1;
+FROM attempts WHERE run_id = {run: 1};
 
 -- Which workers of a cluster computed this run, and how fast?
 SELECT worker, host, device_name, checkpoints, residues_per_second, outcome, error
-FROM worker_throughput WHERE run = 1;
+FROM worker_throughput WHERE run = {run: 1};

@@ -139,6 +139,13 @@ class Run(Base):
     pruned_at: Mapped[str | None] = mapped_column(
         comment="when its files were taken off the disk, UTC ISO 8601; NULL: they were not"
     )
+    label: Mapped[str | None] = mapped_column(comment="what its user called it; NULL: nothing")
+    records_nucleotide_like: Mapped[int | None] = mapped_column(
+        comment="records of nothing but A, C, G, T, U, N and gaps; NULL: not counted"
+    )
+    records_with_gaps: Mapped[int | None] = mapped_column(
+        comment="records with gaps (- or .) as of an alignment; NULL: not counted"
+    )
 
     model: Mapped[Model | None] = relationship()
     inputs: Mapped[list[Input]] = relationship(order_by="Input.number")

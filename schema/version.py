@@ -6,4 +6,4 @@ VERSION = "0.1.0"  # of the program; pyproject.toml reads it here
 WRITER = f"esm-ledger {VERSION}"  # as databases and checkpoint footers name the program
 
 APPLICATION_ID = 0x45534D4C  # "ESML", as PRAGMA application_id shows it to file(1)
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3

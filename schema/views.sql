@@ -15,10 +15,14 @@ SELECT
     models.released AS released,
     -- name and SHA-256 of the model that a LoRA adapter changes; NULL for other models
     models.base_name || ' (sha256 ' || models.base_sha256 || ')' AS base,
+    -- what its user called it; NULL if nothing
+    runs.label AS label,
     -- layers kept
     (SELECT group_concat(value, ' ') FROM json_each(runs.repr_layers)) AS layers,
     -- what is kept: mean, bos, per_tok, contacts
     (SELECT group_concat(value, ' ') FROM json_each(runs.include)) AS include,
+    -- type of the matrix products: float32, bfloat16 or float16
+    runs.precision AS precision,
     -- the FASTA file, absolute; of several the first, and how many more
     runs.input_path || coalesce(
         (SELECT ' and ' || (count(*) - 1) || ' more' FROM inputs

@@ -4,6 +4,7 @@
     python scripts/embed.py --input proteins.fasta --include mean bos --repr-layers 0 18 -1
     python scripts/embed.py --input a.fasta b.fasta.gz folder_of_fasta
     zcat proteins.fasta.gz | python scripts/embed.py --input -
+    python scripts/embed.py --input proteins.fasta --label "phages, first try"
     python scripts/embed.py --input examples/proteins.fasta --validate-config
 
 Several files are one input, whose records count from the first file on. Standard input is kept in
@@ -47,6 +48,7 @@ from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
+from lib.ledger.runs import checked_label
 from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings_arguments(
         parser, "esm_model", "input", "output", "include", "repr_layers", "reuse", "ray"
     )
+    parser.add_argument("--label", metavar="TEXT", help="what history calls the run")
     parser.add_argument(
         "--validate-config", action="store_true", help="check all that validate.py does, and stop"
     )
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # ---- What will be done: detected, checked, displayed
         refuse_missing_input(settings)
+        label = checked_label(parsed.label)
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))
         show_model(detection)
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(describe_start(model))
 
         # ---- On the record
-        run = embed_new_run(engine, model, computer, inventory, interruption)
+        run = embed_new_run(engine, model, computer, inventory, interruption, label=label)
     show_result(run, as_json=parsed.json)
     return 0
 

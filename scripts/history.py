@@ -4,7 +4,8 @@
     python scripts/history.py --run 12 --json
     python scripts/history.py --watch
 
-On a terminal, columns that do not fit are left out; --json prints all of them, as plain numbers.
+On a terminal, columns that do not fit are left out, and long labels and names of inputs shortened;
+--json prints all of them, as plain numbers.
 --watch shows the progress of running runs until they end, or until Ctrl-C. The run database is
 opened read-only. Exit status: 0 shown, 2 no such database or run.
 """
@@ -23,11 +24,12 @@ from lib.console.program import ctrl_c_within, run_script
 from lib.ledger.history import altered_rows, run_detail, run_history, watch
 from lib.ledger.overview import (
     LEAST_NEEDED,
+    SHORTENED,
     attempts_table,
     checkpoints_table,
     history_table,
     inputs_table,
-    progress_line,
+    progress_lines,
     run_fields,
     workers_table,
 )
@@ -61,7 +63,7 @@ def show_progress(url: str, run_id: int | None, seconds: float, *, as_json: bool
             if as_json:
                 print_json(states)
             else:
-                lines.show([progress_line(state) for state in states] or ["no run is running"])
+                lines.show([progress_lines(state) for state in states] or [["no run is running"]])
 
 
 def show_history(url: str, *, as_json: bool) -> None:
@@ -71,7 +73,7 @@ def show_history(url: str, *, as_json: bool) -> None:
         print_json(history.dictionaries())
         return
     table = history_table(history)
-    print_table(table.columns, table.rows, least_needed=LEAST_NEEDED)
+    print_table(table.columns, table.rows, least_needed=LEAST_NEEDED, shortened=SHORTENED)
 
 
 def show_run(url: str, run_id: int, *, as_json: bool) -> None:

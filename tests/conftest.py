@@ -40,7 +40,7 @@ SOME_PROTEINS = DATA / "short_proteins.fasta"
 UNIPROT_PART = DATA / "uniprot_part.fasta"
 # What make hands down, and the Makefile's variables: `make test ARGS=...` exports them.
 _OF_MAKE = re.compile(
-    r"MAKE\w*|MFLAGS|MODEL|INPUT|OUTPUT|RUN|RAY|FORMAT|TO|QUERY|CONFIG|ARGS|esm_\w+|COLUMNS"
+    r"MAKE\w*|MFLAGS|MODEL|INPUT|OUTPUT|RUN|LABEL|RAY|FORMAT|TO|QUERY|CONFIG|ARGS|esm_\w+|COLUMNS"
 )
 
 

@@ -49,7 +49,7 @@ def run(number: int, made_by: Model, name: str, records: int, residues: int, **f
         input_bytes=2 * residues, input_sha256=digest(name), records_total=records,
         sequences_total=records, residues_total=residues, records_truncated=records // 60,
         residues_mapped=0, output_folder=f"/data/embeddings/run-{number:06d}",
-        settings={}, **facts,
+        records_nucleotide_like=0, records_with_gaps=0, settings={}, **facts,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, quick_python: Path) -> Path
         started_at="2026-03-02T10:02:11.004Z", finished_at="2026-03-02T12:51:40.871Z",
     )  # fmt: skip
     three = run(
-        3, tuned, "phages.fasta", 5_210, 1_402_300, status="finished",
+        3, tuned, "phages.fasta", 5_210, 1_402_300, status="finished", label="after tuning",
         started_at="2026-03-09T08:30:00.500Z", finished_at="2026-03-09T13:10:22.750Z",
     )  # fmt: skip
     four = run(

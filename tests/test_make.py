@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -65,10 +66,12 @@ def test_values_reach_the_scripts_as_they_are(
         "INPUT": str(source),
         "OUTPUT": str(folder / "out"),
         "CONFIG": str(config),
+        "LABEL": odd,
     }
     quick = f"python={quick_python}"
     done = make("embed", "ARGS=--json", quick, variables=variables)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["label"] == odd
     assert len(read_run(folder / "out" / "run-000001")) == 15
     for target in ("resume", "validate", "history"):
         again = make(target, quick, variables={"RUN": "1", "CONFIG": str(config)})
@@ -107,7 +110,7 @@ def test_a_demo_model_that_another_make_has_made_meanwhile_is_kept(tmp_path: Pat
     assert model.read_text() == "whole\n"
 
 
-@pytest.mark.parametrize("name", ["model", "input", "run", "args"])
+@pytest.mark.parametrize("name", ["model", "input", "run", "label", "args"])
 def test_a_variable_in_small_letters_is_refused_in_one_line(name: str) -> None:
     """Before, make went on without a word, with the model of config.ini."""
     done = make("history", f"{name}=a b", variables={"config": "of the shell"})

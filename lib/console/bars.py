@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lib.console.output import note
-from lib.units import count, duration, size
+from lib.console.output import note, terminal_width
+from lib.units import count, duration, first_within, size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["ResidueBar", "download_bar"]
 
 _SECONDS_BETWEEN_LINES = 60.0
+# Of `embedding  12%|`, a short bar and the sign behind it.
+_BAR_WIDTH = len("embedding 100%|") + 8 + len("| ")
 
 
 class ResidueBar:
@@ -33,19 +34,16 @@ class ResidueBar:
         from tqdm import tqdm  # here, as history has no bar and starts in a moment
 
         self._on_terminal = sys.stderr.isatty()
-        # Some terminals, such as those of containers, report a width of 0.
-        sized = self._on_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._progress = progress
         self._line_is_due = progress.elapsed + _SECONDS_BETWEEN_LINES
         self._bar = tqdm(
             total=progress.residues_total,
             initial=progress.residues_before,
             bar_format="embedding {percentage:3.0f}%|{bar}| {desc}",
-            desc=_describe_progress(progress),
+            desc=_describe_progress(progress, self._room()),
             miniters=0,
             mininterval=0.2,
-            ncols=None if sized else 80,
-            dynamic_ncols=sized,
+            ncols=self._columns(),
             disable=not self._on_terminal,
             file=sys.stderr,
         )
@@ -66,10 +64,20 @@ class ResidueBar:
         self._bar.total = self._progress.residues_total
 
     def _show(self, residues: int) -> None:
-        self._bar.set_description_str(_describe_progress(self._progress), refresh=False)
+        self._bar.ncols = self._columns()
+        words = _describe_progress(self._progress, self._room())
+        self._bar.set_description_str(words, refresh=False)
         self._bar.update(residues)
         if not self._on_terminal and self._progress.elapsed >= self._line_is_due:
             self._say()
+
+    def _columns(self) -> int | None:
+        """Return the columns of the terminal but for the last, which makes some of them wrap."""
+        return terminal_width(sys.stderr) - 1 if self._on_terminal else None
+
+    def _room(self) -> int:
+        """Return how many characters fit behind the bar."""
+        return (self._columns() or sys.maxsize) - _BAR_WIDTH
 
     def __enter__(self) -> ResidueBar:
         return self
@@ -84,23 +92,26 @@ class ResidueBar:
         self._line_is_due = self._progress.elapsed + _SECONDS_BETWEEN_LINES
 
 
-def _describe_progress(progress: Progress) -> str:
+def _describe_progress(progress: Progress, room: int = sys.maxsize) -> str:
     """Return `3,100 of 5,000 residues (2,000 before), 12 res/s, 2 min 38 s left`.
 
-    Before it stands `700 sequences copied, ` if any were.
+    Before it stands `700 sequences copied, ` if any were. What does not fit `room` characters is
+    left out: the time left comes last.
     """
     copied = progress.sequences_copied
     if copied and not progress.residues_total:
         return f"{count(copied)} sequences copied"
-    text = f"{count(copied)} sequences copied, " if copied else ""
-    text += f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
-    if progress.residues_before:
-        text += f" ({count(progress.residues_before)} before)"
-    if progress.rate is not None:
-        text += f", {count(progress.rate)} res/s"
+    copies = f"{count(copied)} sequences copied, " if copied else ""
+    done = f"{count(progress.residues_done)} of {count(progress.residues_total)} residues"
+    before = f" ({count(progress.residues_before)} before)" if progress.residues_before else ""
+    rate = "" if progress.rate is None else f", {count(progress.rate)} res/s"
+    left = ""
     if progress.seconds_left is not None and progress.residues_done < progress.residues_total:
-        text += f", {duration(progress.seconds_left)} left"
-    return text
+        left = f"{duration(progress.seconds_left)} left"
+    after = f", {left}" if left else ""
+    forms = [f"{copies}{done}{before}{rate}{after}", f"{done}{before}{rate}{after}"]
+    forms += [f"{done}{rate}{after}", f"{done}{after}", left]
+    return first_within(room, forms)
 
 
 @contextmanager

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lib.catalog import shown_name
+from lib.jobs.estimate import Estimate
 from lib.jobs.loading import KnownModel
 from lib.jobs.validation import RunAudit, Validation
 from lib.models.detection import Detection
 from lib.models.download import Offer
 from lib.models.released import Proof
 from lib.sequences.inventory import Inventory
-from lib.units import size
+from lib.units import count, duration, records, size
 from schema.esm2_config import ESM2Config
 from schema.tables import Run
 
 __all__ = [
     "describe_audit",
     "describe_detection",
+    "describe_estimate",
     "describe_input",
     "describe_proof",
     "describe_run",
@@ -102,6 +105,8 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
         lines.append(f"unknown letters read as X: {inventory.mapped}")
     if inventory.nucleotide_like:
         lines.append(f"only letters of ACGTUN (nucleotides?): {inventory.nucleotide_like} records")
+    if inventory.with_gaps:
+        lines.append(f"gaps, - or . (an alignment?): {inventory.with_gaps} records")
     return lines
 
 
@@ -130,6 +135,7 @@ def run_json(run: Run) -> dict[str, Any]:
     """Return the result of a run as JSON."""
     return {
         "run": run.id,
+        "label": run.label,
         "status": run.status,
         "model": run.esm2_config,
         "input": run.input_path,
@@ -168,6 +174,8 @@ def describe_validation(validation: Validation) -> list[str]:
     ]
     if validation.inventory is not None:
         lines += describe_input(validation.inventory, validation.max_residues)
+    if validation.estimate is not None:
+        lines += describe_estimate(validation.estimate)
     for unfinished in validation.unfinished:
         reason = unfinished.reason
         verdict = "can be resumed with this model" if reason is None else f"cannot: {reason}"
@@ -175,6 +183,19 @@ def describe_validation(validation: Validation) -> list[str]:
     if not validation.unfinished:
         lines.append("no unfinished run")
     return lines
+
+
+def describe_estimate(estimate: Estimate) -> list[str]:
+    """Return what a run would take as lines: time, disk and memory."""
+    trial = estimate.trial
+    gpu = f", {size(estimate.gpu_memory)} of the GPU's" if estimate.gpu_memory is not None else ""
+    return [
+        f"estimate for {records(estimate.records)}, {count(estimate.residues)} residues to embed:",
+        f"  time    {duration(estimate.seconds)} on {estimate.device} (tried: "
+        f"{count(trial.residues)} residues in {duration(trial.seconds)})",
+        f"  disk    {size(estimate.disk)} ({size(estimate.disk_free)} free)",
+        f"  memory  up to {size(estimate.memory)}{gpu}",
+    ]
 
 
 def validation_json(validation: Validation) -> dict[str, Any]:
@@ -199,7 +220,10 @@ def validation_json(validation: Validation) -> dict[str, Any]:
             "sequences": inventory.sequences,
             "residues": inventory.residues,
             "truncated": inventory.truncated,
+            "nucleotide_like": inventory.nucleotide_like,
+            "with_gaps": inventory.with_gaps,
         },
+        "estimate": None if validation.estimate is None else asdict(validation.estimate),
         "unfinished": [
             {"run": one.run_id, "resumable": one.reason is None, "reason": one.reason}
             for one in validation.unfinished

@@ -14,6 +14,8 @@ from lib.jobs.progress import Progress
 from lib.jobs.reuse import plan_reuse
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, create_run
+from lib.ledger.sources import Wanted
+from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import Detection
 from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
@@ -43,7 +45,8 @@ def refuse_missing_input(settings: Settings) -> None:
 def show_model(detection: Detection, sha256: str | None = None) -> None:
     """Print the properties of a model, with its digest where it is known."""
     columns = ["property", "value", "source"]
-    print_table(columns, describe_detection(detection, sha256), to_stderr=True)
+    rows = describe_detection(detection, sha256)
+    print_table(columns, rows, to_stderr=True, shortened={"value": 26, "source": 34})
 
 
 def show_input(inventory: Inventory, settings: Settings) -> None:
@@ -59,16 +62,20 @@ def embed_new_run(
     inventory: Inventory,
     interruption: Interruption,
     purpose: str = "",
+    label: str | None = None,
 ) -> Run:
     """Record a run and embed it, copying what earlier runs have; raises what `work` raises.
 
-    purpose: printed behind the run's number.
+    purpose: printed behind the run's number; label: what its user calls it.
     """
+    twin = finished_twin(engine, Wanted(model.config, model.settings), inventory)
+    if twin is not None:
+        note(describe_twin(twin))
     reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
     with (
         interruption.deferred(),
         create_run(
-            engine, model.settings, model.config, inventory, model.facts, reuse
+            engine, model.settings, model.config, inventory, model.facts, reuse, label
         ) as ownership,
     ):
         note(f"run {ownership.run.id}{purpose}")

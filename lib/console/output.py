@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TextIO
 
-from lib.units import printable
+from lib.units import first_within, printable, shortened_to
 
 __all__ = [
     "LiveLines",
@@ -20,7 +19,11 @@ __all__ = [
     "print_line",
     "print_result",
     "print_table",
+    "terminal_width",
 ]
+
+# Where all columns of a table have to be shortened, each keeps so many characters.
+_LEAST_WIDTH = 8
 
 
 def note(line: str) -> None:
@@ -63,32 +66,69 @@ def print_table(
     title: str | None = None,
     to_stderr: bool = False,
     least_needed: Sequence[str] = (),
+    shortened: Mapping[str, int] = {},
 ) -> None:
     """Print rows under their column names, with numbers aligned right.
 
     Until the table fits the terminal, the columns of `least_needed` are left out in their order.
+    With `shortened`, lines never wrap: its columns give what is missing, down to so many
+    characters, and only if that is not enough, all columns do. One of them that stands in
+    `least_needed` is shortened at its first turn there, and left out at its second.
     """
     stream = sys.stderr if to_stderr else sys.stdout
     if title is not None:
         print(f"\n{title}", file=stream)
     cells = [[_cell(value) for value in row] for row in rows]
-    widths = [
-        max(len(name), *(len(row[i]) for row in cells)) if cells else len(name)
-        for i, name in enumerate(columns)
-    ]
     right = [
         bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
         for i in range(len(columns))
     ]
-    kept = list(range(len(columns)))
-    for name in least_needed:
-        if sum(widths[i] + 2 for i in kept) - 2 <= _width():
+    lines = [list(columns), *cells]
+    widths = {i: max(len(line[i]) for line in lines) for i in range(len(columns))}
+    room = terminal_width(stream)
+    giving = {columns.index(name): least for name, least in shortened.items() if name in columns}
+    turns = [columns.index(name) for name in least_needed if name in columns]
+    widths = _fitted(_left_in(widths, room, turns, giving), room, giving)
+    for line in lines:
+        shown = {i: shortened_to(width, line[i]) for i, width in widths.items()}
+        padded = (
+            cell.rjust(widths[i]) if right[i] else cell.ljust(widths[i])
+            for i, cell in shown.items()
+        )
+        print("  ".join(padded).rstrip()[: room if shortened else None], file=stream)
+
+
+def _left_in(
+    widths: Mapping[int, int], room: int, turns: Sequence[int], giving: Mapping[int, int]
+) -> dict[int, int]:
+    """Return the widths of the columns that `room` has place for, once those `giving` give."""
+    left, least = dict(widths), dict(widths)
+    for i in turns:
+        if _line_width(least) <= room:
             break
-        if name in columns:
-            kept.remove(columns.index(name))
-    for row in [list(columns), *cells]:
-        padded = (row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in kept)
-        print("  ".join(padded).rstrip(), file=stream)
+        if least.get(i, 0) > giving.get(i, sys.maxsize):
+            least[i] = giving[i]
+        else:
+            left.pop(i, None)
+            least.pop(i, None)
+    return left
+
+
+def _fitted(widths: Mapping[int, int], room: int, giving: Mapping[int, int]) -> dict[int, int]:
+    """Return widths so that a line fits `room`: those `giving` give in turn, then all."""
+    fitted = dict(widths)
+    for i, least in giving.items():
+        if i in fitted:
+            missing = max(0, _line_width(fitted) - room)
+            fitted[i] = max(fitted[i] - missing, min(least, fitted[i]))
+    while giving and _line_width(fitted) > room and max(fitted.values()) > _LEAST_WIDTH:
+        widest = max(fitted, key=lambda i: fitted[i])
+        fitted[widest] -= 1
+    return fitted
+
+
+def _line_width(widths: Mapping[int, int]) -> int:
+    return sum(width + 2 for width in widths.values()) - 2
 
 
 class LiveLines:
@@ -97,11 +137,12 @@ class LiveLines:
     def __init__(self) -> None:
         self._shown: list[str] = []
 
-    def show(self, lines: Sequence[str]) -> None:
-        """Replace the lines shown before by these."""
+    def show(self, lines: Sequence[Sequence[str]]) -> None:
+        """Replace the lines shown before by these; of the forms of each, the first that fits."""
         on_terminal = sys.stdout.isatty()
         # A line longer than the terminal would wrap, and the cursor would move back too little.
-        cut = [_cell(line)[: _width() if on_terminal else None] for line in lines]
+        room = terminal_width(sys.stdout) if on_terminal else sys.maxsize
+        cut = [first_within(room, [_cell(form) for form in forms])[:room] for forms in lines]
         if cut == self._shown:
             return
         if on_terminal and self._shown:
@@ -110,11 +151,17 @@ class LiveLines:
         print("\n".join(cut), flush=True)
 
 
-def _width() -> int:
-    # COLUMNS or the terminal sets the width; output to a file has no limit.
-    if "COLUMNS" in os.environ or sys.stdout.isatty():
-        return shutil.get_terminal_size().columns
-    return sys.maxsize
+def terminal_width(stream: TextIO) -> int:
+    """Return the columns of a line: of COLUMNS, or the terminal; a file has no limit.
+
+    Some terminals, such as those of containers, report a width of 0: they count as 80 wide.
+    """
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
+    if not stream.isatty():
+        return sys.maxsize
+    return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 def _cell(value: object) -> str:

@@ -27,8 +27,10 @@ from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import plan_reuse
 from lib.ledger.database import open_for_writing
-from lib.ledger.runs import create_run
+from lib.ledger.runs import checked_label, create_run
+from lib.ledger.sources import Wanted
 from lib.ledger.standard_input import copied_standard_input
+from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import DEFAULT_CONFIG, load_settings
@@ -44,15 +46,17 @@ def embed(
     model: str | Path | None = None,
     settings: Mapping[str, str] = {},
     config: str | Path = DEFAULT_CONFIG,
+    label: str | None = None,
     say: Callable[[str], None] = print,
 ) -> RunEmbeddings:
     """Embed sequences as a run on record, and open it.
 
     sequences: a list, whose ids are its positions, or sequences by their id. model: a released
     name or a path, as MODEL=; settings: "section.option" to text, as --set. Both are laid over
-    `config`, as a script does it. What an earlier run embedded alike is copied from it. `say` is
-    told which run it is, what was changed in the sequences and what it reuses. Ctrl-C commits what
-    is finished and ends with an InterruptedRunError; resume.py continues the run.
+    `config`, as a script does it. label: what history calls the run. What an earlier run embedded
+    alike is copied from it. `say` is told which run it is, what was changed in the sequences and
+    what it reuses. Ctrl-C commits what is finished and ends with an InterruptedRunError; resume.py
+    continues the run.
 
     Returns the vectors in the order of `sequences`: `matrix()` is (N, hidden_dim) float32. Raises
     what the scripts print as one line: a LedgerError, as InputError for a letter that is not in
@@ -62,6 +66,7 @@ def embed(
     if model is not None:
         said["model.esm_model"] = str(model)
     chosen = load_settings(Path(config), said)
+    called = checked_label(label)
     fasta = io.BytesIO(_fasta(sequences))
     interruption = Interruption()
     # Python lets only the main thread handle signals.
@@ -81,11 +86,14 @@ def embed(
         loaded, computer = opened.enter_context(
             made_ready(chosen, detection, None, interruption, say)
         )
+        twin = finished_twin(engine, Wanted(loaded.config, loaded.settings), inventory)
+        if twin is not None:
+            say(describe_twin(twin))
         reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
         with (
             interruption.deferred(),
             create_run(
-                engine, loaded.settings, loaded.config, inventory, loaded.facts, reuse
+                engine, loaded.settings, loaded.config, inventory, loaded.facts, reuse, called
             ) as ownership,
         ):
             number = ownership.run.id
@@ -106,6 +114,10 @@ def _changes(inventory: Inventory, max_residues: int) -> Iterator[str]:
         yield f"truncated to {max_residues} residues: {records(inventory.truncated)}"
     if inventory.mapped:
         yield f"unknown letters read as X: {inventory.mapped}"
+    if inventory.nucleotide_like:
+        yield f"only letters of ACGTUN (nucleotides?): {records(inventory.nucleotide_like)}"
+    if inventory.with_gaps:
+        yield f"gaps, - or . (an alignment?): {records(inventory.with_gaps)}"
 
 
 def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
+from lib.jobs.estimate import Estimate, estimate_run
 from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
@@ -60,6 +61,7 @@ class Validation:
 
     model: LoadedModel
     inventory: Inventory | None
+    estimate: Estimate | None
     max_residues: int
     unfinished: list[Unfinished]
 
@@ -70,7 +72,8 @@ def validate(
     """Check settings, weights, input and database, in this order; `say` is told what is good.
 
     standard_input: the file in which it is kept meanwhile. The weights are digested, loaded and
-    tried on one short sequence. Raises the LedgerError of the first thing that is wrong.
+    tried on one short sequence, and on a few packs if there is an input, to estimate what a run of
+    it takes. Raises the LedgerError of the first thing that is wrong.
     """
     detection = detect(settings.model, contacts="contacts" in settings.output.include)
     say(f"settings: good, model {detection.name}")
@@ -79,12 +82,13 @@ def validate(
     model = load_model(settings, detection)
     try_model(model)
     say(f"model: good, one short sequence embedded on {model.facts.device}")
-    inventory = None
+    inventory, estimate = None, None
     if settings.input.fasta is not None:
         inventory = preflight(settings.input, standard_input)
         say(f"input: good, {inventory.records} records")
+        estimate = estimate_run(model, inventory)
     unfinished = list_unfinished(settings.database.url, model, detection)
-    return Validation(model, inventory, settings.input.max_residues, unfinished)
+    return Validation(model, inventory, estimate, settings.input.max_residues, unfinished)
 
 
 def audit_run(url: str, run_id: int, overrides: Overrides) -> RunAudit:

@@ -81,7 +81,7 @@ def run_detail(url: str, run_id: int) -> RunDetail:
     line = query(
         url,
         "SELECT run_history.*, residues_done, runs.residues_total, "
-        "records_truncated, residues_mapped, percent "
+        "records_truncated, residues_mapped, records_nucleotide_like, records_with_gaps, percent "
         "FROM run_history JOIN runs ON id = run_history.run "
         "JOIN run_progress ON run_progress.run = id WHERE id = ?",
         [run_id],

@@ -10,21 +10,32 @@ from typing import Any
 from lib.ledger.history import RunDetail, Table
 from lib.units import count, duration, moment, records, seconds_between, size
 
-__all__ = ["LEAST_NEEDED", "attempts_table", "checkpoints_table", "history_table", "progress_line"]
-__all__ += ["inputs_table", "run_fields", "workers_table"]
+__all__ = [
+    "LEAST_NEEDED",
+    "SHORTENED",
+    "attempts_table",
+    "checkpoints_table",
+    "history_table",
+    "inputs_table",
+    "progress_lines",
+    "run_fields",
+    "workers_table",
+]
 
-# Columns of history_table that are left out, in this order, until it fits the terminal.
-LEAST_NEEDED = ["include", "layers", "reused", "input", "took", "residues/s", "started (UTC)"]
-LEAST_NEEDED += ["records"]
+# Columns of history_table that are left out, in this order, until it fits the terminal. Those of
+# SHORTENED are first cut to so many characters, so that fewer have to go.
+LEAST_NEEDED = ["include", "layers", "reused", "took", "residues/s", "started (UTC)"]
+LEAST_NEEDED += ["input", "label", "precision", "records", "input", "label"]
+SHORTENED = {"input": 12, "label": 12}
 
 
 def history_table(history: Table) -> Table:
     """Return a row per run: model, input, progress, speed and time taken.
 
-    The column `reused` is there if any of them copied records.
+    The columns `label` and `reused` are there if any of them has one, or copied records.
     """
-    columns = ["run", "model", "layers", "include", "status", "records", "reused", "residues/s"]
-    columns += ["took", "started (UTC)", "input"]
+    columns = ["run", "label", "model", "layers", "include", "precision", "status", "records"]
+    columns += ["reused", "residues/s", "took", "started (UTC)", "input"]
     rows = []
     for run in history.dictionaries():
         took = seconds_between(run["started"], run["finished"])
@@ -32,9 +43,11 @@ def history_table(history: Table) -> Table:
         rows.append(
             [
                 run["run"],
+                run["label"],
                 run["model"],
                 run["layers"],
                 run["include"],
+                run["precision"],
                 run["status"],
                 _of(run["records_done"], run["records_total"]),
                 count(run["reused"]) if run["reused"] else None,
@@ -44,7 +57,7 @@ def history_table(history: Table) -> Table:
                 PurePath(run["input"]).name,
             ]
         )
-    return _without_empty(Table(columns, rows), "reused")
+    return _without_empty(_without_empty(Table(columns, rows), "label"), "reused")
 
 
 def run_fields(detail: RunDetail) -> dict[str, str | None]:
@@ -57,12 +70,14 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
     worked = sum(row["seconds"] for row in checkpoints if row["reused_run"] is None)
     return {
         "run": str(run["run"]),
+        **({} if run["label"] is None else {"label": run["label"]}),
         "status": run["status"],
         "model": run["model"],
         "released": {1: "yes", 0: "no"}.get(run["released"]),
         **({} if run["base"] is None else {"base": run["base"]}),
         "layers": run["layers"],
         "include": run["include"],
+        "precision": run["precision"],
         "input": run["input"],
         "output": run["output"],
         "records": _of(run["records_done"], run["records_total"]),
@@ -70,6 +85,7 @@ def run_fields(detail: RunDetail) -> dict[str, str | None]:
         "residues": f"{_of(run['residues_done'], run['residues_total'])} ({run['percent']} %)",
         "records truncated": count(run["records_truncated"]),
         "letters read as X": count(run["residues_mapped"]),
+        **_suspects(run),
         "residues per second": None if rate is None else count(rate),
         **({"workers": count(run["workers"])} if run["workers"] else {}),
         "on disk": size(taken) if run["pruned"] is None else f"pruned, {size(taken)} before",
@@ -171,21 +187,26 @@ def checkpoints_table(detail: RunDetail) -> Table:
     return _without_empty(_without_empty(Table(columns, rows), "from run"), "worker")
 
 
-def progress_line(run: Mapping[str, Any]) -> str:
-    """Return a line with the progress of a run and the time left, from what is committed.
+def progress_lines(run: Mapping[str, Any]) -> list[str]:
+    """Return the progress of a run and the time left, from what is committed, in ever fewer words.
 
     run: a row of `run_states`.
     """
-    line = (
-        f"run {run['run']} {run['status']}: {_of(run['residues_done'], run['residues_total'])} "
-        f"residues ({run['percent']} %) in {count(run['checkpoints'])} checkpoints"
-    )
-    rate = run["residues_per_second"]
-    if rate is not None:
-        line += f", {count(rate)} residues/s"
-        if run["status"] == "running":
-            line += f", {duration((run['residues_total'] - run['residues_done']) / rate)} left"
-    return line
+    start = f"run {run['run']} {run['status']}: "
+    done = f"{_of(run['residues_done'], run['residues_total'])} residues"
+    percent, rate = f"{run['percent']} %", run["residues_per_second"]
+    checkpoints = f" in {count(run['checkpoints'])} checkpoints"
+    speed = "" if rate is None else f", {count(rate)} residues/s"
+    left = ""
+    if rate is not None and run["status"] == "running":
+        left = f", {duration((run['residues_total'] - run['residues_done']) / rate)} left"
+    return [
+        f"{start}{done} ({percent}){checkpoints}{speed}{left}",
+        f"{start}{done} ({percent}){speed}{left}",
+        f"{start}{done} ({percent}){left}",
+        f"{start}{done}{left}",
+        f"{start}{percent}{left}",
+    ]
 
 
 def _without_empty(table: Table, name: str) -> Table:
@@ -195,6 +216,15 @@ def _without_empty(table: Table, name: str) -> Table:
         return table
     rows = [[*row[:place], *row[place + 1 :]] for row in table.rows]
     return Table([one for one in table.columns if one != name], rows)
+
+
+def _suspects(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return how many records look like nucleotides or rows of an alignment, if any do."""
+    counts = {
+        "only ACGTUN": run["records_nucleotide_like"],
+        "with gaps (- or .)": run["records_with_gaps"],
+    }
+    return {name: records(number) for name, number in counts.items() if number}
 
 
 def _sources(checkpoints: Sequence[Mapping[str, Any]]) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "AttemptFacts",
     "Ownership",
     "beat",
+    "checked_label",
     "create_run",
     "end_attempt",
     "finish_run",
@@ -48,6 +49,7 @@ __all__ = [
 
 # Columns of `models` that follow from the digest, and that a row of an older version may lack.
 _KNOWN_LATER = ("released", "base_name", "base_sha256")
+_LONGEST_LABEL = 60
 _LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
 
 
@@ -73,6 +75,19 @@ class Ownership:
     attempt_id: int
 
 
+def checked_label(text: str | None) -> str | None:
+    """Return a label without blanks around it, None if nothing is left.
+
+    Raises SettingsError for one that does not fit into a line of the history.
+    """
+    label = (text or "").strip()
+    if len(label) > _LONGEST_LABEL:
+        raise SettingsError(f"label: {len(label)} characters, at most {_LONGEST_LABEL}")
+    if not label.isprintable():
+        raise SettingsError(f"label {label!r}: not in one line of printable characters")
+    return label or None
+
+
 @contextmanager
 def create_run(
     engine: Engine,
@@ -81,13 +96,15 @@ def create_run(
     inventory: Inventory,
     facts: AttemptFacts,
     reuse: ReusePlan | None = None,
+    label: str | None = None,
 ) -> Iterator[Ownership]:
     """Record a new run with its folder, its first attempt and this process as its owner.
 
-    reuse: what it copies from earlier runs; that plan is on disk before the run is on record. All
-    of it appears in one transaction or not at all; what leaves the block early is recorded as the
-    attempt's end. A copy of standard input moves into the folder. Raises SettingsError if the
-    folder that the run would get has something in it, or for contacts that no checkpoint can hold.
+    reuse: what it copies from earlier runs; that plan is on disk before the run is on record.
+    label: what its user calls it. All of it appears in one transaction or not at all; what leaves
+    the block early is recorded as the attempt's end. A copy of standard input moves into the
+    folder. Raises SettingsError if the folder that the run would get has something in it, or for
+    contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
     with transaction(engine) as session:
@@ -107,6 +124,9 @@ def create_run(
             residues_total=inventory.residues,
             records_truncated=inventory.truncated,
             residues_mapped=inventory.mapped,
+            records_nucleotide_like=inventory.nucleotide_like,
+            records_with_gaps=inventory.with_gaps,
+            label=label,
             output_folder="",
             settings=snapshot(settings),
             status="running",

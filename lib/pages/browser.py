@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lib.errors import LedgerError, SettingsError
 from lib.ledger.comments import table_comments, view_comments
@@ -27,7 +28,13 @@ _SETTINGS = {
     "facet_suggest_time_limit_ms": 20,
 }
 # The explanations of the columns stand above the rows; side by side they leave the rows in sight.
-_STYLE = "dl.column-descriptions{columns:24em}dl.column-descriptions dt{break-after:avoid}"
+# On a telephone, queries, digests and paths are broken where they have to be, so that nothing
+# sticks out.
+_STYLE = """
+dl.column-descriptions{columns:24em} dl.column-descriptions dt{break-after:avoid}
+#sql-query{white-space:pre-wrap} #sql-query,h1,.rows-and-columns td{overflow-wrap:anywhere}
+form.sql label{width:auto;min-width:5em} form.sql input[type=text]{max-width:100%}
+"""
 
 
 def browser_app(url: str) -> App:
@@ -60,11 +67,14 @@ def page_metadata(path: Path) -> dict[str, Any]:
         tables[name]["sort_desc"] = "id"
     for name in ("schema_version", "sqlite_sequence"):
         tables.setdefault(name, {})["hidden"] = True
-    pages = {one.name: {"title": one.text, "sql": one.sql} for one in questions()}
+    pages = {
+        one.name: {"title": one.text, "sql": one.form_sql, "params": [*one.fields]}
+        for one in questions()
+    }
     about = {"title": "esm-ledger", "description": f"{path} (read-only)"}
     return {
         **about,
-        "extra_css_urls": [f"data:text/css,{_STYLE}"],
+        "extra_css_urls": [f"data:text/css,{quote(_STYLE)}"],
         "databases": {_NAME: {**about, "tables": tables, "queries": pages}},
     }
 

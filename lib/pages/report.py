@@ -199,7 +199,6 @@ def _shown(value: object) -> object:
 def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
     kept = run.facts
     return run_fields(detail) | {
-        "precision": kept["precision"],
         "long sequences": f"{kept['long_sequences']} (more than {count(kept['max_residues'])})",
         "different sequences": count(kept["sequences_total"]),
         "input SHA-256": kept["input_sha256"],
@@ -249,6 +248,11 @@ def _warnings(
         )
     if kept["residues_mapped"]:
         told.append(f"Letters unknown to ESM-2 and read as X: {count(kept['residues_mapped'])}.")
+    if kept["records_nucleotide_like"]:
+        number = records(kept["records_nucleotide_like"])
+        told.append(f"Only letters of ACGTUN, as nucleotides have: {number}.")
+    if kept["records_with_gaps"]:
+        told.append(f"Gaps (- or .), as an alignment has: {records(kept['records_with_gaps'])}.")
     if found.repeated_ids:
         told.append(f"{records(found.repeated_ids)} with the id of an earlier one.")
     if kept["sequences_total"] < kept["records_total"]:

@@ -40,6 +40,10 @@ __all__ = [
     "preflight",
 ]
 
+# ESM-2 knows all of these letters, so that genes and rows of an alignment pass for proteins.
+_NUCLEOTIDES = b"ACGTUN"
+_GAPS = b"-."
+
 WINDOW_RECORDS = 65_536
 WINDOW_RESIDUES = 32 * 1024 * 1024
 
@@ -55,7 +59,11 @@ class WindowSummary:
 
 @dataclass
 class Inventory:
-    """The counts of preflight. `residues` counts what is embedded, identical sequences once."""
+    """The counts of preflight. `residues` counts what is embedded, identical sequences once.
+
+    nucleotide_like: records of nothing but ACGTUN and gaps; with_gaps: records with - or `.`.
+    header_letters: of all ids and descriptions.
+    """
 
     files: list[InputFile]
     records: int = 0
@@ -65,6 +73,8 @@ class Inventory:
     truncated: int = 0
     mapped: int = 0
     nucleotide_like: int = 0
+    with_gaps: int = 0
+    header_letters: int = 0
     windows: list[WindowSummary] = field(default_factory=list)
     # (records,) the first record with the same embedded residues, which can be the record itself.
     same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -226,9 +236,22 @@ def preflight(
 def _count(records: list[Record], residues: list[bytes], inventory: Inventory) -> None:
     lengths = [record.length for record in records]
     inventory.truncated += sum(map(lt, map(len, residues), lengths))
+    inventory.header_letters += sum([len(one.id) + len(one.description) for one in records])
     inventory.mapped += sum([record.mapped for record in records])
-    inventory.nucleotide_like += [one.lstrip(b"ACGTUN") for one in residues].count(b"")
+    inventory.nucleotide_like += [one.lstrip(_NUCLEOTIDES) for one in residues].count(b"")
+    together = b"".join(residues)
+    if b"-" in together or b"." in together:
+        _count_gaps(residues, inventory)
     inventory.longest = max(inventory.longest, *lengths)
+
+
+def _count_gaps(residues: list[bytes], inventory: Inventory) -> None:
+    """Count sequences with gaps, and those of them that have nucleotides and nothing else."""
+    for one in residues:
+        letters = one.translate(None, _GAPS)
+        if len(letters) < len(one):
+            inventory.with_gaps += 1
+            inventory.nucleotide_like += bool(letters) and not letters.lstrip(_NUCLEOTIDES)
 
 
 def _refuse_repeated_ids(

@@ -37,9 +37,13 @@ def test_the_vectors_are_those_of_the_script(
 ) -> None:
     assert script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS).status == 0
     said: list[str] = []
-    run = call(SEQUENCES, say=said.append)
+    run = call(SEQUENCES, say=said.append, label="a notebook")
     assert isinstance(run, RunEmbeddings)
-    assert said == ["run 2: 15 records by esm2_small (untrained weights)"]
+    assert run.facts["label"] == "a notebook"
+    assert said == [
+        "run 1 has these vectors",
+        "run 2: 15 records by esm2_small (untrained weights)",
+    ]
     assert run.facts["status"] == "finished"
     assert run.ids == [*SEQUENCES]
     assert run.matrix().tobytes() == open_run(place.database, 1).matrix().tobytes()

@@ -95,6 +95,36 @@ def assert_near(found: Path, expected: Path, *, same_bits_for: Iterable[int] = (
                 assert worst_residue_error(value.reshape(-1, 64), truth.reshape(-1, 64)) <= 1e-5
 
 
+# ---- What is there as a whole
+
+
+def test_a_finished_run_of_the_same_identity_and_input_is_named(
+    embed: Callable[..., Answer], reusing: Place
+) -> None:
+    half = ["--set", "compute.precision=bfloat16"]
+    longer = ["--set", "input.max_residues=121"]
+    twin = " has these vectors"
+    assert said(embed(REAL[:4], "--include", "mean", "bos"), twin) == []
+    assert said(embed(REAL[:4]), twin) == ["run 1 has these vectors"]
+    assert said(embed(REAL[:4], "--no-reuse"), twin) == ["run 2 has these vectors"]
+    # Run 1 alone kept both; no run has another layer, precision, limit or input.
+    assert said(embed(REAL[:4], "--include", "bos"), twin) == ["run 1 has these vectors"]
+    for flags in (["--repr-layers", "0"], half, longer):
+        assert said(embed(REAL[:4], *flags), twin) == []
+    assert said(embed(REAL[:3]), twin) == []
+    change(reusing, "UPDATE runs SET status = 'interrupted' WHERE id = 3")
+    change(reusing, "UPDATE runs SET esm2_config = NULL, model_id = NULL WHERE id = 2")
+    change(reusing, "UPDATE runs SET pruned_at = '2026' WHERE id = 1")
+    assert said(embed(REAL[:4]), twin) == []
+
+
+def test_a_model_of_the_same_name_has_other_vectors(
+    embed: Callable[..., Answer], other_model: Path
+) -> None:
+    embed(REAL[:4])
+    assert said(embed(REAL[:4], model=other_model), " has these vectors") == []
+
+
 # ---- What is copied
 
 

@@ -107,6 +107,48 @@ def test_history_shows_runs_newest_first(
     assert [line.split()[0] for line in lines] == ["2", "1"]
 
 
+def test_a_run_has_the_label_and_the_precision_that_history_shows(
+    script: Script, small_model: Path, place: Place
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--label"]
+    assert script("embed", *flags, " gut 2026: é ", "--json").json["label"] == "gut 2026: é"
+    place.set("compute", "precision", "bfloat16")
+    assert script("embed", *flags, " ").status == 0
+    second, first = script("history", "--json").json
+    assert (first["label"], first["precision"]) == ("gut 2026: é", "float32")
+    assert (second["label"], second["precision"]) == (None, "bfloat16")
+    header, *lines = script("history").out.splitlines()
+    assert header.split()[:6] == ["run", "label", "model", "layers", "include", "precision"]
+    assert " bfloat16 " in lines[0]
+    assert lines[1].startswith("  1  gut 2026: é  esm2_small (untrained) ")
+    text = script("history", "--run", "1").out
+    assert re.search(r"^label +gut 2026: é$", text, re.MULTILINE)
+    assert re.search(r"^precision +float32$", text, re.MULTILINE)
+    assert "\nlabel " not in script("history", "--run", "2").out
+    page = script("report", "--run", "1", "--to", place.folder / "report.html")
+    assert page.status == 0
+    assert "<dt>label</dt><dd><bdi>gut 2026: é</bdi></dd>" in (
+        place.folder / "report.html"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("label", "fact"),
+    [
+        ("x" * 61, "label: 61 characters, at most 60"),
+        ("a\nb", r"label 'a\nb': not in one line of printable characters"),
+        ("\x1b[31m", r"label '\x1b[31m': not in one line of printable characters"),
+    ],
+)
+def test_a_label_that_fits_no_line_is_refused_before_the_work(
+    script: Script, place: Place, small_model: Path, label: str, fact: str
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--label", label]
+    answer = script("embed", *flags)
+    assert (answer.status, answer.error) == (2, fact)
+    assert not place.database.exists()
+
+
 def test_history_of_one_run_has_its_attempts_and_checkpoints(script: Script, a_run: None) -> None:
     shown = script("history", "--run", "1", "--json").json
     (attempt,) = shown["attempts"]

@@ -141,6 +141,27 @@ def test_an_upgraded_database_has_the_tables_and_views_of_a_new_one(
     assert ask(old.database, "PRAGMA foreign_key_check") == []
 
 
+def test_a_database_of_the_version_before_gets_what_is_new(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    assert script("embed", *flags).status == 0
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        for (view,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'view'"):
+            connection.execute(f"DROP VIEW {view}")
+        for name in ("label", "records_nucleotide_like", "records_with_gaps"):
+            connection.execute(f"ALTER TABLE runs DROP COLUMN {name}")
+        connection.execute("UPDATE schema_version SET version = 2")
+    assert "schema version 2" in script("history").error
+    assert script("upgrade").status == 0
+    (run,) = script("history", "--json").json
+    assert (run["run"], run["label"], run["status"]) == (1, None, "finished")
+    assert "only ACGTUN" not in script("history", "--run", "1").out
+    assert script("resume", "--run", "1", *flags).status == 0
+    assert script("embed", *flags, "--label", "second").status == 0
+    assert [one["label"] for one in script("history", "--json").json] == ["second", None]
+
+
 def comments_of(path: Path, table: str) -> dict[str, str]:
     ((sql,),) = ask(path, f"SELECT sql FROM sqlite_schema WHERE name = '{table}'")
     return dict(re.findall(r"[\t,] ?(\w+) [A-Z][^/]*/\* (.*?) \*/", str(sql)))

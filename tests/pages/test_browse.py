@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
 import pytest
@@ -162,7 +162,7 @@ def test_the_comments_stand_in_the_database(folder: Path) -> None:
 def test_every_question_has_an_address_of_its_own() -> None:
     asked = questions()
     assert len({one.name for one in asked} | COMMENTS.keys()) == len(asked) + len(COMMENTS)
-    assert asked[0].name == "which-runs-used-the-650m-model-on-this-input"
+    assert asked[0].name == "which-runs-used-this-model-on-this-input"
 
 
 # Pages
@@ -174,8 +174,51 @@ def test_a_question_has_a_page_with_its_answer(
 ) -> None:
     page = server.page(f"/runs/{question.name}")
     assert f">{html.escape(question.text)}</h1>" in page
-    answer = json.loads(server.page(f"/runs/{question.name}.json?_shape=array"))
+    address = f"/runs/{question.name}.json?_shape=array&{urlencode(question.fields)}"
+    answer = json.loads(server.page(address))
     assert answer == query(str(folder / "runs.sqlite"), question.sql).dictionaries()
+    fields = re.findall(r'<input type="text" id="qp\d+" name="(\w+)"', page)
+    assert fields == list(question.fields)
+
+
+def test_what_a_question_asks_about_is_said_in_fields(server: Server) -> None:
+    def answer(name: str, **fields: str) -> list[dict[str, object]]:
+        address = f"/runs/{name}.json?_shape=array&{urlencode(fields)}"
+        rows: list[dict[str, object]] = json.loads(server.page(address))
+        return rows
+
+    used, made = "which-runs-used-this-model-on-this-input", "which-model-made-this-file"
+    record, versions = "which-file-is-this-record-from", "which-library-versions-computed-this-run"
+    assert [row["run"] for row in answer(used)] == [2, 1]  # an empty field leaves nothing out
+    assert [row["run"] for row in answer(used, model="small", input="some_prot")] == [2, 1]
+    assert answer(used, model="esm2_t33_650M_UR50D") == []
+    assert answer(used, input="others.fasta") == []
+    assert [row["run"] for row in answer(made)] == [1, 2]
+    file = "run-000002/checkpoint-000001.parquet"
+    assert [row["run"] for row in answer(made, file=file)] == [2]
+    (row,) = answer(record, run="2", record="14")
+    assert (row["run"], row["record_in_file"]) == (2, 14)
+    assert answer(record, run="2", record="15") == []
+    assert [row["run"] for row in answer(record)] == [1, 2]
+    assert len(answer(versions)) == 2
+    assert [row["attempt"] for row in answer(versions, run="2")] == [2]
+    assert answer(versions, run="2' OR '1") == []
+
+
+def test_the_fields_of_a_statement() -> None:
+    template = (
+        "SELECT {number: 7} FROM t WHERE a = {one: 1} AND b = '{two: x}'"
+        " AND c LIKE '%{two: x}.fa' AND d = 'fixed'"
+    )
+    question = Question("Which one is it?", template)
+    assert question.fields == {"number": "7", "one": "1", "two": "x"}
+    assert question.sql == (
+        "SELECT 7 FROM t WHERE a = 1 AND b = 'x' AND c LIKE '%x.fa' AND d = 'fixed'"
+    )
+    assert question.form_sql == (
+        "SELECT CAST(:number AS INTEGER) FROM t WHERE (:one = '' OR a = :one)"
+        " AND (:two = '' OR b = :two) AND c LIKE '%' || :two || '.fa' AND d = 'fixed'"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(COMMENTS.keys() - {"schema_version"}))
@@ -463,3 +506,41 @@ def test_in_a_browser(server: Server, folder: Path, tmp_path: Path) -> None:
     assert "esm2_small (untrained)" in history
     assert "<dt>residues_per_second</dt><dd>residues computed per second" in history
     assert "dropdown-menu-icon" in history  # table.js has run
+
+
+# How wide each page is in a frame of a telephone's width, as no window of chromium is as narrow.
+MEASURE = """
+onload = () => {
+  const pages = [...document.querySelectorAll('iframe')].map(one => one.contentDocument);
+  document.title = JSON.stringify(pages.map(page => [
+    page.title, page.styleSheets.length, page.documentElement.clientWidth,
+    page.documentElement.scrollWidth,
+    [...page.querySelectorAll('td, pre, input[type=text], h1')].filter(
+      one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflow != 'visible'
+        || one.getBoundingClientRect().right > 390).map(one => one.textContent),
+  ]));
+};
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_nothing_sticks_out_on_a_telephone(server: Server, tmp_path: Path) -> None:
+    names = ["", *(f"/{one.name}" for one in questions()), "/run_history", "/checkpoint_audit"]
+    frames = ""
+    for name in names:
+        base = f'<head><base href="http://127.0.0.1:{server.port}/">'
+        page = server.page(f"/runs{name}").replace("<head>", base, 1)
+        frames += f'<iframe srcdoc="{html.escape(page)}" width="390" height="900"></iframe>'
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<!doctype html><style>iframe{{border:0}}</style>{frames}<script>{MEASURE}</script>"
+    )
+    dom = in_a_browser(frame.as_uri(), tmp_path / "profile")
+    (title,) = re.findall(r"<title>(.*?)</title>", dom.partition("<iframe")[0])
+    measured = json.loads(html.unescape(title))
+    assert len(measured) == len(names)
+    for name, (shown, sheets, width, scrolled, wider) in zip(names, measured, strict=True):
+        assert shown
+        assert sheets >= 2, name  # Datasette's and ours
+        assert width <= 390
+        assert (scrolled, wider) == (width, []), name

@@ -381,7 +381,8 @@ def test_same_sequences_have_nothing_to_project(script: Script, place: Place, em
 def test_every_warning(script: Script, place: Place, embed: Embed) -> None:
     place.set("input", "duplicate_ids", "keep")
     place.set("input", "unknown_residues", "x")
-    embed(entries=[("a", "MK*VJ"), ("a", "MKV"), ("b", "MKV"), ("a", "MKVL")])
+    entries = [("a", "MK*VJ"), ("a", "MKV"), ("b", "MKV"), ("a", "MKVL")]
+    embed(entries=[*entries, ("c", "ACG-T"), ("d", "ACGT"), ("e", "MK.A")])
     change(
         place,
         "UPDATE models SET untrained = 0",
@@ -394,6 +395,8 @@ def test_every_warning(script: Script, place: Place, embed: Embed) -> None:
     page = page_of(script, place)
     assert page.warnings[1:-2] == [
         "Letters unknown to ESM-2 and read as X: 2.",
+        "Only letters of ACGTUN, as nucleotides have: 2 records.",
+        "Gaps (- or .), as an alignment has: 2 records.",
         "2 records with the id of an earlier one.",
         "1 record with the sequence of an earlier one, and so its vector.",
         "Checkpoints with a problem: 1; no model metadata (NULL).",

@@ -80,6 +80,7 @@ INPUTS: dict[str, bytes | list[bytes] | Change] = {
     "the header `a'; drop table runs;--`": b">a'; drop table runs;--\nMK\n",
     "the id `=cmd()`": b">=cmd()\nMK\n",
     "nucleotide sequences": b">a one\nACGTN\n>b\nGC\n",
+    "rows of an alignment": b">a one\nMK-AY\n>b\nG.\n",
     "gzip, bzip2, xz or zstd, whatever the name": [
         compress(GOOD) for compress in (gzip.compress, bz2.compress, lzma.compress, zstd.compress)
     ],

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,38 @@ def test_what_changes_sequences_is_told_at_startup(
     assert "truncated to 20 residues: 1 records" in lines
     assert "unknown letters read as X: 2" in lines
     assert "only letters of ACGTUN (nucleotides?): 1 records" in lines
+
+
+def test_genes_and_rows_of_an_alignment_are_counted_and_warned_of(
+    script: Script, place: Place, path: Path, small_model: Path
+) -> None:
+    """ESM-2 has letters for all that a gene is written with, and for gaps."""
+    sequences = ["ACGTN", "acgu", "ACGTM", "AC-GT", "MK..TAY", "---", "MKTAY", "ACGTACGT"]
+    path.write_text("".join(f">r{i}\n{one}\n" for i, one in enumerate(sequences)))
+    inventory = preflight(rules(path))
+    assert (inventory.nucleotide_like, inventory.with_gaps) == (4, 3)
+    answer = script("embed", "--esm-model", small_model, "--input", path)
+    assert "only letters of ACGTUN (nucleotides?): 4 records" in answer.err.splitlines()
+    assert "gaps, - or . (an alignment?): 3 records" in answer.err.splitlines()
+    found = script("validate", "--esm-model", small_model, "--input", path, "--json").json["input"]
+    assert (found["nucleotide_like"], found["with_gaps"]) == (4, 3)
+    counted = "select records_nucleotide_like, records_with_gaps from runs"
+    assert script("query", counted, "--format", "csv").out.endswith("\n4,3\n")
+    text = script("history", "--run", "1").out
+    assert re.search(r"^only ACGTUN +4 records$", text, re.MULTILINE)
+    assert re.search(r"^with gaps \(- or \.\) +3 records$", text, re.MULTILINE)
+    place.set("output", "reuse", "yes")
+    path.write_text(">a\nMKTAY\n")
+    assert script("embed", "--esm-model", small_model, "--input", path).status == 0
+    text = script("history", "--run", "2").out
+    assert "ACGTUN" not in text
+    assert "gaps" not in text
+
+
+def test_what_is_embedded_decides_whether_it_is_suspect(path: Path) -> None:
+    path.write_text(">a\nACGTMK\n>b\nMKTA--\n")
+    inventory = preflight(rules(path, max_residues="4"))
+    assert (inventory.nucleotide_like, inventory.with_gaps) == (1, 0)
 
 
 # ---- Repeated ids
