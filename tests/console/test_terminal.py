@@ -47,6 +47,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> Iterator[Scr
     reader.start()
     lines: Screen = []
     with os.fdopen(theirs, "w") as screen, monkeypatch.context() as patch:
+        # Where tests run in several processes it is set, to the terminal that they are started from.
+        patch.delenv("COLUMNS", raising=False)
         patch.setattr("sys.stdout", screen)
         patch.setattr("sys.stderr", screen)
         yield lines
@@ -76,11 +78,11 @@ def test_history_has_label_and_input_and_never_wraps(
         if columns == 80:
             assert header.split() == ["run", "label", "model", "status", "records", "input"]
             assert re.search(r" phages .*….* of all  ", line)
-            assert re.search(r" some_.*…\.?fasta$", line)
+            assert re.search(r" short_.*…\.?fasta$", line)
     with terminal(monkeypatch, 200) as lines:
         history(["--config", str(place.config)])
     assert " phages of the gut, the second try of all " in lines[1]
-    assert lines[1].endswith(" some_proteins.fasta")
+    assert lines[1].endswith(" short_proteins.fasta")
 
 
 def test_a_name_that_no_line_holds_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:

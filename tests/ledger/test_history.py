@@ -257,7 +257,7 @@ def test_history_fits_the_terminal_and_never_cuts_a_model(
         text = script("history").out
         assert max(map(len, text.splitlines())) <= int(columns)
         assert "esm2_small (untrained)" in text
-        assert ("some_proteins.fasta" in text) is there
+        assert ("short_proteins.fasta" in text) is there
     monkeypatch.delenv("COLUMNS")
     assert "include" in script("history").out
 

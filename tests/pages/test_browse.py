@@ -190,7 +190,7 @@ def test_what_a_question_asks_about_is_said_in_fields(server: Server) -> None:
     used, made = "which-runs-used-this-model-on-this-input", "which-model-made-this-file"
     record, versions = "which-file-is-this-record-from", "which-library-versions-computed-this-run"
     assert [row["run"] for row in answer(used)] == [2, 1]  # an empty field leaves nothing out
-    assert [row["run"] for row in answer(used, model="small", input="some_prot")] == [2, 1]
+    assert [row["run"] for row in answer(used, model="small", input="short_prot")] == [2, 1]
     assert answer(used, model="esm2_t33_650M_UR50D") == []
     assert answer(used, input="others.fasta") == []
     assert [row["run"] for row in answer(made)] == [1, 2]

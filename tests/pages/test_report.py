@@ -250,7 +250,7 @@ def test_the_points_are_the_principal_components(
 def test_a_class_of_length_has_a_mark_of_its_own(
     script: Script, place: Place, embed: Embed
 ) -> None:
-    embed("--set", "input.max_residues=300")
+    embed("--set", "input.max_residues=200")
     page = page_of(script, place)
     shapes: dict[str, set[str]] = {}
     lengths: dict[str, list[int]] = {}
@@ -262,7 +262,7 @@ def test_a_class_of_length_has_a_mark_of_its_own(
     assert len({min(found) for found in shapes.values()}) == len(shapes) == 5
     ordered = [sorted(lengths[f"length{i}"]) for i in range(5)]
     assert list(chain(*ordered)) == sorted(len(sequence) for _, sequence in fasta(SOME_PROTEINS))
-    assert min(ordered[4]) > 300 >= max(ordered[3])
+    assert min(ordered[4]) > 200 >= max(ordered[3])
     legend = [one.text.strip() for one in page.all("li") if "figure" in one.inside][2:]
     assert legend == [
         f"{group[0]:,} to {group[-1]:,} residues{', truncated' if i == 4 else ''} ({len(group)})"
