@@ -45,6 +45,7 @@ from lib.console.program import run_script
 from lib.jobs.computing import made_ready
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import may_reuse
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
@@ -86,7 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
         model, computer = opened.enter_context(
-            made_ready(settings, detection, None, interruption, note)
+            made_ready(
+                settings,
+                detection,
+                None,
+                interruption,
+                note,
+                later=may_reuse(engine, settings, detection),
+            )
         )
         note(describe_proof(model.config))
         note(describe_start(model))

@@ -65,6 +65,8 @@ def embed_new_run(
     purpose: printed behind the run's number.
     """
     reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
+    if reuse is None or len(reuse) < inventory.sequences:
+        computer.make_ready()
     with (
         interruption.deferred(),
         create_run(

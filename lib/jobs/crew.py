@@ -29,7 +29,7 @@ from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, roo
 from lib.ledger.database import utc_now
 from lib.ledger.identity import first_difference
 from lib.ledger.runs import AttemptFacts
-from lib.ledger.workers import WorkerFacts, add_worker, end_worker
+from lib.ledger.workers import NO_WORKER, WorkerFacts, add_worker, end_worker, name_device
 from lib.models.detection import Detection
 from lib.network.device import choose_pack, choose_precision, packs_at_once
 from lib.settings import Settings
@@ -109,12 +109,13 @@ def crew(
     where: str,
     interruption: Interruption,
     say: Callable[[str], None],
+    later: bool = False,
 ) -> Iterator[tuple[KnownModel, Crew]]:
     """Start workers on the cluster that this process has joined, and yield when the first is ready.
 
     where: the cluster, in a few words. The digest of the driver's weights is taken meanwhile if
-    `sha256` is not known. Raises IdentityRefusedError if every worker has other weights,
-    MachineError if none starts.
+    `sha256` is not known. later: whether workers are started only when the crew is asked for them.
+    Raises IdentityRefusedError if every worker has other weights, MachineError if none starts.
     """
     weights = detection.require_weights()
     kind, device_reason = _kind_of_device(settings.compute)
@@ -134,12 +135,14 @@ def crew(
         model=replace(settings.model, repr_layers=list(detection.repr_layers)),
         compute=replace(chosen, device=kind, threads=threads),
     )
-    made = Crew(theirs, config, say)
+    made = Crew(theirs, config, interruption, say)
     try:
-        made.wait_for_one(interruption)
-        first = made.admitted[0].readiness
-        assert first is not None
-        facts = AttemptFacts(weights.path, kind, first.device_name, first.threads, tokens)
+        if later:
+            name, count = NO_WORKER, threads
+        else:
+            made.wait_for_one()
+            name, count = made.device
+        facts = AttemptFacts(weights.path, kind, name, count, tokens)
         reasons = f"{device_reason}, {where}", precision_reason, pack_reason
         yield KnownModel(made.config, facts, replace(settings, compute=chosen), reasons), made
     finally:
@@ -150,9 +153,13 @@ class Crew:
     """The workers that this process has on a cluster."""
 
     def __init__(
-        self, settings: Settings, config: Callable[[], ESM2Config], say: Callable[[str], None]
+        self,
+        settings: Settings,
+        config: Callable[[], ESM2Config],
+        interruption: Interruption,
+        say: Callable[[str], None],
     ) -> None:
-        """Start as many workers as there is room for.
+        """Start no worker yet; `tend` starts as many as there is room for.
 
         settings: what a worker loads; config: waits for the identity of the driver's weights.
         """
@@ -162,15 +169,15 @@ class Crew:
         self.on_loss: Callable[[Member, str], None] = lambda _member, _fact: None
         self._settings = settings
         self._wait_for_config = config
+        self._interruption = interruption
         self._versions = own_versions()
         self._lost_at_start = 0
         self._pause, self._not_before = _FIRST_PAUSE, 0.0
         self._record: tuple[Engine, int] | None = None
         self._looked = -_BETWEEN_LOOKS
-        self._alone_since = time.monotonic()
+        self._alone_since: float | None = None  # no worker was asked for
         self._room_told = False
         self._fact = ""  # what became of the last worker that is gone
-        self.tend()
 
     @cached_property
     def config(self) -> ESM2Config:
@@ -187,11 +194,18 @@ class Crew:
         """The workers that may be given work."""
         return [one for one in self.members if one.admitted and not one.gone]
 
-    def wait_for_one(self, interruption: Interruption) -> None:
+    @property
+    def device(self) -> tuple[str, int]:
+        """The name of the first worker's device, and its threads."""
+        first = self.admitted[0].readiness
+        assert first is not None
+        return first.device_name, first.threads
+
+    def wait_for_one(self) -> None:
         """Return when a worker is admitted; raises what keeps all of them from it."""
         while not self.admitted:
-            if interruption.insisted:
-                raise interruption.error("interrupted")
+            if self._interruption.insisted:
+                raise self._interruption.error("interrupted")
             self.tend()
             self.mail.handle_next(1.0)
 
@@ -206,7 +220,7 @@ class Crew:
         self._looked = now
         self._start_missing()
         alive = [one for one in self.members if not one.gone]
-        if any(one.greeting for one in alive):
+        if self._alone_since is None or any(one.greeting for one in alive):
             self._alone_since = now
             return
         refused = [one for one in self.members if one.outcome == "refused"]
@@ -397,6 +411,8 @@ class Crew:
                 return
             facts = _facts(member)
             member.row = add_worker(engine, attempt_id, facts, member.started_at, outcome, error)
+            if not member.gone:
+                name_device(engine, attempt_id, *self.device)
         elif outcome is not None:
             end_worker(engine, member.row, outcome, error)
 

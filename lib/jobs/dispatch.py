@@ -65,6 +65,10 @@ class Workers:
         """How many workers report at about the same time."""
         return max(1, len(self._crew.admitted))
 
+    def make_ready(self) -> None:
+        """Wait for a worker."""
+        self._crew.wait_for_one()
+
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
     ) -> Generator[FinishedStretch]:

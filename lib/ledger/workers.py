@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Engine, update
 
 from lib.ledger.database import transaction, utc_now
-from schema.tables import Worker
+from schema.tables import Attempt, Worker
 
-__all__ = ["WorkerFacts", "add_worker", "end_worker"]
+__all__ = ["NO_WORKER", "WorkerFacts", "add_worker", "end_worker", "name_device"]
+
+# The device of an attempt on a cluster that has started no worker, for it computes nothing.
+NO_WORKER = "no worker started"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ def add_worker(
         session.add(row)
         session.flush()
         return row.id
+
+
+def name_device(engine: Engine, attempt_id: int, name: str, threads: int) -> None:
+    """Record what an attempt computes with, if it was begun without a worker."""
+    with transaction(engine) as session:
+        session.execute(
+            update(Attempt)
+            .where(Attempt.id == attempt_id, Attempt.device_name == NO_WORKER)
+            .values(device_name=name, threads=threads)
+        )
 
 
 def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:

@@ -20,6 +20,7 @@ from lib.files import disk_errors, new_path, refuse_existing
 from lib.ledger.history import RunDetail, Table, query, run_detail
 from lib.ledger.overview import attempts_table, inputs_table, run_fields, workers_table
 from lib.ledger.sqlite_file import database_path
+from lib.ledger.workers import NO_WORKER
 from lib.pages.figures import (
     Figure,
     Work,
@@ -258,7 +259,7 @@ def _warnings(
     if problems:
         told.append(f"Checkpoints with a problem: {count(len(problems))}; {problems[0]}.")
     for name, values in {
-        "devices": [one["device_name"] for one in attempts],
+        "devices": [one["device_name"] for one in attempts if one["device_name"] != NO_WORKER],
         "library versions": [_versions(one["versions"]) for one in attempts],
     }.items():
         different = list(dict.fromkeys(values))

@@ -18,6 +18,7 @@ import pytest
 
 from lib.errors import MachineError
 from lib.jobs.messages import Answer, Failure
+from lib.jobs.reuse import LostSourceError, SourceFiles
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
 from tests.processes import Answer as Ended
@@ -344,3 +345,24 @@ def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
     found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
     for record, row in found.items():
         assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)
+
+
+def test_no_worker_is_started_before_there_is_something_to_compute(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = runs.embed("--set", "output.reuse=yes")
+    assert answer.status == 0, answer.err
+    assert ray.actors == []
+    assert_same_bits(runs.place.output / "run-000002", runs.place.output / "run-000001")
+    device = "SELECT device_name = 'no worker started' FROM attempts WHERE run_id > 1"
+    assert runs.rows(device) == [(1,)]
+
+    def gone(*_: object) -> object:
+        raise LostSourceError("gone after it was planned to be copied")
+
+    monkeypatch.setattr(SourceFiles, "verified", gone)
+    answer = runs.embed("--set", "output.reuse=yes")
+    assert answer.status == 0, answer.err
+    assert len(ray.actors) == 2
+    assert runs.rows(device) == [(1,), (0,)]
+    assert runs.rows("SELECT status FROM runs") == [("finished",)] * 3
