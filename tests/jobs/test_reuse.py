@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,9 @@ from tests import processes
 from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place, Script, run_program
 from tests.processes import Answer
 from tests.reference import (
+    assert_near,
     assert_same_bits,
     fasta,
-    read_run,
     worst_residue_error,
     write_fasta,
 )
@@ -75,26 +75,6 @@ def folder(place: Place, run: int) -> Path:
 def change(place: Place, statement: str) -> None:
     with closing(sqlite3.connect(place.database)) as connection, connection:
         connection.execute(statement)
-
-
-def assert_near(found: Path, expected: Path, *, same_bits_for: Iterable[int] = ()) -> None:
-    """Compare two runs: every record once, in all but vectors alike, and vectors near enough."""
-    one, other = read_run(found), read_run(expected)
-    assert sorted(one) == sorted(other)
-    same = {*same_bits_for}
-    for record, row in one.items():
-        for name, value in row.items():
-            truth = other[record][name]
-            if not isinstance(value, np.ndarray):
-                assert value == truth, (record, name)
-                continue
-            assert isinstance(truth, np.ndarray)
-            if record in same:
-                assert value.tobytes() == truth.tobytes(), (record, name)
-            elif name == "contacts":
-                assert np.abs(value - truth).max() <= 1e-5
-            else:
-                assert worst_residue_error(value.reshape(-1, 64), truth.reshape(-1, 64)) <= 1e-5
 
 
 # ---- What is copied
