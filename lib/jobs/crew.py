@@ -29,7 +29,14 @@ from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, roo
 from lib.ledger.database import utc_now
 from lib.ledger.identity import first_difference
 from lib.ledger.runs import AttemptFacts
-from lib.ledger.workers import NO_WORKER, WorkerFacts, add_worker, end_worker, name_device
+from lib.ledger.workers import (
+    NO_WORKER,
+    WorkerFacts,
+    add_worker,
+    end_worker,
+    name_device,
+    see_workers,
+)
 from lib.models.detection import Detection
 from lib.network.device import choose_pack, choose_precision, packs_at_once
 from lib.settings import Settings
@@ -54,8 +61,10 @@ class Member:
 
     node: the machine that it is on, as the cluster calls it. row: its number in the run database.
     asked: whether it was asked if it sees the run's folder; sent: whether its files are sent, None
-    until that is known. given: what it has been given to compute and has not answered. rate: cost
-    that it computes in a second. gone: refused or lost.
+    until that is known. given: what it has been given to compute and has not answered; since: when
+    it began the first of these. rate: cost that it computes in a second. hung: it gets no more
+    work, but may answer yet. gone: refused or lost. is_asked: whether it was asked if
+    it lives and has not answered; seen_at: when it last did, until that is on record.
     """
 
     actor: Any
@@ -68,11 +77,15 @@ class Member:
     asked: bool = False
     sent: bool | None = None
     given: list[Any] = field(default_factory=list)
+    since: float = 0.0
     rate: float | None = None
+    hung: bool = False
     gone: bool = False
     outcome: str | None = None
     error: str | None = None
     refusal: LedgerError | None = None
+    is_asked: bool = False
+    seen_at: str | None = None
 
     def __str__(self) -> str:
         return str(self.greeting) if self.greeting else "a worker"
@@ -192,7 +205,7 @@ class Crew:
     @property
     def admitted(self) -> list[Member]:
         """The workers that may be given work."""
-        return [one for one in self.members if one.admitted and not one.gone]
+        return [one for one in self.members if one.admitted and not (one.hung or one.gone)]
 
     @property
     def device(self) -> tuple[str, int]:
@@ -268,6 +281,39 @@ class Crew:
         self._fact = fact
         self.on_loss(member, fact)
 
+    def suspend(self, member: Member, fact: str) -> None:
+        """Give a worker no more work: it is recorded as lost, and may answer yet."""
+        member.hung, member.outcome, member.error = True, "lost", fact
+        self._fact = fact
+        self._write(member)
+        self.say(f"{member}: lost: {fact}")
+
+    def release(self, member: Member) -> None:
+        """End a worker that hangs."""
+        if not member.gone:
+            member.gone = True
+            _kill(member)
+
+    def beat(self) -> None:
+        """Record which workers have answered since the last time, and ask again."""
+        if self._record is None:
+            return
+        seen = dict[int, str]()
+        for member in self.members:
+            if member.row is not None and member.seen_at is not None:
+                seen[member.row], member.seen_at = member.seen_at, None
+            if member.admitted and not (member.gone or member.is_asked):
+                member.is_asked = True
+                with suppress(Exception):  # it is lost, which its other answers tell
+                    answer = member.actor.answer.options(concurrency_group=CONTROL).remote()
+                    self.mail.expect(answer, partial(self._seen, member))
+        see_workers(self._record[0], seen)
+
+    def _seen(self, member: Member, done: Future[None]) -> None:
+        member.is_asked = False
+        if done.exception() is None:
+            member.seen_at = utc_now()
+
     def dismiss(self) -> None:
         """End every worker."""
         for member in self.members:
@@ -284,7 +330,10 @@ class Crew:
     # ---- Starting and admitting
 
     def _start_missing(self) -> None:
-        """Start workers on the machines that have room, but not again where one was refused."""
+        """Start workers on the machines that have room, but not again where one was refused.
+
+        Nor where one hung, as long as there are others.
+        """
         places = self._free()
         if self._lost_at_start >= _LOST_AT_START or time.monotonic() < self._not_before:
             return
@@ -300,8 +349,11 @@ class Crew:
         if cluster.workers > sum(there.values()) and not self._room_told:
             self._room_told = True
             self.say(f"[cluster] workers = {cluster.workers}: {self._room()}")
+        others = bool(self.admitted)
         taken = Counter(
-            one.node for one in self.members if not one.gone or one.outcome == "refused"
+            one.node
+            for one in self.members
+            if not one.gone or one.outcome == "refused" or (one.hung and others)
         )
         free = {node: count - taken[node] for node, count in there.items()}
         # One on each machine, then another on each.

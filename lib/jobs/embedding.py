@@ -303,10 +303,14 @@ def _rules(job: Job) -> StretchRules:
 
 
 class Pulse:
-    """Tells progress of what is computed, and the database that the attempt is alive."""
+    """Tells progress of what is computed, and the database that the attempt is alive.
+
+    also: what is done at each sign of life.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self.also: Callable[[], None] = lambda: None
         self._last_beat = time.monotonic()
 
     def pack_done(self, pack: Pack) -> None:
@@ -322,4 +326,5 @@ class Pulse:
         """Say that the attempt is alive, if it has not lately."""
         if time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
             beat(self._job.engine, self._job.ownership)
+            self.also()
             self._last_beat = time.monotonic()

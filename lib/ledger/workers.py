@@ -10,7 +10,7 @@ from sqlalchemy import Engine, update
 from lib.ledger.database import transaction, utc_now
 from schema.tables import Attempt, Worker
 
-__all__ = ["NO_WORKER", "WorkerFacts", "add_worker", "end_worker", "name_device"]
+__all__ = ["NO_WORKER", "WorkerFacts", "add_worker", "end_worker", "name_device", "see_workers"]
 
 # The device of an attempt on a cluster that has started no worker, for it computes nothing.
 NO_WORKER = "no worker started"
@@ -62,6 +62,15 @@ def name_device(engine: Engine, attempt_id: int, name: str, threads: int) -> Non
             .where(Attempt.id == attempt_id, Attempt.device_name == NO_WORKER)
             .values(device_name=name, threads=threads)
         )
+
+
+def see_workers(engine: Engine, seen: Mapping[int, str]) -> None:
+    """Record when workers, by their numbers, last answered (UTC ISO 8601)."""
+    if not seen:
+        return
+    with transaction(engine) as session:
+        for number, at in seen.items():
+            session.execute(update(Worker).where(Worker.id == number).values(seen_at=at))
 
 
 def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:
