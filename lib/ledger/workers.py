@@ -70,7 +70,8 @@ def see_workers(engine: Engine, seen: Mapping[int, str]) -> None:
         return
     with transaction(engine) as session:
         for number, at in seen.items():
-            session.execute(update(Worker).where(Worker.id == number).values(seen_at=at))
+            later = (Worker.id == number) & (Worker.seen_at < at)
+            session.execute(update(Worker).where(later).values(seen_at=at))
 
 
 def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:
