@@ -13,7 +13,7 @@ from schema.tables import Attempt, Worker
 __all__ = ["NO_WORKER", "WorkerFacts", "add_worker", "end_worker", "name_device", "see_workers"]
 
 # The device of an attempt on a cluster that has started no worker, for it computes nothing.
-NO_WORKER = "no worker started"
+NO_WORKER = "no worker"
 
 
 @dataclass(frozen=True)

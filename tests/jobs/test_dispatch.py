@@ -541,7 +541,7 @@ def test_no_worker_is_started_before_there_is_something_to_compute(
     assert answer.status == 0, answer.err
     assert ray.actors == []
     assert_same_bits(runs.place.output / "run-000002", runs.place.output / "run-000001")
-    device = "SELECT device_name = 'no worker started' FROM attempts WHERE run_id > 1"
+    device = "SELECT device_name = 'no worker' FROM attempts WHERE run_id > 1"
     assert runs.rows(device) == [(1,)]
 
     def gone(*_: object) -> object:
