@@ -132,10 +132,11 @@ def end_to_end_share(
 
         def whole() -> None:
             found = preflight(ready.input)
+            computer = ThisProcess(device, lambda: model.network)
             with create_run(engine, ready, model.config, found, model.facts) as ownership:
                 work(
                     Job(
-                        engine, ownership, ready, found, ThisProcess(model.network), Interruption(),
+                        engine, ownership, ready, found, computer, Interruption(),
                         lambda _: None,
                     )
                 )  # fmt: skip

@@ -18,6 +18,7 @@ __all__ = [
     "disk_errors",
     "file_md5",
     "file_sha256",
+    "link_new",
     "listing_sha256",
     "new_path",
     "refuse_existing",
@@ -61,6 +62,18 @@ def sync_folder(folder: Path) -> None:
 
 def rename_new(path: Path, to: Path) -> bool:
     """Rename a file without replacing anything; return False if `to` exists. Raises OSError."""
+    if not link_new(path, to):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # there are no links
+        path.unlink()
+    return True
+
+
+def link_new(path: Path, to: Path) -> bool:
+    """Give a file a second name without replacing anything; return False if `to` exists.
+
+    Where the file system has no links, the first name is lost. Raises OSError.
+    """
     try:
         os.link(path, to)
     except FileExistsError:
@@ -71,8 +84,6 @@ def rename_new(path: Path, to: Path) -> bool:
         if to.exists():
             return False
         path.rename(to)
-    else:
-        path.unlink()
     return True
 
 

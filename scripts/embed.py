@@ -46,6 +46,7 @@ from lib.console.program import run_script
 from lib.jobs.computing import made_ready
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
+from lib.jobs.reuse import may_reuse
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label
@@ -90,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = opened.enter_context(open_for_writing(settings.database.url, say=note))
         detection = with_weights(settings, detection, download_bar)
         model, computer = opened.enter_context(
-            made_ready(settings, detection, None, interruption, note)
+            made_ready(
+                settings,
+                detection,
+                None,
+                interruption,
+                note,
+                later=may_reuse(engine, settings, detection),
+            )
         )
         note(describe_proof(model.config))
         note(describe_start(model))

@@ -85,7 +85,7 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
     from lib.console.embedding import embed_new_run, show_input
     from lib.jobs.embedding import ThisProcess
     from lib.jobs.interruption import Interruption
-    from lib.jobs.loading import load_model
+    from lib.jobs.loading import know_model
     from lib.jobs.queries import query_model, query_settings
     from lib.ledger.database import open_for_writing
     from lib.ledger.runs import load_run
@@ -103,8 +103,8 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
         standard_input = opened.enter_context(copy)
         inventory = preflight(settings.input, standard_input, digests=settings.output.reuse)
         show_input(inventory, settings)
-        model = load_model(settings, detection, sha256)
-        computer = ThisProcess(model.network)
+        model = know_model(settings, detection, sha256)
+        computer = ThisProcess(model.device, model.load)
         note(describe_start(model))
         return embed_new_run(engine, model, computer, inventory, interruption, ": the query").id
 

@@ -5,8 +5,9 @@
 
 The page needs no other file and no network. Without --to it is reports/run-000001.html beside the
 run database. Beside it lies run-000001_mqc.json, a row for MultiQC. They replace unaltered earlier
-ones of the same run, and nothing else. An unfinished run is reported as far as it is. Every vector
-of a layer is read once. Exit status: 0 written, 2 refused, 3 files differ from what the database
+ones of the same run, and nothing else. An unfinished run is reported as far as it is, and a pruned
+one from its record, without figures, in reports/run-000001-pruned.html. Every vector of a layer is
+read once. Exit status: 0 written, 2 refused, 3 files differ from what the database
 lists, 4 disk failed.
 """
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = make_report(url, parsed.run, datetime.now(UTC).isoformat())
     to = parsed.to
     if to is None:
-        to = default_place(url, parsed.run)
+        to = default_place(url, report)
         to.parent.mkdir(exist_ok=True)
     write_report(report, to)
     content = {

@@ -33,6 +33,7 @@ from lib.console.program import run_script
 from lib.jobs.admission import admit
 from lib.jobs.adoption import adopt_leftovers, drop_files
 from lib.jobs.computing import made_ready
+from lib.jobs.embedding import computes
 from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import describe_reuse
 from lib.ledger.database import open_for_writing
@@ -69,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_result(run, as_json=parsed.json)
             return 0
         settings = replace(admission.settings, cluster=cluster_settings(parsed))
+        later = not computes(run, admission.reuse, damaged)
         model, computer = opened.enter_context(
-            made_ready(settings, admission.detection, admission.sha256, interruption, note)
+            made_ready(
+                settings, admission.detection, admission.sha256, interruption, note, later=later
+            )
         )
         note(describe_start(model))
 

@@ -72,6 +72,8 @@ def embed_new_run(
     if twin is not None:
         note(describe_twin(twin))
     reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
+    if reuse is None or len(reuse) < inventory.sequences:
+        computer.make_ready()
     with (
         interruption.deferred(),
         create_run(

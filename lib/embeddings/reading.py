@@ -36,7 +36,7 @@ from lib.ledger.history import altered_rows, query, refuse_pruned
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
 
-__all__ = ["RunEmbeddings", "open_run", "values"]
+__all__ = ["RunEmbeddings", "open_run", "run_facts", "values"]
 
 Array = npt.NDArray[Any]
 
@@ -54,17 +54,12 @@ def open_run(
     IdentityRefusedError if a file differs from what the database lists, now or when it is read.
     """
     url = str(database)
-    found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
-    if not found:
-        raise SettingsError(f"run {run}: not in database {database_path(url)}")
-    facts = found[0]
+    facts = run_facts(url, run)
     refuse_pruned(run, facts["pruned_at"])
     attempts = query(
         url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
     ).dictionaries()
     with altered_rows(url):
-        for name in ("esm2_config", "repr_layers", "include"):
-            facts[name] = json.loads(facts[name]) if facts[name] is not None else None
         for attempt in attempts:
             attempt["versions"] = dict(json.loads(attempt["versions"]))
     if facts["esm2_config"] is None:
@@ -90,6 +85,21 @@ def open_run(
     ]
     verified = [verified_file(file, digest=verify) for file in files]
     return RunEmbeddings(facts, inputs, attempts, verified)
+
+
+def run_facts(url: str, run: int) -> dict[str, Any]:
+    """Return the row of a run, pruned or not, with its JSON read; no file is.
+
+    Raises SettingsError if there is none, MachineError if it has been altered.
+    """
+    found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
+    if not found:
+        raise SettingsError(f"run {run}: not in database {database_path(url)}")
+    facts = found[0]
+    with altered_rows(url):
+        for name in ("esm2_config", "repr_layers", "include"):
+            facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+    return facts
 
 
 class RunEmbeddings:

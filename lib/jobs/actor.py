@@ -31,7 +31,7 @@ CONTROL = "control"  # Ray's concurrency group of what is answered while a stret
 
 
 class Actor:
-    """The methods that a driver calls, one after another; `stop` also while another one runs.
+    """The methods that a driver calls, one after another; `answer` and `stop` also in between.
 
     An exception in a constructor looks like a lost worker to the driver, so nothing is done there.
     """
@@ -74,6 +74,9 @@ class Actor:
         """Compute a stretch; return its bytes too if the file is to be sent."""
         assert self._worker is not None
         return self._worker.compute(order, packs, self._stopped.is_set)
+
+    def answer(self) -> None:
+        """Show that the process lives."""
 
     def stop(self) -> None:
         """Begin no pack any more."""

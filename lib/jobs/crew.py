@@ -29,7 +29,14 @@ from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, roo
 from lib.ledger.database import utc_now
 from lib.ledger.identity import first_difference
 from lib.ledger.runs import AttemptFacts
-from lib.ledger.workers import WorkerFacts, add_worker, end_worker
+from lib.ledger.workers import (
+    NO_WORKER,
+    WorkerFacts,
+    add_worker,
+    end_worker,
+    name_device,
+    see_workers,
+)
 from lib.models.detection import Detection
 from lib.network.device import choose_pack, choose_precision, packs_at_once
 from lib.settings import Settings
@@ -54,8 +61,10 @@ class Member:
 
     node: the machine that it is on, as the cluster calls it. row: its number in the run database.
     asked: whether it was asked if it sees the run's folder; sent: whether its files are sent, None
-    until that is known. given: what it has been given to compute and has not answered. rate: cost
-    that it computes in a second. gone: refused or lost.
+    until that is known. given: what it has been given to compute and has not answered; since: when
+    it began the first of these. rate: cost that it computes in a second. hung: it gets no more
+    work, but may answer yet. gone: refused or lost. is_asked: whether it was asked if
+    it lives and has not answered; seen_at: when it last did, until that is on record.
     """
 
     actor: Any
@@ -68,11 +77,15 @@ class Member:
     asked: bool = False
     sent: bool | None = None
     given: list[Any] = field(default_factory=list)
+    since: float = 0.0
     rate: float | None = None
+    hung: bool = False
     gone: bool = False
     outcome: str | None = None
     error: str | None = None
     refusal: LedgerError | None = None
+    is_asked: bool = False
+    seen_at: str | None = None
 
     def __str__(self) -> str:
         return str(self.greeting) if self.greeting else "a worker"
@@ -109,12 +122,13 @@ def crew(
     where: str,
     interruption: Interruption,
     say: Callable[[str], None],
+    later: bool = False,
 ) -> Iterator[tuple[KnownModel, Crew]]:
     """Start workers on the cluster that this process has joined, and yield when the first is ready.
 
     where: the cluster, in a few words. The digest of the driver's weights is taken meanwhile if
-    `sha256` is not known. Raises IdentityRefusedError if every worker has other weights,
-    MachineError if none starts.
+    `sha256` is not known. later: whether workers are started only when the crew is asked for them.
+    Raises IdentityRefusedError if every worker has other weights, MachineError if none starts.
     """
     weights = detection.require_weights()
     kind, device_reason = _kind_of_device(settings.compute)
@@ -134,12 +148,14 @@ def crew(
         model=replace(settings.model, repr_layers=list(detection.repr_layers)),
         compute=replace(chosen, device=kind, threads=threads),
     )
-    made = Crew(theirs, config, say)
+    made = Crew(theirs, config, interruption, say)
     try:
-        made.wait_for_one(interruption)
-        first = made.admitted[0].readiness
-        assert first is not None
-        facts = AttemptFacts(weights.path, kind, first.device_name, first.threads, tokens)
+        if later:
+            name, count = NO_WORKER, threads
+        else:
+            made.wait_for_one()
+            name, count = made.device
+        facts = AttemptFacts(weights.path, kind, name, count, tokens)
         reasons = f"{device_reason}, {where}", precision_reason, pack_reason
         yield KnownModel(made.config, facts, replace(settings, compute=chosen), reasons), made
     finally:
@@ -150,9 +166,13 @@ class Crew:
     """The workers that this process has on a cluster."""
 
     def __init__(
-        self, settings: Settings, config: Callable[[], ESM2Config], say: Callable[[str], None]
+        self,
+        settings: Settings,
+        config: Callable[[], ESM2Config],
+        interruption: Interruption,
+        say: Callable[[str], None],
     ) -> None:
-        """Start as many workers as there is room for.
+        """Start no worker yet; `tend` starts as many as there is room for.
 
         settings: what a worker loads; config: waits for the identity of the driver's weights.
         """
@@ -162,15 +182,15 @@ class Crew:
         self.on_loss: Callable[[Member, str], None] = lambda _member, _fact: None
         self._settings = settings
         self._wait_for_config = config
+        self._interruption = interruption
         self._versions = own_versions()
         self._lost_at_start = 0
         self._pause, self._not_before = _FIRST_PAUSE, 0.0
         self._record: tuple[Engine, int] | None = None
         self._looked = -_BETWEEN_LOOKS
-        self._alone_since = time.monotonic()
+        self._alone_since: float | None = None  # no worker was asked for
         self._room_told = False
         self._fact = ""  # what became of the last worker that is gone
-        self.tend()
 
     @cached_property
     def config(self) -> ESM2Config:
@@ -185,13 +205,20 @@ class Crew:
     @property
     def admitted(self) -> list[Member]:
         """The workers that may be given work."""
-        return [one for one in self.members if one.admitted and not one.gone]
+        return [one for one in self.members if one.admitted and not (one.hung or one.gone)]
 
-    def wait_for_one(self, interruption: Interruption) -> None:
+    @property
+    def device(self) -> tuple[str, int]:
+        """The name of the first worker's device, and its threads."""
+        first = self.admitted[0].readiness
+        assert first is not None
+        return first.device_name, first.threads
+
+    def wait_for_one(self) -> None:
         """Return when a worker is admitted; raises what keeps all of them from it."""
         while not self.admitted:
-            if interruption.insisted:
-                raise interruption.error("interrupted")
+            if self._interruption.insisted:
+                raise self._interruption.error("interrupted")
             self.tend()
             self.mail.handle_next(1.0)
 
@@ -206,7 +233,7 @@ class Crew:
         self._looked = now
         self._start_missing()
         alive = [one for one in self.members if not one.gone]
-        if any(one.greeting for one in alive):
+        if self._alone_since is None or any(one.greeting for one in alive):
             self._alone_since = now
             return
         refused = [one for one in self.members if one.outcome == "refused"]
@@ -254,6 +281,39 @@ class Crew:
         self._fact = fact
         self.on_loss(member, fact)
 
+    def suspend(self, member: Member, fact: str) -> None:
+        """Give a worker no more work: it is recorded as lost, and may answer yet."""
+        member.hung, member.outcome, member.error = True, "lost", fact
+        self._fact = fact
+        self._write(member)
+        self.say(f"{member}: lost: {fact}")
+
+    def release(self, member: Member) -> None:
+        """End a worker that hangs."""
+        if not member.gone:
+            member.gone = True
+            _kill(member)
+
+    def beat(self) -> None:
+        """Record which workers have answered since the last time, and ask again."""
+        if self._record is None:
+            return
+        seen = dict[int, str]()
+        for member in self.members:
+            if member.row is not None and member.seen_at is not None:
+                seen[member.row], member.seen_at = member.seen_at, None
+            if member.admitted and not (member.gone or member.is_asked):
+                member.is_asked = True
+                with suppress(Exception):  # it is lost, which its other answers tell
+                    answer = member.actor.answer.options(concurrency_group=CONTROL).remote()
+                    self.mail.expect(answer, partial(self._seen, member))
+        see_workers(self._record[0], seen)
+
+    def _seen(self, member: Member, done: Future[None]) -> None:
+        member.is_asked = False
+        if done.exception() is None:
+            member.seen_at = utc_now()
+
     def dismiss(self) -> None:
         """End every worker."""
         for member in self.members:
@@ -270,7 +330,10 @@ class Crew:
     # ---- Starting and admitting
 
     def _start_missing(self) -> None:
-        """Start workers on the machines that have room, but not again where one was refused."""
+        """Start workers on the machines that have room, but not again where one was refused.
+
+        Nor where one hung, as long as there are others.
+        """
         places = self._free()
         if self._lost_at_start >= _LOST_AT_START or time.monotonic() < self._not_before:
             return
@@ -286,8 +349,11 @@ class Crew:
         if cluster.workers > sum(there.values()) and not self._room_told:
             self._room_told = True
             self.say(f"[cluster] workers = {cluster.workers}: {self._room()}")
+        others = bool(self.admitted)
         taken = Counter(
-            one.node for one in self.members if not one.gone or one.outcome == "refused"
+            one.node
+            for one in self.members
+            if not one.gone or one.outcome == "refused" or (one.hung and others)
         )
         free = {node: count - taken[node] for node, count in there.items()}
         # One on each machine, then another on each.
@@ -397,6 +463,8 @@ class Crew:
                 return
             facts = _facts(member)
             member.row = add_worker(engine, attempt_id, facts, member.started_at, outcome, error)
+            if not member.gone:
+                name_device(engine, attempt_id, *self.device)
         elif outcome is not None:
             end_worker(engine, member.row, outcome, error)
 

@@ -2,7 +2,8 @@
 
 Every worker has one stretch that it computes and one that waits, which bounds memory and keeps
 workers busy. Each time a stretch is given its file gets a new name, so that what a worker writes
-that was given up is never taken for somebody else's work.
+that was given up is never taken for somebody else's work. What a worker hangs on is given to
+another, too: the first that answers is taken.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from lib.jobs.division import Division, SizeRules, Stretch
 from lib.jobs.embedding import Job, Pulse, lengths_left
 from lib.jobs.loading import beside
 from lib.jobs.messages import Answer, Failure
+from lib.jobs.patience import Patience
 from lib.jobs.progress import computing_cost
 from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
 from lib.jobs.stretches import StretchRules
 from lib.jobs.worker import Order
 from lib.ledger.checkpoints import FinishedFile, temporary_name
 from lib.ledger.commit import FinishedStretch
+from lib.ledger.database import utc_now
 from lib.ledger.identity import run_config
 from lib.network.pipeline import StoppedError
 from lib.sequences.plan import Pack
@@ -47,6 +50,7 @@ __all__ = ["Workers"]
 _GIVEN = 2  # stretches that a worker has: one computed, one waiting
 _TRIES = 3  # workers that a stretch may fail on
 _TAKEN_AT_ONCE = 4  # files that are fetched or verified at once, each by a thread
+_BETWEEN_LOOKS = 1.0
 
 
 class Workers:
@@ -64,6 +68,10 @@ class Workers:
     def reports_at_once(self) -> int:
         """How many workers report at about the same time."""
         return max(1, len(self._crew.admitted))
+
+    def make_ready(self) -> None:
+        """Wait for a worker."""
+        self._crew.wait_for_one()
 
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
@@ -93,13 +101,14 @@ class _Given:
     """A task in the hands of a worker.
 
     path: the temporary name of its file in the run's folder. content: Ray's reference to the bytes
-    of a file that is sent.
+    of a file that is sent. unneeded: another worker has answered with the same stretch before.
     """
 
     task: _Task
     member: Member
     path: Path
     content: Any
+    unneeded: bool = False
 
 
 class _Dispatch:
@@ -124,6 +133,10 @@ class _Dispatch:
         self._finished: deque[tuple[FinishedStretch, list[int]]] = deque()
         self._ending: Exception | None = None
         self._unnamed: set[Path] = set()  # temporary files that may be there
+        # What workers hang on, and the task by which others do it.
+        self._late: dict[_Given, _Task] = {}
+        self._patience = Patience()
+        pulse.also = crew.beat
         crew.on_loss = self._give_up
 
     def run(self) -> Generator[FinishedStretch]:
@@ -138,6 +151,7 @@ class _Dispatch:
                 self._tend()
                 self._share()
                 self._assign()
+            self._look_for_hung()
             while self._finished:
                 stretch, lengths = self._finished.popleft()
                 yield stretch
@@ -145,21 +159,21 @@ class _Dispatch:
                 self._pulse.computed(lengths)
             if self._is_over():
                 break
-            self._crew.mail.handle_next(1.0)
+            self._crew.mail.handle_next(_BETWEEN_LOOKS)
             self._pulse.beat_if_due()
         if self._ending is not None:
             raise self._ending
 
     def close(self) -> None:
         """End the workers if any of them still computes, and remove files that nobody waits for."""
-        if self._is_computing():
+        if self._late or any(one.given for one in self._crew.admitted):
             self._crew.dismiss()
         for path in self._unnamed:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
     def _is_computing(self) -> bool:
-        return any(one.given for one in self._crew.admitted)
+        return any(not one.unneeded for member in self._crew.admitted for one in member.given)
 
     def _is_over(self) -> bool:
         if self._is_computing() or self._taking or self._finished:
@@ -262,6 +276,8 @@ class _Dispatch:
         with ray_errors():
             answer, content = compute.remote(order, task.packs)
         given = _Given(task, member, path, content)
+        if not member.given:
+            member.since = self._patience.now()
         member.given.append(given)
         self._crew.mail.expect(answer, partial(self._answered, given))
 
@@ -277,8 +293,43 @@ class _Dispatch:
     def _give_up(self, member: Member, fact: str) -> None:
         """Give what a lost worker had to others; what it still writes has no taker."""
         for given in member.given:
-            self._do_again(given.task, f"{member}: {fact}")
+            if not given.unneeded:
+                self._do_again(given.task, f"{member}: {fact}")
         member.given.clear()
+
+    def _look_for_hung(self) -> None:
+        """Give what workers hang on to others; without any, end them, for others in their place."""
+        stalled = self._patience.stalled()
+        for member in self._crew.admitted:
+            member.since += stalled
+            taken = self._patience.now() - member.since
+            if member.given and taken > self._patience.most_seconds(
+                member.given[0].task.stretch.cost
+            ):
+                self._hang(member, taken)
+        if not self._crew.admitted:
+            for given in list(self._late):
+                self._drop(given)
+
+    def _hang(self, member: Member, seconds: float) -> None:
+        """Give what a worker has to others, and take the first of what it hangs on if it comes."""
+        first, *waiting = member.given
+        member.given.clear()
+        fact = f"no answer in {seconds:.0f} s"
+        self._crew.suspend(member, fact)
+        if self._ending is None:
+            self._again += [given.task for given in waiting if not given.unneeded]
+        if first.unneeded:
+            self._crew.release(member)
+            return
+        self._late[first] = first.task
+        if self._ending is None:
+            self._do_again(first.task, f"{member}: {fact}")
+
+    def _drop(self, given: _Given) -> None:
+        """Wait no more for a worker that hangs."""
+        del self._late[given]
+        self._crew.release(given.member)
 
     def _do_again(self, task: _Task, fact: str) -> None:
         """Have a stretch computed again, by whoever is free; end the work if that never helps."""
@@ -292,23 +343,53 @@ class _Dispatch:
 
     def _answered(self, given: _Given, done: Future[Answer]) -> None:
         member, stretch = given.member, given.task.stretch
-        if given not in member.given:  # it was given up before
+        is_late = given in self._late
+        if not is_late and given not in member.given:  # it was given up before
             return
         try:
             answer = done.result()
         except Exception as error:  # Ray's own, or what the worker raised
-            if is_loss(error):
+            if is_loss(error) and not is_late:
                 self._crew.lose(member, one_line(error))
                 return
             answer = Answer(0, failure=Failure("MachineError", one_line(error)))
-        member.given.remove(given)
-        self._go_on_after(given, answer)
-        if not answer.packs:
+        if is_late:
+            self._answered_late(given, answer)
             return
-        begun = stretch.first(answer.packs)
+        begun = stretch.first(answer.packs) if answer.packs else None
+        self._count(given, begun)
+        if given.unneeded:
+            return
+        for late in [one for one, task in self._late.items() if task is given.task]:
+            self._drop(late)
+        self._go_on_after(given, answer)
+        if begun is None:
+            return
         member.rate = begun.cost / max(answer.seconds, 1e-3)
         self._to_take.append((given, answer))
         self._take()
+
+    def _answered_late(self, given: _Given, answer: Answer) -> None:
+        """Take the whole stretch of a worker that hung, if no other has answered before it."""
+        if answer.packs < len(given.task.stretch.packs):
+            self._drop(given)
+            return
+        task = self._late.pop(given)
+        self._again = deque(one for one in self._again if one is not task)
+        for member in self._crew.admitted:
+            for other in member.given:
+                other.unneeded |= other.task is task
+        self._to_take.append((given, answer))
+        self._take()
+
+    def _count(self, given: _Given, begun: Stretch | None) -> None:
+        """Take what was answered from its worker, and learn how long work takes."""
+        member, now = given.member, self._patience.now()
+        if begun is not None and given is member.given[0]:
+            self._patience.learn(now - member.since, begun.cost)
+        member.given.remove(given)
+        member.since = now
+        member.seen_at = utc_now()
 
     def _go_on_after(self, given: _Given, answer: Answer) -> None:
         """Have the packs of a stretch computed that the worker has not."""

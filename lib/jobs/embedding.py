@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sqlalchemy import Engine
 
 from lib.columns import Vectors
@@ -33,7 +35,7 @@ from lib.sequences.reused import bounded_windows, planned_lengths, planned_windo
 from lib.sequences.windows import Window
 from lib.settings import Settings
 from schema.parquet import vector_columns
-from schema.tables import Run
+from schema.tables import Checkpoint, Run
 from schema.version import WRITER
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Pulse",
     "ThisProcess",
     "committed",
+    "computes",
     "lengths_left",
     "to_compute",
     "work",
@@ -83,6 +86,13 @@ class Computer(Protocol):
     def reports_at_once(self) -> int:
         """How many packs, or stretches of workers, are told to progress at about the same time."""
 
+    def make_ready(self) -> None:
+        """Load the model, here or by a worker, unless that is done; `stretches` does it at need.
+
+        Raises WeightsError if the weights have changed since their digest was taken, MachineError
+        if memory, disk or cluster fail.
+        """
+
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
     ) -> Generator[FinishedStretch]:
@@ -94,20 +104,26 @@ class Computer(Protocol):
 
 
 class ThisProcess:
-    """Computes in this process, with a network in its memory."""
+    """Computes in this process, with a network that is in its memory once it is needed."""
 
-    def __init__(self, network: Network) -> None:
-        self._network = network
+    def __init__(self, device: torch.device, load: Callable[[], Network]) -> None:
+        """Compute on a device; load: gives the network, and is called at most once."""
+        self._device = device
+        self._network = cache(load)
 
     @property
     def at_once(self) -> int:
         """How many packs the device computes at once."""
-        return packs_at_once(self._network.device)
+        return packs_at_once(self._device)
 
     @property
     def reports_at_once(self) -> int:
         """How many packs end at about the same time."""
         return self.at_once
+
+    def make_ready(self) -> None:
+        """Load the network."""
+        self._network()
 
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
@@ -122,7 +138,7 @@ class ThisProcess:
     def _computed(self, job: Job, packs: Iterator[Pack]) -> Generator[tuple[Pack, Vectors]]:
         run = job.ownership.run
         yield from computed(
-            self._network,
+            self._network(),
             packs,
             vector_columns(run.include, run.repr_layers),
             run.per_tok_dtype,
@@ -145,10 +161,14 @@ def work(job: Job) -> Run:
             with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
                 for stretch in stretches:
                     committer.commit(stretch)
-        computed = job.computer.stretches(job, _packs_left(job), _rules(job), pulse)
-        with closing(computed) as stretches:
-            for stretch in stretches:
-                committer.commit(stretch)
+        packs = _packs_left(job)
+        first = next(packs, None)
+        if first is not None:  # or no model is needed
+            packs = itertools.chain([first], packs)
+            computed = job.computer.stretches(job, packs, _rules(job), pulse)
+            with closing(computed) as stretches:
+                for stretch in stretches:
+                    committer.commit(stretch)
     except StoppedError:
         fact = f"run {run.id} interrupted, finished work committed"
         raise job.interruption.error(fact, run.id) from None
@@ -156,10 +176,21 @@ def work(job: Job) -> Run:
     return run
 
 
-def committed(run: Run) -> list[range]:
-    """Return the positions that checkpoints of a run cover, ascending."""
-    done = [range(one.first_position, one.stop_position) for one in run.checkpoints]
+def committed(run: Run, without: Sequence[Checkpoint] = ()) -> list[range]:
+    """Return the positions that checkpoints of a run cover, but for some of them, ascending."""
+    kept = [one for one in run.checkpoints if one not in without]
+    done = [range(one.first_position, one.stop_position) for one in kept]
     return sorted(done, key=lambda one: one.start)
+
+
+def computes(run: Run, reuse: ReusePlan | None, damaged: Sequence[Checkpoint]) -> bool:
+    """Return whether anything is left of a run that no earlier run is to be copied for.
+
+    damaged: checkpoints whose positions are left, too.
+    """
+    copied = 0 if reuse is None else len(reuse)
+    left = remaining(range(run.sequences_total), committed(run, damaged))
+    return any(one.stop > copied for one in left)
 
 
 def to_compute(
@@ -272,10 +303,14 @@ def _rules(job: Job) -> StretchRules:
 
 
 class Pulse:
-    """Tells progress of what is computed, and the database that the attempt is alive."""
+    """Tells progress of what is computed, and the database that the attempt is alive.
+
+    also: what is done at each sign of life.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self.also: Callable[[], None] = lambda: None
         self._last_beat = time.monotonic()
 
     def pack_done(self, pack: Pack) -> None:
@@ -291,4 +326,5 @@ class Pulse:
         """Say that the attempt is alive, if it has not lately."""
         if time.monotonic() - self._last_beat > _HEARTBEAT_SECONDS:
             beat(self._job.engine, self._job.ownership)
+            self.also()
             self._last_beat = time.monotonic()

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from lib.errors import MachineError, WeightsError
+from lib.files import disk_errors
 from lib.ledger.runs import AttemptFacts
 from lib.models.detection import Detection
 from lib.network.device import (
@@ -26,7 +27,16 @@ from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
 
-__all__ = ["KnownModel", "LoadedModel", "begin_config", "beside", "load_model", "try_model"]
+__all__ = [
+    "KnownModel",
+    "LoadableModel",
+    "LoadedModel",
+    "begin_config",
+    "beside",
+    "know_model",
+    "load_model",
+    "try_model",
+]
 
 Result = TypeVar("Result")
 
@@ -55,6 +65,14 @@ class LoadedModel(KnownModel):
     network: Network
 
 
+@dataclass(frozen=True)
+class LoadableModel(KnownModel):
+    """A model whose digest is taken and whose tensors are not read; `load` reads them."""
+
+    device: torch.device
+    load: Callable[[], Network]
+
+
 def load_model(settings: Settings, detection: Detection, sha256: str | None = None) -> LoadedModel:
     """Load the detected weights on the device of the settings.
 
@@ -62,24 +80,25 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     it is computed during loading. Raises MachineError if the device is missing or memory runs out,
     WeightsError if contacts are to be kept and the contact regression is not on disk.
     """
-    weights = detection.require_weights()
-    device, device_reason = choose_device(settings.compute)
-    precision, precision_reason = choose_precision(settings.compute, device)
-    tokens, pack_reason = choose_pack(settings.compute, device)
-    chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
-    threads = use_threads(chosen)
-    if "contacts" in settings.output.include and detection.regression is None:
-        raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
-    config, network = _read(detection, device, getattr(torch, precision), sha256)
-    facts = AttemptFacts(
-        weights_path=weights.path,
-        device=str(device),
-        device_name=device_name(device),
-        threads=threads,
-        tokens_per_pack=tokens,
-    )
-    reasons = device_reason, precision_reason, pack_reason
-    return LoadedModel(config, facts, replace(settings, compute=chosen), reasons, network)
+    place = _choose(settings, detection)
+    config, network = _read(detection, place.device, place.dtype, sha256)
+    return LoadedModel(config, place.facts, place.settings, place.reasons, network)
+
+
+def know_model(settings: Settings, detection: Detection, sha256: str | None) -> LoadableModel:
+    """Take the digest of the detected weights, unless `sha256` is known, and read no tensor.
+
+    The model may be loaded later, from the very bytes that have the digest. Raises what
+    `load_model` raises, as its `load` does.
+    """
+    place = _choose(settings, detection)
+    with disk_errors(detection.require_weights().path):
+        config = begin_config(detection, sha256)()
+
+    def load() -> Network:
+        return _read(detection, place.device, place.dtype, config.sha256)[1]
+
+    return LoadableModel(config, place.facts, place.settings, place.reasons, place.device, load)
 
 
 def begin_config(detection: Detection, sha256: str | None) -> Callable[[], ESM2Config]:
@@ -111,6 +130,43 @@ def try_model(model: LoadedModel) -> None:
                 raise WeightsError(
                     f"{model.facts.weights_path}: layer {layer} gives non-finite values"
                 )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and how this process computes, as KnownModel has it."""
+
+    device: torch.device
+    facts: AttemptFacts
+    settings: Settings
+    reasons: tuple[str, str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        found: torch.dtype = getattr(torch, self.settings.compute.precision)
+        return found
+
+
+def _choose(settings: Settings, detection: Detection) -> _Place:
+    """Choose device, precision, packs and threads; raises MachineError and WeightsError."""
+    weights = detection.require_weights()
+    device, device_reason = choose_device(settings.compute)
+    precision, precision_reason = choose_precision(settings.compute, device)
+    tokens, pack_reason = choose_pack(settings.compute, device)
+    chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
+    threads = use_threads(chosen)
+    if "contacts" in settings.output.include and detection.regression is None:
+        raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
+    facts = AttemptFacts(
+        weights_path=weights.path,
+        device=str(device),
+        device_name=device_name(device),
+        threads=threads,
+        tokens_per_pack=tokens,
+    )
+    reasons = device_reason, precision_reason, pack_reason
+    return _Place(device, facts, replace(settings, compute=chosen), reasons)
 
 
 def _read(

@@ -25,7 +25,7 @@ from lib.jobs.computing import made_ready
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.reuse import plan_reuse
+from lib.jobs.reuse import may_reuse, plan_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label, create_run
 from lib.ledger.sources import Wanted
@@ -83,26 +83,31 @@ def embed(
             say(line)
         engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
         detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
-        loaded, computer = opened.enter_context(
-            made_ready(chosen, detection, None, interruption, say)
-        )
-        twin = finished_twin(engine, Wanted(loaded.config, loaded.settings), inventory)
+        known, computer = opened.enter_context(
+            made_ready(
+                chosen, detection, None, interruption, say,
+                later=may_reuse(engine, chosen, detection),
+            )
+        )  # fmt: skip
+        twin = finished_twin(engine, Wanted(known.config, known.settings), inventory)
         if twin is not None:
             say(describe_twin(twin))
-        reuse = plan_reuse(engine, loaded.settings, loaded.config, inventory, say)
+        reuse = plan_reuse(engine, known.settings, known.config, inventory, say)
+        if reuse is None or len(reuse) < inventory.sequences:
+            computer.make_ready()
         with (
             interruption.deferred(),
             create_run(
-                engine, loaded.settings, loaded.config, inventory, loaded.facts, reuse, called
+                engine, known.settings, known.config, inventory, known.facts, reuse, called
             ) as ownership,
         ):
             number = ownership.run.id
-            name = shown_name(loaded.config.name, loaded.config.released)
-            untrained = " (untrained weights)" if loaded.config.untrained else ""
+            name = shown_name(known.config.name, known.config.released)
+            untrained = " (untrained weights)" if known.config.untrained else ""
             say(f"run {number}: {records(inventory.records)} by {name}{untrained}")
             work(
                 Job(
-                    engine, ownership, loaded.settings, inventory, computer, interruption,
+                    engine, ownership, known.settings, inventory, computer, interruption,
                     progress=lambda _: None, reuse=reuse, say=say,
                 )
             )  # fmt: skip

@@ -7,6 +7,7 @@ them. Memory holds some 50 bytes for each different sequence of the input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import first_difference, run_identity
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.ledger.runs import load_run
-from lib.ledger.sources import Wanted, source_runs
+from lib.ledger.sources import Wanted, has_sources, source_runs
+from lib.models.detection import Detection
 from lib.sequences.digests import first_halves
 from lib.sequences.inventory import Inventory
 from lib.sequences.reused import Reused
@@ -31,7 +33,19 @@ from schema.esm2_config import ESM2Config
 from schema.parquet import EMBEDDED_SHA256
 from schema.tables import Checkpoint, Run
 
-__all__ = ["LostSourceError", "SourceFiles", "describe_reuse", "plan_reuse", "verified_source"]
+__all__ = [
+    "LostSourceError",
+    "SourceFiles",
+    "describe_reuse",
+    "may_reuse",
+    "plan_reuse",
+    "verified_source",
+]
+
+
+def may_reuse(engine: Engine, settings: Settings, detection: Detection) -> bool:
+    """Return whether any earlier run could be copied from, as far as is known without a digest."""
+    return settings.output.reuse and has_sources(engine, settings, asdict(detection.shape))
 
 
 def plan_reuse(

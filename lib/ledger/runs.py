@@ -23,7 +23,7 @@ from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
-from lib.ledger.standard_input import is_kept, keep_in_folder
+from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -137,7 +137,8 @@ def create_run(
         session.flush()
         folder = Path(settings.output.folder) / f"run-{run.id:06d}"
         run.output_folder = str(folder)
-        lock = _make_folder(folder, inventory, run.uuid)
+        _tidy(session, folder.parent)
+        lock, temporary = _make_folder(folder, inventory, run.uuid)
         run.inputs = _inputs(inventory)
         run.input_path = run.inputs[0].path
         if reuse is not None:
@@ -145,6 +146,7 @@ def create_run(
             run.reuse_sha256 = write_plan(reuse, plan_path(run))
         attempt = _attempt(run.id, facts)
         session.add(attempt)
+    drop_names(temporary)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
 
@@ -425,10 +427,22 @@ def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> IO[bytes]:
+def _tidy(session: Session, folder: Path) -> None:
+    """Remove what starts that died have left of standard input in an output folder."""
+
+    def is_listed(copy: Path, uuid_start: str) -> bool:
+        its = Run.uuid.startswith(uuid_start, autoescape=True)
+        read = Run.inputs.any(Input.path == str(copy))
+        return session.scalar(select(Run.id).where(its | read).limit(1)) is not None
+
+    with disk_errors(folder):
+        remove_unlisted(folder, is_listed)
+
+
+def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> tuple[IO[bytes], list[Path]]:
     """Make a run's folder, take its lock and keep standard input there.
 
-    One without work may be left of a start that died.
+    One without work may be left of a start that died. Returns what `keep_in_folder` does, too.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -441,11 +455,10 @@ def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> IO[bytes]:
     except HeldError:
         raise MachineError(f"output folder {folder}: owned by another process") from None
     try:
-        keep_in_folder(inventory, folder, uuid)
+        return lock, keep_in_folder(inventory, folder, uuid)
     except MachineError:
         lock.close()
         raise
-    return lock
 
 
 def _may_be_there(name: str) -> bool:

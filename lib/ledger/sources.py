@@ -7,7 +7,7 @@ together are no sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,13 @@ from schema.esm2_config import ESM2Config
 from schema.parquet import CONTACTS, vector_columns
 from schema.tables import Checkpoint, Model, Run
 
-__all__ = ["SourceRun", "Wanted", "source_runs"]
+__all__ = ["SourceRun", "Wanted", "has_sources", "source_runs"]
+
+
+_HAS_FILES = (
+    Run.pruned_at.is_(None),
+    select(Checkpoint.id).where(Checkpoint.run_id == Run.id).exists(),
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,21 @@ class SourceRun(NamedTuple):
     run: Run | None
     checkpoints: Sequence[Checkpoint]
     faults: Sequence[str]
+
+
+def has_sources(engine: Engine, settings: Settings, shape: Mapping[str, int | bool]) -> bool:
+    """Return whether there is any run with checkpoints of a model of the same shape.
+
+    shape: columns of `models`. Raises MachineError if the database fails.
+    """
+    query = (
+        select(Run.id)
+        .join(Model, Run.model_id == Model.id)
+        .filter_by(**shape)
+        .where(Run.long_sequences == settings.input.long_sequences, *_HAS_FILES)
+    )
+    with transaction(engine) as session:
+        return session.scalar(query.limit(1)) is not None
 
 
 def source_runs(engine: Engine, wanted: Wanted) -> Iterator[SourceRun]:
@@ -93,8 +114,7 @@ def _runs_of_model(engine: Engine, wanted: Wanted) -> list[int]:
             Model.attention_heads == config.attention_heads,
             Run.precision == settings.compute.precision,
             Run.long_sequences == settings.input.long_sequences,
-            Run.pruned_at.is_(None),
-            select(Checkpoint.id).where(Checkpoint.run_id == Run.id).exists(),
+            *_HAS_FILES,
         )
         .order_by(Run.id.desc())
     )

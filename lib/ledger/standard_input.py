@@ -1,7 +1,9 @@
 """Standard input: copied whole to a file before it is read, so that its run can be resumed.
 
-Until there is a run, the copy has a temporary name in the output folder. Its file lock dies with
-the process: what a killed process left is removed by the next that reads standard input there.
+Until the run is on record, the copy has a temporary name in the output folder. Its file lock dies
+with the process: what a killed process left is removed by the next that reads standard input there.
+In the folder of the run it has a second name. If both are left, the next new run there removes the
+second, too, unless the database lists it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from io import FileIO
@@ -19,16 +21,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib.errors import InputError, MachineError
-from lib.files import disk_errors, rename_new, sync_folder
+from lib.files import disk_errors, link_new, sync_folder
 from lib.sequences.inputs import Source
 from lib.sequences.inventory import Inventory
 from schema.settings import STANDARD_INPUT, InputSettings
 
 __all__ = [
     "copied_standard_input",
+    "drop_names",
     "is_kept",
     "keep_in_folder",
     "kept_name",
+    "remove_unlisted",
     "standard_input_for_now",
 ]
 
@@ -43,8 +47,8 @@ def copied_standard_input(
     """Give a copy of standard input in `folder` if it is part of the input, else None.
 
     stream: what is copied, if it is not the standard input of this process. At the end of the block
-    the copy is removed, unless `keep_in_folder` has given it a name. Raises InputError if nothing
-    can be read from standard input, MachineError if the disk fails.
+    the copy is removed, unless `keep_in_folder` has given it another name. Raises InputError if
+    nothing can be read from standard input, MachineError if the disk fails.
     """
     if STANDARD_INPUT not in (rules.fasta or []):
         yield None
@@ -61,8 +65,10 @@ def copied_standard_input(
                 _copy(source, file, path)
                 yield path
         finally:
+            # A second name that is not on record is found by the first.
             with suppress(OSError):  # the run has it
-                path.unlink()
+                if path.stat().st_nlink == 1:
+                    path.unlink()
     finally:
         if made:
             with suppress(OSError):  # it is not empty any more
@@ -81,20 +87,46 @@ def standard_input_for_now(rules: InputSettings) -> Iterator[Path | None]:
         yield opened.enter_context(copied_standard_input(rules, Path(folder)))
 
 
-def keep_in_folder(inventory: Inventory, folder: Path, uuid: str) -> None:
-    """Move the copy of standard input, if there is one, into the folder of a run.
+def keep_in_folder(inventory: Inventory, folder: Path, uuid: str) -> list[Path]:
+    """Give the copy of standard input, if there is one, a name in the folder of a run.
 
     The name is hidden, so that who reads the folder as one table does not read it, and the run's
-    own, so that it replaces nothing. Raises MachineError if the disk fails.
+    own, so that it replaces nothing. Returns the temporary name, which is to go when the run is on
+    record. Raises MachineError if the disk fails.
     """
+    temporary = []
     for number, file in enumerate(inventory.files):
         if file.source.is_copy:
             path = folder / kept_name(uuid)
             with disk_errors(path):
-                if not rename_new(file.source.path, path):
+                if not link_new(file.source.path, path):
                     raise MachineError(f"{path}: exists already")
                 sync_folder(folder)
+            temporary.append(file.source.path)
             inventory.files[number] = replace(file, source=Source(path, str(path)))
+    return temporary
+
+
+def drop_names(temporary: Sequence[Path]) -> None:
+    """Take the temporary name from the copy of a run that is on record."""
+    for path in temporary:
+        with suppress(OSError):  # there are no links, or it is removed by the next run
+            path.unlink()
+
+
+def remove_unlisted(folder: Path, is_listed: Callable[[Path, str], bool]) -> None:
+    """Remove the copies of processes that died after they had named them and before the record.
+
+    folder: the output folder. is_listed: whether the database has a run that reads a copy, or whose
+    UUID begins as its name says.
+    """
+    for path, found in _dead(folder):
+        for kept in folder.glob(f"run-*/{_KEPT.format('*')}"):
+            if os.path.samestat(kept.lstat(), found) and not is_listed(
+                kept, _uuid_start(kept.name)
+            ):
+                kept.unlink()
+        path.unlink()
 
 
 def kept_name(uuid: str) -> str:
@@ -106,6 +138,11 @@ def is_kept(name: str) -> bool:
     """Tell whether a file in a run's folder is a copy of standard input, perhaps another run's."""
     start, end = _KEPT.split("{}")
     return name.startswith(start) and name.endswith(end)
+
+
+def _uuid_start(name: str) -> str:
+    start, end = _KEPT.split("{}")
+    return name.removeprefix(start).removesuffix(end)
 
 
 def _standard_input() -> BinaryIO:
@@ -147,11 +184,18 @@ def _new_file(folder: Path) -> tuple[Path, FileIO]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the copies of processes of this machine that have died."""
+    """Remove the copies of processes of this machine that have died, but those with two names."""
+    for path, found in _dead(folder):
+        if found.st_nlink == 1:
+            path.unlink()
+
+
+def _dead(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the temporary files of processes of this machine that have died, each while locked."""
     for path in folder.glob(f"{_leftover()}*.tmp"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            yield path, os.fstat(file.fileno())
 
 
 def _leftover() -> str:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Engine, update
 
 from lib.ledger.database import transaction, utc_now
-from schema.tables import Worker
+from schema.tables import Attempt, Worker
 
-__all__ = ["WorkerFacts", "add_worker", "end_worker"]
+__all__ = ["NO_WORKER", "WorkerFacts", "add_worker", "end_worker", "name_device", "see_workers"]
+
+# The device of an attempt on a cluster that has started no worker, for it computes nothing.
+NO_WORKER = "no worker"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,26 @@ def add_worker(
         session.add(row)
         session.flush()
         return row.id
+
+
+def name_device(engine: Engine, attempt_id: int, name: str, threads: int) -> None:
+    """Record what an attempt computes with, if it was begun without a worker."""
+    with transaction(engine) as session:
+        session.execute(
+            update(Attempt)
+            .where(Attempt.id == attempt_id, Attempt.device_name == NO_WORKER)
+            .values(device_name=name, threads=threads)
+        )
+
+
+def see_workers(engine: Engine, seen: Mapping[int, str]) -> None:
+    """Record when workers, by their numbers, last answered (UTC ISO 8601)."""
+    if not seen:
+        return
+    with transaction(engine) as session:
+        for number, at in seen.items():
+            later = (Worker.id == number) & (Worker.seen_at < at)
+            session.execute(update(Worker).where(later).values(seen_at=at))
 
 
 def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:

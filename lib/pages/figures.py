@@ -58,9 +58,15 @@ def short_id(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:59]}…"
 
 
-def lengths_figure(found: Survey, max_residues: int) -> Figure:
-    """Draw the lengths of the sequences, and how many were truncated."""
-    title, lengths = "Length of the sequences", found.lengths
+def lengths_figure(found: Survey | None, max_residues: int) -> Figure:
+    """Draw the lengths of the sequences, and how many were truncated.
+
+    found: here and below, None if the files of the run were pruned.
+    """
+    title = "Length of the sequences"
+    if found is None:
+        return Figure(title, "", [_PRUNED])
+    lengths = found.lengths
     if not len(lengths):
         return Figure(title, "", ["No record is embedded yet."])
     truncated = found.embedded < lengths
@@ -92,9 +98,12 @@ def lengths_figure(found: Survey, max_residues: int) -> Figure:
     return Figure(title, svg, words, legend)
 
 
-def norms_figure(found: Survey) -> Figure:
+def norms_figure(found: Survey | None) -> Figure:
     """Draw the Euclidean norms of the vectors."""
-    title, norms = "Norms of the vectors", found.norms
+    title = "Norms of the vectors"
+    if found is None:
+        return Figure(title, "", [_PRUNED])
+    norms = found.norms
     if not len(norms):
         return Figure(title, "", [_no_vectors(found)])
     low, high = float(norms.min()), float(norms.max())
@@ -138,9 +147,11 @@ def throughput_figure(work: Sequence[Work]) -> Figure:
     return Figure(title, svg, words)
 
 
-def projection_figure(found: Survey) -> Figure:
+def projection_figure(found: Survey | None) -> Figure:
     """Draw the sampled vectors on their first two principal axes, marked by length."""
     title = "The vectors on a plane"
+    if found is None:
+        return Figure(title, "", [_PRUNED])
     projection = project(found.sample_vectors) if found.column else None
     if projection is None:
         return Figure(title, "", [_no_vectors(found) if not len(found.norms) else _ALIKE])
@@ -170,6 +181,7 @@ def projection_figure(found: Survey) -> Figure:
     return Figure(title, scatter(f"{title}: {words[0]}", labels, kinds), words, legend)
 
 
+_PRUNED = "The files of this run were pruned: nothing is left to draw."
 _ALIKE = "Fewer than three different vectors: nothing to project."
 
 

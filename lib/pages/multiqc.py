@@ -14,8 +14,9 @@ from typing import Any
 
 from lib.files import disk_errors
 
-__all__ = ["is_own", "multiqc_path", "multiqc_text", "summary"]
+__all__ = ["PRUNED", "is_own", "multiqc_path", "multiqc_text", "summary"]
 
+PRUNED = "-pruned"  # ends the name of a report of a run whose files were pruned
 _SEAL = "esm_ledger_seal"
 _HEADERS = {
     "model": {"title": "Model", "description": "with (untrained) if its vectors mean nothing"},
@@ -49,8 +50,11 @@ def summary(line: Mapping[str, Any], precision: str, warnings: int) -> dict[str,
 
 
 def multiqc_path(report: Path) -> Path:
-    """Return where the file for MultiQC lies: beside a report, as `run-000001_mqc.json`."""
-    return report.with_name(f"{report.stem}_mqc.json")
+    """Return where the file for MultiQC lies: beside a report, as `run-000001_mqc.json`.
+
+    A run has one row, also when it is pruned.
+    """
+    return report.with_name(f"{report.stem.removesuffix(PRUNED)}_mqc.json")
 
 
 def multiqc_text(sample: str, uuid: str, row: Mapping[str, Any]) -> str:

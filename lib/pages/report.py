@@ -14,12 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lib.catalog import shown_name
-from lib.embeddings.reading import RunEmbeddings, open_run
+from lib.embeddings.reading import open_run, run_facts
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, new_path, refuse_existing
 from lib.ledger.history import RunDetail, Table, query, run_detail
 from lib.ledger.overview import attempts_table, inputs_table, run_fields, workers_table
 from lib.ledger.sqlite_file import database_path
+from lib.ledger.workers import NO_WORKER
 from lib.pages.figures import (
     Figure,
     Work,
@@ -29,7 +30,7 @@ from lib.pages.figures import (
     short_id,
     throughput_figure,
 )
-from lib.pages.multiqc import is_own, multiqc_path, multiqc_text, summary
+from lib.pages.multiqc import PRUNED, is_own, multiqc_path, multiqc_text, summary
 from lib.pages.survey import Survey, survey
 from lib.units import count, moment, printable, records
 from schema.esm2_config import ESM2Config, load_snapshot
@@ -47,6 +48,7 @@ _SEAL_BYTES = 120
 class Report:
     """The content of a report.
 
+    pruned: whether the files of the run were.
     model: its name, with (untrained) if it is. summary: its row for MultiQC. facts: of the run.
     properties: of the model.
     inputs: the input files, if there are several.
@@ -54,6 +56,7 @@ class Report:
 
     run: int
     uuid: str
+    pruned: bool
     status: str
     model: str
     input_name: str
@@ -72,25 +75,30 @@ class Report:
     workers_left_out: int
 
 
-def default_place(url: str, run_id: int) -> Path:
-    """Return the default path of a report: in reports/ beside the run database."""
-    return database_path(url).parent / "reports" / f"run-{run_id:06d}.html"
+def default_place(url: str, report: Report) -> Path:
+    """Return the default path of a report: in reports/ beside the run database.
+
+    That of a pruned run has a name of its own: an earlier one shows what nobody can draw again.
+    """
+    name = f"run-{report.run:06d}{PRUNED if report.pruned else ''}.html"
+    return database_path(url).parent / "reports" / name
 
 
 def make_report(url: str, run_id: int, written: str) -> Report:
-    """Read a run, finished or not, and its checkpoint files.
+    """Read a run, finished or not, and its checkpoint files, unless they were pruned.
 
     written: the current time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
     IdentityRefusedError for incomplete model metadata.
     """
     detail = run_detail(url, run_id)
     line = detail.run.dictionaries()[0]
-    run = open_run(url, run_id, partial=True)
+    run = None if line["pruned"] else open_run(url, run_id, partial=True)
+    facts = run_facts(url, run_id) if run is None else run.facts
     try:
-        model = load_snapshot(run.model)
+        model = load_snapshot(facts["esm2_config"])
     except ValueError as error:
         raise IdentityRefusedError(f"run {run_id}: {error}") from None
-    found = survey(run)
+    found = None if run is None else survey(run)
     attempts = query(
         url,
         "SELECT weights_path, device_name, versions FROM attempts WHERE run_id = ? ORDER BY id",
@@ -102,23 +110,25 @@ def make_report(url: str, run_id: int, written: str) -> Report:
         for one in checkpoints
         if one["reused_run"] is None
     ]
-    warnings = _warnings(run, found, detail, attempts)
+    done = line["records_done"] if run is None else len(run)
+    warnings = _warnings(facts, done, found, detail, attempts)
     table, inputs = attempts_table(detail), inputs_table(detail)
     several = inputs.rows if len(inputs.rows) > 1 else []
     workers = workers_table(detail)
     return Report(
         run=run_id,
-        uuid=run.facts["uuid"],
+        uuid=facts["uuid"],
+        pruned=run is None,
         status=line["status"],
         model=line["model"],
         input_name=PurePath(line["input"]).name,
         written=moment(written),
         warnings=warnings,
-        summary=summary(line, run.facts["precision"], len(warnings)),
-        facts=_facts(run, detail),
+        summary=summary(line, facts["precision"], len(warnings)),
+        facts=_facts(facts, detail),
         properties=_properties(model, attempts),
         figures=[
-            lengths_figure(found, run.facts["max_residues"]),
+            lengths_figure(found, facts["max_residues"]),
             throughput_figure(work),
             projection_figure(found),
             norms_figure(found),
@@ -136,7 +146,8 @@ def make_report(url: str, run_id: int, written: str) -> Report:
 def write_report(report: Report, to: Path) -> None:
     """Write a report as HTML, and beside it its row for MultiQC.
 
-    They replace only unaltered earlier ones of the same run.
+    They replace only unaltered earlier ones of the same run, and a report of a pruned run none that
+    was written before.
     """
     page = _page(report).encode()
     seal = f"<!-- esm-ledger: end of the report, sha256 {_digest(report, page)} -->\n"
@@ -172,7 +183,8 @@ def _page(report: Report) -> str:
 
 
 def _digest(report: Report, page: bytes) -> str:
-    return hashlib.sha256(report.uuid.encode() + b"\n" + page).hexdigest()
+    what = report.uuid + (PRUNED if report.pruned else "")
+    return hashlib.sha256(what.encode() + b"\n" + page).hexdigest()
 
 
 def _is_own(report: Report, path: Path) -> bool:
@@ -196,8 +208,7 @@ def _shown(value: object) -> object:
     return "" if value is None else printable(str(value))
 
 
-def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
-    kept = run.facts
+def _facts(kept: Mapping[str, Any], detail: RunDetail) -> dict[str, str | None]:
     return run_fields(detail) | {
         "long sequences": f"{kept['long_sequences']} (more than {count(kept['max_residues'])})",
         "different sequences": count(kept["sequences_total"]),
@@ -224,23 +235,31 @@ def _properties(model: ESM2Config, attempts: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _warnings(
-    run: RunEmbeddings,
-    found: Survey,
+    kept: Mapping[str, Any],
+    done: int,
+    found: Survey | None,
     detail: RunDetail,
     attempts: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Return the facts that somebody must know before using the vectors."""
-    kept, told = run.facts, []
-    if run.model["untrained"]:
+    """Return the facts that somebody must know before using the vectors.
+
+    kept: the row of the run; done: its records that were embedded; found: None if its files were
+    pruned.
+    """
+    told, model = [], kept["esm2_config"]
+    if kept["pruned_at"] is not None:
+        told.append(
+            f"Its files were pruned on {moment(kept['pruned_at'])} UTC: no vector is left. "
+            f"{count(done)} of {records(kept['records_total'])} were embedded ({kept['status']})."
+        )
+    if model["untrained"]:
         told.append("Untrained weights: the vectors mean nothing.")
-    name, released = run.model["name"], run.model.get("released")
+    name, released = model["name"], model.get("released")
     if shown_name(name, released) != name:
         told.append(f"The weights have the name {name} and are not the released file.")
     status = detail.run.dictionaries()[0]["status"]
-    if status != "finished":
-        told.append(
-            f"Status {status}: {count(len(run))} of {records(kept['records_total'])} embedded."
-        )
+    if status not in ("finished", "pruned"):
+        told.append(f"Status {status}: {count(done)} of {records(kept['records_total'])} embedded.")
     if kept["records_truncated"]:
         told.append(
             f"{count(kept['records_truncated'])} of {records(kept['records_total'])} truncated to "
@@ -253,7 +272,7 @@ def _warnings(
         told.append(f"Only letters of ACGTUN, as nucleotides have: {number}.")
     if kept["records_with_gaps"]:
         told.append(f"Gaps (- or .), as an alignment has: {records(kept['records_with_gaps'])}.")
-    if found.repeated_ids:
+    if found is not None and found.repeated_ids:
         told.append(f"{records(found.repeated_ids)} with the id of an earlier one.")
     if kept["sequences_total"] < kept["records_total"]:
         same = kept["records_total"] - kept["sequences_total"]
@@ -262,7 +281,7 @@ def _warnings(
     if problems:
         told.append(f"Checkpoints with a problem: {count(len(problems))}; {problems[0]}.")
     for name, values in {
-        "devices": [one["device_name"] for one in attempts],
+        "devices": [one["device_name"] for one in attempts if one["device_name"] != NO_WORKER],
         "library versions": [_versions(one["versions"]) for one in attempts],
     }.items():
         different = list(dict.fromkeys(values))
@@ -279,7 +298,9 @@ def _versions(text: str) -> str:
     return ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
 
 
-def _extremes(found: Survey) -> Table:
+def _extremes(found: Survey | None) -> Table:
+    if found is None:
+        return Table([], [])
     named = [("smallest", one) for one in found.smallest]
     named += [("largest", one) for one in found.largest]
     rows = [(which, f"{one.norm:.4g}", one.record, short_id(one.id)) for which, one in named]

@@ -47,7 +47,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> Iterator[Scr
     reader.start()
     lines: Screen = []
     with os.fdopen(theirs, "w") as screen, monkeypatch.context() as patch:
-        # Where tests run in several processes it is set, to the terminal that they are started from.
+        # Several processes of tests have it set to the terminal that they are started from.
         patch.delenv("COLUMNS", raising=False)
         patch.setattr("sys.stdout", screen)
         patch.setattr("sys.stderr", screen)

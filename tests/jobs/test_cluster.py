@@ -185,6 +185,40 @@ def test_strangers_are_refused_and_what_is_lost_or_damaged_is_computed_by_others
     assert {one["outcome"] for one in by} <= {"finished", "lost"}
 
 
+def both_work(gate: Path) -> None:
+    """Begin with two workers, and pause when each of them has committed a stretch.
+
+    A file `seen` beside the gate says that a worker has answered at a heartbeat.
+    """
+    crew: Any = importlib.import_module("lib.jobs.crew").Crew
+    commit: Any = importlib.import_module("lib.ledger.commit")
+    embedding: Any = importlib.import_module("lib.jobs.embedding")
+    embedding._HEARTBEAT_SECONDS = 0.0
+    true, committed = commit._row, set[int]()
+
+    def wait_for_both(self: Any) -> None:  # noqa: ANN401
+        while len(self.admitted) < 2:
+            self.tend()
+            self.mail.handle_next(1.0)
+
+    def row(ownership: Any, name: str, stretch: Any) -> Any:  # noqa: ANN401
+        committed.add(stretch.worker_id)
+        if len(committed) == 2 and not gate.exists():
+            processes.pause(gate)
+        return true(ownership, name, stretch)
+
+    seen = crew._seen
+
+    def is_seen(self: Any, member: Any, done: Future[None]) -> None:  # noqa: ANN401
+        seen(self, member, done)
+        if member.seen_at is not None:
+            gate.with_name("seen").touch()
+
+    crew.wait_for_one, crew._seen, commit._row = wait_for_both, is_seen, row
+    receive = "lib.jobs.interruption.Interruption._receive"
+    processes.at_call(receive, 0, partial(processes.say, "received"), after=True)
+
+
 def test_a_killed_driver_loses_nothing_and_a_signal_commits_what_is_begun(
     cluster: Nodes, script: Script, place: Place, small_model: Path
 ) -> None:
@@ -198,21 +232,25 @@ def test_a_killed_driver_loses_nothing_and_a_signal_commits_what_is_begun(
     assert any(name.endswith(".tmp") for name in names(place, 2))
     assert len(listed(place, 2)) == 4
 
+    second = cluster.add()
     on_cluster += ["--config", place.config]
-    reaching = partial(
-        processes.stop_at, "lib.ledger.commit.rename_into_place", 2, place.folder / "gate"
-    )
+    reaching = partial(both_work, place.folder / "gate")
     with processes.start("resume", *on_cluster, prepare=reaching) as process:
         process.wait_for("reached")
         process.send_signal(signal.SIGTERM)
         process.wait_for("received")
         (place.folder / "gate").touch()
         answer = process.end()
-    cluster.remove(first)
+    for number in (first, second):
+        cluster.remove(number)
     assert answer.status == 143, answer.err
     assert answer.error == "SIGTERM: run 2 interrupted, finished work committed (make resume RUN=2)"
     assert names(place, 2) == listed(place, 2)
-    assert [one["outcome"] for one in workers(place)] == ["lost", "finished"]
+    found = workers(place)
+    assert [one["outcome"] for one in found] == ["lost", "finished", "finished"]
+    by = rows(place, "SELECT DISTINCT worker_id FROM checkpoints WHERE run_id = 2 ORDER BY 1")
+    assert [one["worker_id"] for one in by] == [one["id"] for one in found]
+    assert (place.folder / "seen").exists()
 
     assert script("resume").status == 0
     assert_same_bits(place.output / "run-000002", place.output / "run-000001")

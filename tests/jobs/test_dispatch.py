@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import sqlite3
 import threading
@@ -18,6 +20,8 @@ import pytest
 
 from lib.errors import MachineError
 from lib.jobs.messages import Answer, Failure
+from lib.jobs.patience import Patience
+from lib.jobs.reuse import LostSourceError, SourceFiles
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
 from tests.processes import Answer as Ended
@@ -172,6 +176,190 @@ def test_what_a_worker_writes_that_was_given_up_is_never_taken(
     assert answer.status == 0, answer.err
     assert "lost: ActorError: cannot be reached" in answer.err
     assert set(runs.outcomes()) == {"lost", "finished"}
+    runs.check()
+
+
+# ---- Workers that hang
+
+
+class Hanging:
+    """A worker that hangs on one stretch, and a clock that only goes while no other computes.
+
+    It writes its file and answers when it is killed, or, if it `may_end`, when another has begun
+    the stretch; `answered` is set then. begun: the actors that began it. first: its position.
+    """
+
+    def __init__(self, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[Handle] = []
+        self.may_end, self.answered = threading.Event(), threading.Event()
+        self.first = -1
+        self._lock, self._busy, self._idle, self._clock = threading.Lock(), 0, 0, 0.0
+        monkeypatch.setattr("lib.jobs.patience.monotonic", self.monotonic)
+        monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
+        ray.hooks["compute"] = self.compute
+
+    def monotonic(self) -> float:
+        self._idle = self._idle + 1 if self.begun and not self._busy else 0
+        if self._idle > 20:  # not between two stretches of another
+            self._clock += 10.0
+        return self._clock
+
+    def compute(self, actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        first = packs[0].positions.start
+        with self._lock:
+            # Not the very first, before which nobody knows how long one takes.
+            if self.first < 0 and first > 8:
+                self.first = first
+            if first == self.first:
+                self.begun.append(actor)
+                hangs = len(self.begun) == 1
+            else:
+                hangs = False
+            self._busy += not hangs
+        try:
+            done = true(order, packs)
+            if first == self.first and not hangs and self.may_end.is_set():
+                self.answered.wait(20)
+                time.sleep(0.2)  # until the driver has taken the other answer
+            end = time.monotonic() + 20  # if nobody notices
+            while hangs and not actor.killed and time.monotonic() < end:
+                if self.may_end.is_set() and self.begun[1:]:
+                    break
+                time.sleep(0.01)
+            if hangs:
+                self.answered.set()
+            return done
+        finally:
+            with self._lock:
+                self._busy -= not hangs
+
+
+@pytest.mark.parametrize("files", ["shared", "sent"])
+def test_what_a_worker_hangs_on_another_does(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    hanging = Hanging(ray, monkeypatch)
+    answer = runs.embed("--set", f"cluster.files={files}")
+    assert answer.status == 0, answer.err
+    assert len(re.findall(r"worker \d+ on \S+: lost: no answer in 6\d\d s", answer.err)) == 1
+    assert len({*hanging.begun}) == len(hanging.begun) == 2
+    assert len(ray.actors) == 2  # none was started in its place
+    runs.check()
+    found = runs.rows("SELECT outcome, error LIKE 'no answer in %' FROM workers ORDER BY outcome")
+    assert found == [("finished", None), ("lost", 1)]
+
+
+def test_what_a_worker_hangs_on_is_taken_if_it_comes_first(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = Hanging(ray, monkeypatch)
+    hanging.may_end.set()
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert len({*hanging.begun}) == len(hanging.begun) == 2
+    assert ": lost: no answer in 6" in answer.err
+    runs.check()
+    taken = "SELECT outcome FROM checkpoints JOIN workers ON workers.id = worker_id"
+    first = f"{taken} WHERE first_position = {hanging.first}"
+    assert runs.rows(first) == [("lost",)]
+
+
+def test_a_worker_that_hangs_alone_is_replaced(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.machines = [{"CPU": 1.0}]
+    hanging = Hanging(ray, monkeypatch)
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert hanging.begun == ray.actors
+    assert ray.actors[0].killed
+    assert runs.outcomes() == ["lost", "finished"]
+    runs.check()
+
+
+def test_a_signal_does_not_wait_for_a_worker_that_hangs(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = Hanging(ray, monkeypatch)
+    interrupted: list[int] = []
+
+    def compute(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if packs[0].positions.start > 8 and not interrupted:
+            interrupted.append(packs[0].positions.start)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return hanging.compute(actor, true, order, packs)
+
+    ray.hooks["compute"] = compute
+    answer = runs.embed()
+    assert answer.status == 143, answer.err
+    assert ": lost: no answer in 6" in answer.err
+    assert len(hanging.begun) == 1
+    runs.check_files()
+    ray.hooks.clear()
+    assert runs.script("resume").status == 0
+    runs.check()
+
+
+def test_a_driver_that_was_stopped_takes_no_worker_for_hung(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("lib.jobs.patience.monotonic", lambda: clock)
+    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
+
+    def hours_later(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        nonlocal clock
+        if packs[0].positions.start > 8 and not clock:
+            clock += 10_000.0
+            time.sleep(0.3)
+        return true(order, packs)
+
+    ray.hooks["compute"] = hours_later
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert (clock, runs.outcomes()) == (10_000.0, ["finished", "finished"])
+
+
+@pytest.mark.parametrize(
+    ("slowest", "most"), [(None, math.inf), (0.0, 600.0), (0.5, 600.0), (2.0, 2000.0)]
+)
+def test_a_worker_hangs_after_ten_times_what_the_slowest_took(
+    slowest: float | None, most: float
+) -> None:
+    patience = Patience()
+    if slowest is not None:
+        patience.learn(30 * slowest, 30.0)
+        patience.learn(0.0, 20.0)
+    assert patience.most_seconds(100.0) == most
+
+
+def test_workers_are_seen_at_the_heartbeats(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.jobs.embedding._HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
+    seen: list[tuple[str, ...]] = []
+
+    def slow(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if actor is ray.actors[0] and packs[0].positions.start > 8 and not seen:
+            for _ in range(2):
+                time.sleep(0.2)
+                rows = runs.rows("SELECT seen_at FROM workers ORDER BY id")
+                seen.append(tuple(at for (at,) in rows))
+        return true(order, packs)
+
+    def silent(actor: Handle, true: Any) -> None:  # noqa: ANN401
+        if actor is not ray.actors[0]:
+            raise ActorError("silent")
+        true()
+
+    # The first answers while it computes, the other one only by what it has computed.
+    ray.hooks |= {"compute": slow, "answer": silent}
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    before, after = (one[0] for one in seen)
+    assert before < after
+    assert runs.outcomes() == ["finished", "finished"]
     runs.check()
 
 
@@ -344,3 +532,24 @@ def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
     found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
     for record, row in found.items():
         assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)
+
+
+def test_no_worker_is_started_before_there_is_something_to_compute(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = runs.embed("--set", "output.reuse=yes")
+    assert answer.status == 0, answer.err
+    assert ray.actors == []
+    assert_same_bits(runs.place.output / "run-000002", runs.place.output / "run-000001")
+    device = "SELECT device_name = 'no worker' FROM attempts WHERE run_id > 1"
+    assert runs.rows(device) == [(1,)]
+
+    def gone(*_: object) -> object:
+        raise LostSourceError("gone after it was planned to be copied")
+
+    monkeypatch.setattr(SourceFiles, "verified", gone)
+    answer = runs.embed("--set", "output.reuse=yes")
+    assert answer.status == 0, answer.err
+    assert len(ray.actors) == 2
+    assert runs.rows(device) == [(1,), (0,)]
+    assert runs.rows("SELECT status FROM runs") == [("finished",)] * 3

@@ -54,6 +54,22 @@ def test_killed_within_a_commit_or_a_file_a_run_ends_with_the_same_bits() -> Non
     assert "within a transaction" in table[0][2]
 
 
+def test_a_run_that_reuses_is_killed_and_its_sources_damaged() -> None:
+    table = torture("--only", "reuse", "--rounds", "1", "--seed", "6")
+    assert [row[0] for row in table] == [
+        "SIGKILL in an embed.py that reuses, at each step in turn",
+        "SIGKILL in resume.py of a run that reuses",
+        "SIGKILL in a second resume.py of a run that reuses",
+        "SIGKILL in an embed.py that reuses, at a random time",
+        "a source damaged before reuse is planned",
+        "a source damaged after, and SIGKILL in resume.py",
+    ]
+    for _, trials, happened, lost in table:
+        assert trials == 1
+        assert happened.endswith(("resumed: the same bits", "computed instead"))
+        assert lost == "nothing"
+
+
 def test_the_torture_refuses_a_part_that_is_none() -> None:
     done = run_function(main, "--only", "none")
     assert done.status == 2

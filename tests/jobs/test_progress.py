@@ -324,13 +324,14 @@ def test_a_real_run_is_told_right(place: Place) -> None:
         assert progress.seconds_left is not None
         told.append((progress.seconds, progress.seconds_left))
 
+    computer = ThisProcess(model.network.device, lambda: model.network)
     with (
         open_for_writing(settings.database.url) as engine,
         create_run(engine, model.settings, model.config, inventory, model.facts) as ownership,
     ):
         work(
             Job(
-                engine, ownership, model.settings, inventory, ThisProcess(model.network),
+                engine, ownership, model.settings, inventory, computer,
                 Interruption(), advance,
             )
         )  # fmt: skip

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.embeddings import open_run
-from lib.jobs.reuse import SourceFiles
+from lib.jobs.reuse import LostSourceError, SourceFiles
 from lib.ledger.footer import read_footer
+from lib.models.detection import Detection
+from lib.network import esm2
 from tests import processes
 from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place, Script, run_program
 from tests.processes import Answer
 from tests.reference import (
+    assert_near,
     assert_same_bits,
     fasta,
-    read_run,
     worst_residue_error,
     write_fasta,
 )
@@ -73,26 +75,6 @@ def folder(place: Place, run: int) -> Path:
 def change(place: Place, statement: str) -> None:
     with closing(sqlite3.connect(place.database)) as connection, connection:
         connection.execute(statement)
-
-
-def assert_near(found: Path, expected: Path, *, same_bits_for: Iterable[int] = ()) -> None:
-    """Compare two runs: every record once, in all but vectors alike, and vectors near enough."""
-    one, other = read_run(found), read_run(expected)
-    assert sorted(one) == sorted(other)
-    same = {*same_bits_for}
-    for record, row in one.items():
-        for name, value in row.items():
-            truth = other[record][name]
-            if not isinstance(value, np.ndarray):
-                assert value == truth, (record, name)
-                continue
-            assert isinstance(truth, np.ndarray)
-            if record in same:
-                assert value.tobytes() == truth.tobytes(), (record, name)
-            elif name == "contacts":
-                assert np.abs(value - truth).max() <= 1e-5
-            else:
-                assert worst_residue_error(value.reshape(-1, 64), truth.reshape(-1, 64)) <= 1e-5
 
 
 # ---- What is there as a whole
@@ -503,6 +485,75 @@ def test_a_file_that_changes_while_it_is_read_is_left(
     monkeypatch.undo()
     embed(REAL[:15], "--no-reuse")
     assert_near(folder(reusing, 2), folder(reusing, 3))
+
+
+# ---- What is not loaded
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The weights that were loaded by scripts in this process."""
+    loaded: list[Path] = []
+
+    def load_network(detection: Detection, *how: Any) -> Any:  # noqa: ANN401
+        loaded.append(detection.require_weights().path)
+        return esm2.load_network(detection, *how)
+
+    monkeypatch.setattr("lib.jobs.loading.load_network", load_network)
+    return loaded
+
+
+def test_without_a_sequence_to_compute_no_tensor_is_read(
+    script: Script,
+    reusing: Place,
+    small_model: Path,
+    embed: Callable[..., Answer],
+    loads: list[Path],
+) -> None:
+    embed(REAL[:15])
+    assert loads == [small_model]
+    embed(REAL[:15])
+    killed = ["embed", "--esm-model", small_model, "--input", reusing.folder / "input.fasta"]
+    killed_at(reusing, "lib.ledger.commit._row", 2, *map(str, killed), *QUICK)
+    assert script("resume", "--run", "3").status == 0
+    assert loads == [small_model]
+    model = "SELECT DISTINCT m.sha256 FROM runs JOIN models AS m ON m.id = model_id"
+    assert len(ask(reusing, model)) == 1
+    for run in (2, 3):
+        assert_same_bits(folder(reusing, run), folder(reusing, 1))
+        assert script("validate", "--run", str(run)).status == 0
+    # One new sequence is enough, and so is a source that goes after it was planned to be copied.
+    loads.clear()  # of validate, which tries the model
+    embed(REAL[:16])
+    assert loads == [small_model]
+
+
+def test_weights_that_change_before_they_are_needed_are_refused(
+    script: Script,
+    reusing: Place,
+    embed: Callable[..., Answer],
+    small_model: Path,
+    other_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = reusing.folder / "own" / small_model.name
+    model.parent.mkdir()
+    shutil.copy(small_model, model)
+    embed(REAL[:15], model=model)
+
+    def verified(*_: object) -> object:
+        shutil.copy(other_model, model)
+        raise LostSourceError("gone after it was planned to be copied")
+
+    monkeypatch.setattr(SourceFiles, "verified", verified)
+    flags = ["--esm-model", model, "--input", reusing.folder / "input.fasta", *QUICK]
+    answer = script("embed", *flags)
+    assert (answer.status, answer.error) == (2, f"{model}: changed while it was being read")
+    assert ask(reusing, "SELECT status FROM runs WHERE id = 2") == [("failed",)]
+    monkeypatch.undo()
+    shutil.copy(small_model, model)
+    assert script("resume", "--run", "2", "--config", reusing.config).status == 0
+    assert_same_bits(folder(reusing, 2), folder(reusing, 1))
 
 
 # ---- Interrupted and resumed

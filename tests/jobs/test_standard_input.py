@@ -291,22 +291,44 @@ def test_what_a_living_process_reads_is_left_alone(
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
-def test_a_copy_without_a_run_does_not_stand_in_the_way(
-    script: Script, place: Place, small_model: Path, feed: Feed
-) -> None:
-    """A kill after the copy has its name, and before the run is on record: it stays, unlisted."""
-    dying = partial(processes.at_call, "lib.ledger.runs.keep_in_folder", 1, processes.die,
-                    after=True)  # fmt: skip
-    flags = [*embed(small_model), "--config", place.config]
+def killed_in_create_run(place: Place, model: Path, target: str, *, after: bool) -> Path:
+    """Kill a process that has named the copy of standard input; return the copy."""
+    dying = partial(processes.at_call, target, 1, processes.die, after=after)
+    flags = [*embed(model), "--config", place.config]
     prepare = partial(feed_process, SOME_PROTEINS, dying)
     assert processes.run("embed", *flags, prepare=prepare).status == -signal.SIGKILL
     (left,) = kept(place)
+    (temporary,) = place.output.glob("*.tmp")
+    assert temporary.samefile(left)
+    return left
+
+
+def test_a_copy_whose_run_is_not_on_record_is_removed_by_the_next_run(
+    script: Script, place: Place, small_model: Path, feed: Feed
+) -> None:
+    target = "lib.ledger.runs.keep_in_folder"
+    left = killed_in_create_run(place, small_model, target, after=True)
     assert script("history", "--json").json == []
+    somebodys = left.with_name(".stdin-00000000.fasta")  # which no killed process of ours has left
+    somebodys.write_text("somebody's")
     feed(SOME_PROTEINS)
     assert script("embed", *embed(small_model)).status == 0
-    assert len(kept(place)) == 2
-    (row,) = script("query", "select file from record_files", "--json").json
-    assert row["file"] != str(left)
+    (copy,) = {*kept(place)} - {somebodys}
+    assert copy != left
+    assert script("query", "select file from record_files", "--json").json == [{"file": str(copy)}]
+    assert {path.name for path in place.output.iterdir()} == {"run-000001"}
+
+
+def test_a_copy_whose_run_is_on_record_stays(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    """A kill after the commit, and before the copy has lost its temporary name."""
+    left = killed_in_create_run(place, small_model, "lib.ledger.runs.drop_names", after=False)
+    assert script("embed", *embed(small_model, SOME_PROTEINS)).status == 0
+    assert kept(place) == [left]
+    assert {path.name for path in place.output.iterdir()} == {"run-000001", "run-000002"}
+    assert script("resume", "--run", "1").status == 0
+    assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
 def test_no_name_is_taken_from_another_file(

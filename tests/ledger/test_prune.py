@@ -113,7 +113,6 @@ def test_every_other_command_says_that_the_run_is_pruned(
         ("export", "--partial", "--format", "csv", "--to", to),
         ("neighbours", "--query", "1", "--to", to),
         ("crate", "--to", place.folder / "crate"),
-        ("report", "--to", place.folder / "report.html"),
     ]:
         answer = script(name, "--run", "1", *flags)
         assert answer.status == 2, (name, answer)

@@ -460,6 +460,43 @@ def test_a_run_whose_process_died(script: Script, place: Place, embed: Embed) ->
     assert "Status killed: 15 of 15 records embedded." in page_of(script, place).warnings
 
 
+def test_a_pruned_run_is_shown_from_its_record(script: Script, place: Place, embed: Embed) -> None:
+    embed("--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=300")
+    before = page_of(script, place)
+    earlier = (place.folder / "reports" / "run-000001.html").read_bytes()
+    assert script("prune", "--run", "1").status == 0
+    for _ in range(2):
+        answer = script("report", "--run", "1")
+        assert answer.status == 0, answer.err
+    path = place.folder / "reports" / "run-000001-pruned.html"
+    assert answer.out.startswith(f"run 1 pruned: report in {path}\n")
+    page = Page(path)
+    assert page.all("span", "status")[0].text == "pruned"
+    assert re.fullmatch(
+        r"Its files were pruned on 20\S+ \S+ UTC: no vector is left\. "
+        r"15 of 15 records were embedded \(finished\)\.",
+        page.warnings[0],
+    )
+    assert page.warnings[1:] == before.warnings
+    other = {"status", "on disk", "pruned (UTC)"}
+    assert {*page.facts.items()} ^ {*before.facts.items()} == {
+        (name, facts[name]) for facts in (page.facts, before.facts) for name in other & {*facts}
+    }
+    for title in ("Length of the sequences", "The vectors on a plane", "Norms of the vectors"):
+        assert "The files of this run were pruned: nothing is left to draw." in page.figure(title)
+    assert page.figure("Throughput") == before.figure("Throughput")
+    assert [one.text for one in page.all("td")] == [one.text for one in before.all("td")][-10:]
+    # What shows the vectors stays, and is not replaced by --to either; the row for MultiQC is.
+    original = place.folder / "reports" / "run-000001.html"
+    assert original.read_bytes() == earlier
+    answer = script("report", "--run", "1", "--to", original)
+    assert (answer.status, answer.error) == (2, f"{original}: exists already")
+    (row,) = json.loads((original.parent / "run-000001_mqc.json").read_text())["data"].values()
+    assert (row["status"], row["records"]) == ("pruned", 15)
+    change(place, "UPDATE runs SET esm2_config = NULL")
+    assert script("report", "--run", "1").error == "run 1: no model metadata (NULL)"
+
+
 def test_rows_without_model_metadata_are_refused(
     script: Script, place: Place, embed: Embed
 ) -> None:

@@ -3,10 +3,12 @@
     python -m tests.torture
     python -m tests.torture --only kill --rounds 25 --seed 7
 
-A round is a trial of every kind of kill (parts kill and calls), four regions of a checkpoint file
-and one run database altered (damage), and 80 mutated files for every reader (fuzz). The database is
-locked for ever (locked) once in all. Two hosts of a cluster (hosts) lose their link, or differ in
-weights or folders, once in twenty rounds. Exit status: 0 nothing lost, 1 something was.
+A round is a trial of every kind of kill (parts kill, calls and reuse), a source of a run that
+reuses damaged before the plan and one after (reuse), four regions of a checkpoint file and one run
+database altered (damage), and 80 mutated files for every reader (fuzz). The database is locked for
+ever (locked) once in all. Two hosts of a cluster (hosts) lose their link, or differ in weights or
+folders, once in twenty rounds.
+Exit status: 0 nothing lost, 1 something was.
 """
 
 from __future__ import annotations

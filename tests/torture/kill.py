@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,16 @@ from tests.torture.process import in_fork, killed_after, limited, script, start,
 
 
 @dataclass
-class _Tally:
+class Tally:
+    """What was tried of one kind, where it was killed, and what was lost."""
+
     what: str
     trials: int = 0
     points: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
 
 
-class _Kills:
+class Kills:
     """Kinds of trial, each on a bench, each ending in a comparison with the uninterrupted run."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
@@ -51,33 +54,33 @@ class _Kills:
             return said[-1]
         return f"ended with {status} before moment {number}"
 
-    def first_start(self, tally: _Tally) -> None:
+    def first_start(self, tally: Tally) -> None:
         self.bench.fresh()
         tally.points[self.killed("embed", "embed")] += 1
 
-    def resume(self, tally: _Tally) -> None:
-        self._half_a_run()
+    def resume(self, tally: Tally) -> None:
+        self.half_a_run()
         tally.points[self.killed("resume", "resume")] += 1
 
-    def second_resume(self, tally: _Tally) -> None:
-        self._half_a_run()
+    def second_resume(self, tally: Tally) -> None:
+        self.half_a_run()
         self._watched("resume", self.bench.resume, self.chance.randint(40, 70))
         tally.points[self.killed("second resume", "resume")] += 1
 
-    def recompute(self, tally: _Tally) -> None:
+    def recompute(self, tally: Tally) -> None:
         self._damaged()
         tally.points[self.killed("recompute", "resume", "--recompute-damaged")] += 1
         # Killed before the damaged file left the record, it has to be asked for again.
         flags = [*self.bench.resume, "--recompute-damaged"]
         in_fork(lambda: script("resume", flags), self.bench.log)
 
-    def any_time(self, tally: _Tally) -> None:
+    def any_time(self, tally: Tally) -> None:
         self.bench.fresh()
         pid = start(lambda: script("embed", self.bench.embed), self.bench.log)
         status = killed_after(pid, self.chance.uniform(0, self._seconds))
         tally.points["killed" if status == -signal.SIGKILL else "ended"] += 1
 
-    def within_a_write(self, tally: _Tally) -> None:
+    def within_a_write(self, tally: Tally) -> None:
         self.bench.fresh("finished")
         largest = max(path.stat().st_size for path in self.bench.run.glob("checkpoint-*"))
         self.bench.fresh()
@@ -102,7 +105,7 @@ class _Kills:
         folder = self.bench.folder
         return in_fork(lambda: watched(name, argv, folder, self._moments, kill_at), self.bench.log)
 
-    def _half_a_run(self) -> None:
+    def half_a_run(self) -> None:
         """Leave a run that was killed after its second checkpoint."""
         if not (self.bench.folder / "half").exists():
             self.bench.fresh()
@@ -124,20 +127,27 @@ class _Kills:
 
 def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
     """Kill once of every kind in each round."""
-    kills = _Kills(make_bench(folder / "kill"), seed)
+    kills = Kills(make_bench(folder / "kill"), seed)
     kinds = [
-        (kills.first_start, _Tally("SIGKILL in embed.py, at each step in turn")),
-        (kills.resume, _Tally("SIGKILL in resume.py")),
-        (kills.second_resume, _Tally("SIGKILL in a second resume.py")),
-        (kills.recompute, _Tally("SIGKILL in resume.py --recompute-damaged")),
-        (kills.any_time, _Tally("SIGKILL in embed.py, at a random time")),
-        (kills.within_a_write, _Tally("SIGXFSZ in embed.py, at a random byte of a file")),
+        (kills.first_start, Tally("SIGKILL in embed.py, at each step in turn")),
+        (kills.resume, Tally("SIGKILL in resume.py")),
+        (kills.second_resume, Tally("SIGKILL in a second resume.py")),
+        (kills.recompute, Tally("SIGKILL in resume.py --recompute-damaged")),
+        (kills.any_time, Tally("SIGKILL in embed.py, at a random time")),
+        (kills.within_a_write, Tally("SIGXFSZ in embed.py, at a random byte of a file")),
     ]
+    return tried(kills.bench, kinds, rounds)
+
+
+def tried(
+    bench: Bench, kinds: Sequence[tuple[Callable[[Tally], object], Tally]], rounds: int
+) -> list[Outcome]:
+    """Try each kind once in each round; resume after each, and compare."""
     for _ in range(rounds):
         for kill, tally in kinds:
             kill(tally)
             tally.trials += 1
-            wrong = kills.bench.to_the_end()
+            wrong = bench.to_the_end()
             if wrong:
                 tally.lost.append(f"{list(tally.points)[-1]}: {wrong}")
     return [
@@ -146,7 +156,7 @@ def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
     ]
 
 
-def _happened(tally: _Tally) -> str:
+def _happened(tally: Tally) -> str:
     ended = sum(count for point, count in tally.points.items() if point.startswith("ended"))
     killed = tally.trials - ended
     return f"{killed} killed at {len(tally.points)} kinds of step, resumed: the same bits"
