@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lib.catalog import RELEASED
 from lib.embeddings import RunEmbeddings, open_run
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
 from scripts.embed import main as embed
 from tests.conftest import ROOT, run_program
 
+# The model that `make demo` is like.
+DEMO = "esm2_t6_8M_UR50D"
 # All programs read the one run.
 pytestmark = pytest.mark.xdist_group("reading")
 PAGE = (ROOT / "docs" / "reading.md").read_text()
@@ -26,13 +29,14 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the page assumes: embeddings/run-000001 of a six-layer model, runs.sqlite."""
+    """A folder as the page assumes: embeddings/run-000001 of the demo's shape, runs.sqlite."""
     path = tmp_path_factory.mktemp("reading")
     shutil.copy(DEFAULT_CONFIG, path / "config.ini")
-    make_model(path / "six.pt", 6, 64, 4)
+    shape = RELEASED[DEMO].shape
+    make_model(path / "six.pt", shape.num_layers, shape.hidden_dim, shape.attention_heads)
     flags = ["--config", path / "config.ini", "--esm-model", path / "six.pt"]
     source = ROOT / "examples" / "proteins.fasta"
-    assert embed([*map(str, flags), "--input", str(source), "--set", "input.max_residues=60"]) == 0
+    assert embed([*map(str, flags), "--input", str(source), "--set", "input.max_residues=20"]) == 0
     return path
 
 
@@ -60,7 +64,7 @@ def test_every_program_is_run() -> None:
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_data_frames(folder: Path, run: RunEmbeddings, library: str) -> None:
-    assert output(folder, f"import {library}\n") == f"(117, 64) {' '.join(run.ids)}\n"
+    assert output(folder, f"import {library}\n") == f"(117, 320) {' '.join(run.ids)}\n"
 
 
 def test_scikit_learn(folder: Path, run: RunEmbeddings) -> None:
@@ -72,13 +76,13 @@ def test_a_notebook_embeds_on_the_record(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "six.pt", tmp_path / "models" / "esm2_untrained_t6_8M.pt")
     shutil.copy(folder / "config.ini", tmp_path)
     assert output(tmp_path, "lib.jobs.notebook") == (
-        "run 1: 2 records by esm2_untrained_t6_8M (untrained weights)\n1 first second (2, 64)\n"
+        "run 1: 2 records by esm2_untrained_t6_8M (untrained weights)\n1 first second (2, 320)\n"
     )
     assert open_run(tmp_path / "runs.sqlite", 1).facts["status"] == "finished"
 
 
 def test_hugging_face_datasets(folder: Path) -> None:
-    assert output(folder, "load_dataset") == "117 (3, 64)\n"
+    assert output(folder, "load_dataset") == "117 (3, 320)\n"
 
 
 def test_duckdb_joins_the_run_database_with_the_folder(folder: Path, run: RunEmbeddings) -> None:
