@@ -15,6 +15,7 @@ from typing import IO
 
 from sqlalchemy import JSON, Engine, delete, func, select, update
 from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm.attributes import set_committed_value
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors, sync_folder
@@ -22,6 +23,13 @@ from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.places import (
+    StoredRun,
+    given_folder,
+    real_path,
+    real_settings,
+    stored_path,
+)
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
 from lib.ledger.standard_input import is_kept, keep_in_folder
 from lib.sequences.inventory import Inventory
@@ -90,6 +98,7 @@ def create_run(
     folder that the run would get has something in it, or for contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
+    database = Path(engine.url.database or "")
     with transaction(engine) as session:
         run = Run(
             uuid=str(uuid.uuid4()),
@@ -118,26 +127,29 @@ def create_run(
         folder = Path(settings.output.folder) / f"run-{run.id:06d}"
         run.output_folder = str(folder)
         lock = _make_folder(folder, inventory, run.uuid)
-        run.inputs = _inputs(inventory)
+        run.inputs = _inputs(inventory, database)
         run.input_path = run.inputs[0].path
         if reuse is not None:
             run.sequences_reused = len(reuse)
             run.reuse_sha256 = write_plan(reuse, plan_path(run))
-        attempt = _attempt(run.id, facts)
+        run.output_folder = stored_path(folder, database)
+        attempt = _attempt(run.id, facts, database)
         session.add(attempt)
+    _locate(run, database)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
 
 
 @contextmanager
-def own(engine: Engine, run_id: int | None) -> Iterator[Run]:
+def own(engine: Engine, run_id: int | None, output: Path | None = None) -> Iterator[Run]:
     """Hold the lock of a run, or of the newest unfinished one, and give the run as it then is.
 
-    Raises SettingsError if there is none or it is pruned, MachineError as `hold_lock` does.
+    output: as in `load_run`. Raises SettingsError if there is none or it is pruned, MachineError as
+    `hold_lock` does, and what `given_folder` raises.
     """
-    found, folder = _find(engine, run_id)
+    found, folder = _find(engine, run_id, output)
     with hold_lock(engine, found, folder):
-        run = load_run(engine, found)
+        run = load_run(engine, found, output)
         refuse_pruned(run.id, run.pruned_at)
         yield run
 
@@ -187,7 +199,7 @@ def start_attempt(
         session.execute(
             update(Run).where(Run.id == run.id).values(status="running", finished_at=None)
         )
-        attempt = _attempt(run.id, facts)
+        attempt = _attempt(run.id, facts, Path(engine.url.database or ""))
         session.add(attempt)
     run.status = "running"
     for checkpoint in dropped:
@@ -267,10 +279,11 @@ def _ended_on_the_record(engine: Engine, ownership: Ownership) -> Iterator[Owner
         raise
 
 
-def load_run(engine: Engine, run_id: int) -> Run:
-    """Return a run with its model, attempts and checkpoints.
+def load_run(engine: Engine, run_id: int, output: Path | None = None) -> Run:
+    """Return a run with its model, attempts and checkpoints; its paths are those of today.
 
-    Raises SettingsError if there is none, IdentityRefusedError if a row is not readable.
+    output: where its folder lies, if not where the database says. Raises SettingsError if there is
+    none, IdentityRefusedError if a row is not readable, and what `given_folder` raises.
     """
     try:
         with transaction(engine) as session:
@@ -291,7 +304,25 @@ def load_run(engine: Engine, run_id: int) -> Run:
     models = [run.model] if run.model is not None else []
     for row in (run, *models, *run.inputs, *run.attempts, *run.checkpoints):
         _check_types(run_id, row)
+    database = Path(engine.url.database or "")
+    _locate(run, database, output)
+    for attempt in run.attempts:
+        path = real_path(attempt.weights_path, run.settings, database)
+        set_committed_value(attempt, "weights_path", str(path))
+    if isinstance(run.settings, dict):
+        set_committed_value(run, "settings", real_settings(run.settings, database))
     return run
+
+
+def _locate(run: Run, database: Path, output: Path | None = None) -> None:
+    """Put the paths of today in the place of stored ones; the database is not written to."""
+    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
+    folder = stored.folder(database) if output is None else given_folder(stored, output)
+    set_committed_value(run, "output_folder", str(folder))
+    for file in run.inputs:
+        set_committed_value(file, "path", str(stored.path(file.path, database, folder)))
+    first = stored.path(run.input_path, database, folder)
+    set_committed_value(run, "input_path", str(first))
 
 
 def unfinished_runs(engine: Engine) -> list[int]:
@@ -301,25 +332,19 @@ def unfinished_runs(engine: Engine) -> list[int]:
         return list(session.scalars(query.order_by(Run.id.desc())))
 
 
-def _find(engine: Engine, run_id: int | None) -> tuple[int, Path]:
+def _find(engine: Engine, run_id: int | None, output: Path | None) -> tuple[int, Path]:
     """Return the number and the folder of a run, or of the newest unfinished one.
 
-    Raises SettingsError if there is none or it is pruned.
+    Raises SettingsError if there is none or it is pruned, and what `given_folder` raises.
     """
     if run_id is None:
         numbers = unfinished_runs(engine)
         if not numbers:
             raise SettingsError(f"no unfinished run in database {engine.url.database}")
         run_id = numbers[0]
-    with transaction(engine) as session:
-        query = select(Run.output_folder, Run.pruned_at).where(Run.id == run_id)
-        folder, pruned_at = session.execute(query).one_or_none() or (None, None)
-    # Also a row of the wrong types, or none: told by load_run.
-    if not isinstance(folder, str) or pruned_at is not None:
-        run = load_run(engine, run_id)
-        refuse_pruned(run.id, run.pruned_at)
-        folder = run.output_folder
-    return run_id, Path(folder)
+    run = load_run(engine, run_id, output)
+    refuse_pruned(run.id, run.pruned_at)
+    return run_id, Path(run.output_folder)
 
 
 def _check_types(run_id: int, row: Base) -> None:
@@ -354,11 +379,11 @@ def _model(session: Session, config: ESM2Config) -> Model:
     return model
 
 
-def _inputs(inventory: Inventory) -> list[Input]:
+def _inputs(inventory: Inventory, database: Path) -> list[Input]:
     return [
         Input(
             number=number,
-            path=str(file.source.path),
+            path=stored_path(file.source.path, database),
             sha256=file.sha256,
             bytes=file.bytes,
             first_record=file.first_record,
@@ -368,7 +393,7 @@ def _inputs(inventory: Inventory) -> list[Input]:
     ]
 
 
-def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
+def _attempt(run_id: int, facts: AttemptFacts, database: Path) -> Attempt:
     now = utc_now()
     packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
     versions = {package: version(package) for package in packages}
@@ -376,7 +401,7 @@ def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
         run_id=run_id,
         host=socket.gethostname(),
         pid=os.getpid(),
-        weights_path=str(facts.weights_path),
+        weights_path=stored_path(facts.weights_path, database),
         device=facts.device,
         device_name=facts.device_name,
         threads=facts.threads,

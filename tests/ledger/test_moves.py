@@ -1,0 +1,209 @@
+"""Moves: if these fail, results that were moved or copied are lost to the record, or mixed up."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from lib.console.program import guarded
+from lib.embeddings import open_run
+from lib.ledger.places import stored_path
+from scripts.embed import main as embed
+from tests import processes
+from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place
+from tests.processes import Answer
+from tests.reference import assert_same_bits, fasta, write_fasta
+
+# Runs 1 (finished) and 2 (unfinished) are embedded once, and copied for every test.
+pytestmark = pytest.mark.xdist_group("moves")
+QUICK = ["--set", "output.checkpoint_records=4", "--set", "compute.tokens_per_pack=400"]
+Call = Callable[..., Answer]
+
+
+def ask(project: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(project / "runs.sqlite")) as connection, connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def contents(at: Path) -> dict[Path, bytes]:
+    """Return the bytes of every file, but for what SQLite keeps beside a database."""
+    files = (path for path in at.rglob("*") if path.is_file() and ".sqlite-" not in path.name)
+    return {path.relative_to(at): path.read_bytes() for path in files}
+
+
+def folder(project: Path, run: int = 1) -> Path:
+    return project / "embeddings" / f"run-{run:06d}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
+    """A project with weights, input, a finished run and one of which half is missing."""
+    project = tmp_path_factory.mktemp("made") / "project"
+    (project / "models").mkdir(parents=True)
+    shutil.copy(small_model, project / "models" / "small.pt")
+    place = Place(project)
+    place.config.write_text((DATA.parent.parent / "config.ini").read_text())
+    source = write_fasta(project / "proteins.fasta", fasta(UNIPROT_PART)[:12])
+    flags = ["--esm-model", project / "models" / "small.pt", "--input", source, *QUICK]
+    for _ in range(2):
+        argv = [*flags, "--no-reuse", "--config", place.config]
+        assert embed([*map(str, argv)]) == 0
+    (name,) = ask(project, "SELECT max(path) FROM checkpoints WHERE run_id = 2")[0]
+    ask(project, "DELETE FROM checkpoints WHERE run_id = 2 AND path = ?", name)
+    (folder(project, 2) / str(name)).unlink()
+    ask(project, "UPDATE runs SET status = 'interrupted', finished_at = NULL WHERE id = 2")
+    return project
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    """A copy of it at another place, while the first is still there."""
+    return shutil.copytree(made, tmp_path / "copied")
+
+
+@pytest.fixture
+def call(project: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call a script with the config.ini of a project, which is the copy unless it is said."""
+
+    def calling(name: str, *argv: str | Path, at: Path = project) -> Answer:
+        main = import_module(f"scripts.{name}").main
+        capsys.readouterr()
+        status = guarded(main, [*map(str, argv), "--config", str(at / "config.ini")])
+        return Answer(status, *capsys.readouterr())
+
+    return calling
+
+
+def let_be_absolute(project: Path, was_at: Path) -> None:
+    """Make rows what older versions wrote: absolute paths of the place where the project was."""
+    for table, column in [
+        ("runs", "output_folder"), ("runs", "input_path"), ("inputs", "path"),
+        ("attempts", "weights_path"),
+    ]:  # fmt: skip
+        statement = f"UPDATE {table} SET {column} = ? || substr({column}, 2)"
+        ask(project, f"{statement} WHERE {column} GLOB './*'", str(was_at))
+
+
+# ---- The whole project
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["of today", "of an older version"])
+def test_a_copied_project_works_and_leaves_the_first_alone(
+    call: Call, made: Path, project: Path, absolute: bool
+) -> None:
+    if absolute:
+        let_be_absolute(project, made)
+    before = contents(made)
+    assert call("validate", "--run", "1").status == 0
+    assert call("report", "--run", "1").status == 0
+    assert call("verify", "--run", "1", "--sample", "1").status == 0
+    to = project / "out.csv"
+    assert call("export", "--run", "1", "--format", "csv", "--to", to).status == 0
+    assert call("history", "--run", "1", "--json").json["output"] == str(folder(project))
+    answer = call("resume", "--json")
+    assert answer.status == 0, answer.err
+    assert answer.json["output_folder"] == str(folder(project, 2))
+    assert_same_bits(folder(project, 2), folder(project, 1))
+    assert call("prune", "--run", "1").status == 0
+    assert not folder(project).exists()
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["of today", "of an older version"])
+def test_a_moved_project_finds_weights_input_and_files(
+    call: Call, project: Path, absolute: bool
+) -> None:
+    before = project
+    if absolute:
+        ask(project, "UPDATE runs SET settings = json_set(settings, '$.database.url', ?)",
+            f"{project}/runs.sqlite")  # fmt: skip
+        let_be_absolute(project, project)
+    project = project.rename(project.with_name("moved"))
+    opened = open_run(project / "runs.sqlite", 1)
+    assert set(opened.input_files) == {str(project / "proteins.fasta")}
+    assert opened.facts["output_folder"] == str(folder(project))
+    answer = call("resume", at=project)
+    assert answer.status == 0, answer.err
+    assert_same_bits(folder(project, 2), folder(project, 1))
+    assert call("validate", "--run", "2", at=project).status == 0
+    assert not before.exists()
+
+
+def test_paths_below_the_database_are_stored_from_there_on(call: Call, project: Path) -> None:
+    assert ask(project, "SELECT output_folder, input_path FROM runs WHERE id = 1") == [
+        ("./embeddings/run-000001", "./proteins.fasta")
+    ]
+    assert ask(project, "SELECT DISTINCT path FROM inputs") == [("./proteins.fasta",)]
+    assert ask(project, "SELECT DISTINCT weights_path FROM attempts") == [("./models/small.pt",)]
+    question = "SELECT run FROM checkpoint_audit WHERE file LIKE '%/run-000001/checkpoint-000001%'"
+    assert ask(project, question) == [(1,)]
+    assert ask(project, "SELECT input FROM run_history WHERE input LIKE '%/proteins.fasta'")
+    shown = call("history", "--run", "1").out
+    assert f"input                {project}/proteins.fasta\n" in shown
+
+
+def test_standard_input_that_was_kept_moves_along(
+    call: Call, project: Path, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", "-", *QUICK]
+    flags += ["--config", project / "config.ini"]
+    assert processes.run("embed", *flags, into=SOME_PROTEINS).status == 0
+    project = project.rename(project.with_name("moved"))
+    assert call("validate", "--run", "3", at=project).status == 0
+    (kept,) = set(open_run(project / "runs.sqlite", 3).input_files)
+    assert Path(kept).parent == folder(project, 3)
+
+
+def test_a_run_of_version_1_that_was_moved_goes_on(call: Call, tmp_path: Path, made: Path) -> None:
+    project = shutil.copytree(DATA / "version_1", tmp_path / "old")
+    shutil.copy(SOME_PROTEINS, project)
+    shutil.copy(made / "config.ini", project)
+    assert call("upgrade", at=project).status == 0
+    assert call("validate", "--run", "1", at=project).status == 0
+    answer = call("resume", "--run", "2", at=project)
+    assert answer.status == 0, answer.err
+    assert call("validate", "--run", "2", at=project).status == 0
+
+
+def test_where_an_older_run_would_be_another_is_not_taken_for_it(
+    call: Call, made: Path, project: Path
+) -> None:
+    let_be_absolute(project, made)
+    shutil.rmtree(folder(project, 1))
+    shutil.copytree(folder(project, 2), folder(project, 1))
+    detail = call("history", "--run", "1", "--json").json
+    assert detail["output"] == str(folder(made))
+
+
+@pytest.mark.parametrize(
+    ("path", "stored"),
+    [
+        ("data/embeddings/run-000001", "./embeddings/run-000001"),
+        ("data/a.fasta", "./a.fasta"),
+        ("link/a.fasta", "./a.fasta"),
+        ("data/none/../a.fasta", None),
+        ("other/../data/a.fasta", "./a.fasta"),
+        ("data/../a.fasta", None),
+        ("database/a.fasta", None),
+    ],
+)
+def test_what_is_below_the_database(tmp_path: Path, path: str, stored: str | None) -> None:
+    for name in ("data", "database", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("data")
+    found = stored_path(tmp_path / path, tmp_path / "data" / "runs.sqlite")
+    assert found == (stored or str(tmp_path / path))
+
+
+def test_the_folder_of_a_database_is_not_that_of_a_link_to_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "runs.sqlite").touch()
+    (tmp_path / "runs.sqlite").symlink_to("data/runs.sqlite")
+    assert stored_path(tmp_path / "data" / "a", tmp_path / "runs.sqlite") == "./a"
+    assert stored_path(tmp_path / "a", tmp_path / "runs.sqlite") == str(tmp_path / "a")
