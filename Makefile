@@ -3,7 +3,7 @@
 # Variables, the same everywhere (all optional):
 #   MODEL   a released name in full, facebook/NAME of the Hugging Face Hub, or the path of weights
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
-#   OUTPUT  the folder that gets a folder for every run
+#   OUTPUT  the folder that gets a folder for every run; with RUN=: where the run's folder lies now
 #   RUN     the number of a run
 #   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
 #   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
@@ -89,7 +89,7 @@ validate: $(installed) ## check settings, model, input and database; with RUN= a
 
 .PHONY: verify
 verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compare
-	@$(python) scripts/verify.py $(config) $(model) $(input) $(run) $(ARGS)
+	@$(python) scripts/verify.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
 
 .PHONY: embed
 embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the record
@@ -97,7 +97,7 @@ embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the recor
 
 .PHONY: resume
 resume: $(installed) $(cluster) ## continue RUN=, or the newest unfinished run
-	@$(python) scripts/resume.py $(config) $(model) $(input) $(run) $(ray) $(ARGS)
+	@$(python) scripts/resume.py $(config) $(model) $(input) $(output) $(run) $(ray) $(ARGS)
 
 $(venv)/.installed-cluster: $(installed)
 	$(pip_install) --editable '.[export,cluster]'
@@ -129,19 +129,19 @@ upgrade: $(installed) ## bring an older run database to this version, after a ba
 
 .PHONY: export
 export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
-	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
+	@$(python) scripts/export.py $(config) $(run) $(output) $(format) $(to) $(ARGS)
 
 .PHONY: neighbours
 neighbours: $(installed) ## nearest records in RUN= for each of QUERY= (a run or a FASTA file) TO=
-	@$(python) scripts/neighbours.py $(config) $(run) $(query) $(to) $(model) $(ARGS)
+	@$(python) scripts/neighbours.py $(config) $(run) $(output) $(query) $(to) $(model) $(ARGS)
 
 .PHONY: crate
 crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO-Crate) TO=
-	@$(python) scripts/crate.py $(config) $(run) $(to) $(ARGS)
+	@$(python) scripts/crate.py $(config) $(run) $(output) $(to) $(ARGS)
 
 .PHONY: report
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
-	@$(python) scripts/report.py $(config) $(run) $(to) $(ARGS)
+	@$(python) scripts/report.py $(config) $(run) $(output) $(to) $(ARGS)
 
 .PHONY: prune
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)

@@ -77,15 +77,15 @@ def default_place(url: str, run_id: int) -> Path:
     return database_path(url).parent / "reports" / f"run-{run_id:06d}.html"
 
 
-def make_report(url: str, run_id: int, written: str) -> Report:
+def make_report(url: str, run_id: int, written: str, output: Path | None = None) -> Report:
     """Read a run, finished or not, and its checkpoint files.
 
-    written: the current time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
-    IdentityRefusedError for incomplete model metadata.
+    written: the current time, UTC ISO 8601. output: as for `open_run`. Raises what `open_run` and
+    `survey` raise, and IdentityRefusedError for incomplete model metadata.
     """
     detail = run_detail(url, run_id)
     line = detail.run.dictionaries()[0]
-    run = open_run(url, run_id, partial=True)
+    run = open_run(url, run_id, partial=True, output=output)
     try:
         model = load_snapshot(run.model)
     except ValueError as error:
@@ -199,6 +199,7 @@ def _shown(value: object) -> object:
 def _facts(run: RunEmbeddings, detail: RunDetail) -> dict[str, str | None]:
     kept = run.facts
     return run_fields(detail) | {
+        "output": kept["output_folder"],
         "precision": kept["precision"],
         "long sequences": f"{kept['long_sequences']} (more than {count(kept['max_residues'])})",
         "different sequences": count(kept["sequences_total"]),

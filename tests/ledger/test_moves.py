@@ -207,3 +207,84 @@ def test_the_folder_of_a_database_is_not_that_of_a_link_to_it(tmp_path: Path) ->
     (tmp_path / "runs.sqlite").symlink_to("data/runs.sqlite")
     assert stored_path(tmp_path / "data" / "a", tmp_path / "runs.sqlite") == "./a"
     assert stored_path(tmp_path / "a", tmp_path / "runs.sqlite") == str(tmp_path / "a")
+
+
+# ---- The folder of a run alone
+
+
+@pytest.fixture
+def elsewhere(project: Path) -> Path:
+    """Where the folders of all runs lie now; the database does not know."""
+    return (project / "embeddings").rename(project.parent / "elsewhere")
+
+
+def test_every_command_takes_where_the_folder_lies_now(
+    call: Call, project: Path, elsewhere: Path
+) -> None:
+    to = project / "out"
+    for name, *flags in [
+        ("validate", "--run", "1"),
+        ("verify", "--run", "1", "--sample", "1"),
+        ("report", "--run", "1"),
+        ("crate", "--run", "1", "--to", to / "crate"),
+        ("export", "--run", "1", "--format", "csv", "--to", to / "out.csv"),
+        ("neighbours", "--run", "1", "--query", "1", "--to", to / "nearest.csv"),
+    ]:
+        to.mkdir(exist_ok=True)
+        assert call(name, *flags).status in (3, 4), name
+        if name == "neighbours":  # the query is a run, too
+            flags[3] = str(project / "proteins.fasta")
+        answer = call(name, *flags, "--output", elsewhere)
+        assert answer.status == 0, (name, answer)
+    page = (project / "reports" / "run-000001.html").read_text()
+    assert str(folder(elsewhere.parent)).replace("embeddings", "elsewhere") in page
+    opened = open_run(project / "runs.sqlite", 1, output=elsewhere / "run-000001")
+    assert len(opened.matrix()) == 12
+    answer = call("resume", "--output", elsewhere)
+    assert answer.status == 0, answer.err
+    assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
+
+
+def test_another_run_s_folder_is_refused_with_both_uuids(
+    call: Call, project: Path, elsewhere: Path
+) -> None:
+    ((one,), (two,)) = ask(project, "SELECT uuid FROM runs ORDER BY id")
+    for name, *flags in [("validate",), ("resume",), ("verify",), ("report",)]:
+        answer = call(name, "--run", "1", *flags, "--output", elsewhere / "run-000002")
+        assert (answer.status, answer.err.count("\n")) == (3, 1)
+        assert answer.error == (
+            f"run 1: uuid is {one} in the database, {two} in the footers of "
+            f"{elsewhere / 'run-000002'}"
+        )
+    assert contents(elsewhere / "run-000002") == contents(elsewhere / "run-000002")
+
+
+@pytest.mark.parametrize(
+    ("made_there", "status", "fact"),
+    [
+        (None, 2, "output folder {}: no such folder"),
+        ([], 3, "run 1: {} has no checkpoint file of it"),
+        (["notes.txt", ".lock"], 3, "run 1: {} has no checkpoint file of it"),
+    ],
+)
+def test_a_folder_that_is_no_run_s_is_refused(
+    call: Call, project: Path, made_there: list[str] | None, status: int, fact: str
+) -> None:
+    there = project / "there"
+    for name in made_there or []:
+        there.mkdir(exist_ok=True)
+        (there / name).touch()
+    if made_there == []:
+        there.mkdir()
+    answer = call("validate", "--run", "1", "--output", there)
+    assert (answer.status, answer.error) == (status, fact.format(there))
+
+
+def test_a_run_that_committed_nothing_goes_on_where_it_lies_now(
+    call: Call, project: Path, elsewhere: Path
+) -> None:
+    ask(project, "DELETE FROM checkpoints WHERE run_id = 2")
+    for path in (elsewhere / "run-000002").glob("*.parquet"):
+        path.unlink()
+    assert call("resume", "--output", elsewhere).status == 0
+    assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
