@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--recompute-damaged",
         action="store_true",
-        help="compute again what lost or altered checkpoint files held",
+        help="compute again what lost or altered checkpoint files held, or a lost folder",
     )
     folder_argument(parser)
     settings_arguments(parser, "esm_model", "input", "ray")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         interruption.handled(),
         open_for_writing(database_url(parsed), create=False, say=note) as engine,
-        own(engine, parsed.run, folder_of_run(parsed)) as run,
+        own(engine, parsed.run, folder_of_run(parsed), make_folder=parsed.recompute_damaged) as run,
         ExitStack() as opened,
     ):
         # ---- Identity: all of it, before a tensor is read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import socket
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import JSON, Engine, delete, func, select, update
+from sqlalchemy import JSON, Engine, delete, func, select, text, update
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -94,14 +95,18 @@ def create_run(
 
     reuse: what it copies from earlier runs; that plan is on disk before the run is on record. All
     of it appears in one transaction or not at all; what leaves the block early is recorded as the
-    attempt's end. A copy of standard input moves into the folder. Raises SettingsError if the
-    folder that the run would get has something in it, or for contacts that no checkpoint can hold.
+    attempt's end. A copy of standard input moves into the folder. The run gets the next number
+    whose folder is free. Raises SettingsError for contacts that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
     database = Path(engine.url.database or "")
     with transaction(engine) as session:
+        name = str(uuid.uuid4())
+        number, folder, lock = _new_folder(session, Path(settings.output.folder))
+        _keep_input(inventory, folder, name, lock)
         run = Run(
-            uuid=str(uuid.uuid4()),
+            id=number,
+            uuid=name,
             model=_model(session, config),
             checkpoints=[],
             esm2_config=config.snapshot(),
@@ -116,7 +121,7 @@ def create_run(
             residues_total=inventory.residues,
             records_truncated=inventory.truncated,
             residues_mapped=inventory.mapped,
-            output_folder="",
+            output_folder=str(folder),
             settings=snapshot(settings),
             status="running",
             started_at=utc_now(),
@@ -124,9 +129,6 @@ def create_run(
         )
         session.add(run)
         session.flush()
-        folder = Path(settings.output.folder) / f"run-{run.id:06d}"
-        run.output_folder = str(folder)
-        lock = _make_folder(folder, inventory, run.uuid)
         run.inputs = _inputs(inventory, database)
         run.input_path = run.inputs[0].path
         if reuse is not None:
@@ -141,13 +143,21 @@ def create_run(
 
 
 @contextmanager
-def own(engine: Engine, run_id: int | None, output: Path | None = None) -> Iterator[Run]:
+def own(
+    engine: Engine, run_id: int | None, output: Path | None = None, *, make_folder: bool = False
+) -> Iterator[Run]:
     """Hold the lock of a run, or of the newest unfinished one, and give the run as it then is.
 
-    output: as in `load_run`. Raises SettingsError if there is none or it is pruned, MachineError as
-    `hold_lock` does, and what `given_folder` raises.
+    output: as in `load_run`; make_folder: make its folder if it is not there any more. Raises
+    SettingsError if there is none or it is pruned, MachineError as `hold_lock` does or without its
+    folder, and what `given_folder` raises.
     """
     found, folder = _find(engine, run_id, output)
+    if make_folder:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise MachineError(f"run {found}: output folder {folder}: no such folder")
     with hold_lock(engine, found, folder):
         run = load_run(engine, found, output)
         refuse_pruned(run.id, run.pruned_at)
@@ -430,27 +440,35 @@ def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> IO[bytes]:
-    """Make a run's folder, take its lock and keep standard input there.
+def _new_folder(session: Session, output: Path) -> tuple[int, Path, IO[bytes]]:
+    """Make and lock the folder of a new run; return its number, its path and the lock.
 
-    One without work may be left of a start that died.
+    Where runs of another database lie, or anything else, the next number is taken. A folder without
+    work may be left of a start that died.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if not _may_be_there(path.name)]
-        if strange:
-            raise SettingsError(f"output folder {folder}: holds {strange[0]} already")
-        sync_folder(folder.parent)
+    last = session.scalar(text("SELECT seq FROM sqlite_sequence WHERE name = 'runs'")) or 0
+    for number in itertools.count(last + 1):
+        folder = output / f"run-{number:06d}"
+        with disk_errors(folder):
+            if os.path.lexists(folder) and not _is_free(folder):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+        with suppress(HeldError):
+            return number, folder, take_lock(folder)
+    raise AssertionError("unreachable")
+
+
+def _is_free(folder: Path) -> bool:
+    return folder.is_dir() and all(_may_be_there(path.name) for path in folder.iterdir())
+
+
+def _keep_input(inventory: Inventory, folder: Path, name: str, lock: IO[bytes]) -> None:
     try:
-        lock = take_lock(folder)
-    except HeldError:
-        raise MachineError(f"output folder {folder}: owned by another process") from None
-    try:
-        keep_in_folder(inventory, folder, uuid)
+        keep_in_folder(inventory, folder, name)
     except MachineError:
         lock.close()
         raise
-    return lock
 
 
 def _may_be_there(name: str) -> bool:

@@ -288,3 +288,28 @@ def test_a_run_that_committed_nothing_goes_on_where_it_lies_now(
         path.unlink()
     assert call("resume", "--output", elsewhere).status == 0
     assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
+
+
+# ---- The folder of a run is lost
+
+
+def test_a_deleted_folder_is_computed_again_if_that_is_said(call: Call, project: Path) -> None:
+    folder(project).rename(project / "as it was")
+    answer = call("resume", "--run", "1")
+    assert answer.status == 4
+    assert answer.error == f"run 1: output folder {folder(project)}: no such folder"
+    assert not folder(project).exists()
+    answer = call("resume", "--run", "1", "--recompute-damaged")
+    assert answer.status == 0, answer.err
+    assert_same_bits(folder(project), project / "as it was")
+    assert call("validate", "--run", "1").status == 0
+
+
+def test_a_deleted_folder_with_a_plan_of_reuse_is_refused(call: Call, project: Path) -> None:
+    flags = ["--esm-model", project / "models" / "small.pt", "--input", project / "proteins.fasta"]
+    assert "reused: 12 of 12" in call("embed", *flags, *QUICK).err
+    shutil.rmtree(folder(project, 3))
+    answer = call("resume", "--run", "3", "--recompute-damaged")
+    assert answer.status == 3
+    assert answer.error.startswith("run 3: reuse plan .reuse-")
+    assert answer.error.endswith(": no such regular file")
