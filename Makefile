@@ -147,6 +147,10 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
 	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
 
+.PHONY: relocate
+relocate: $(installed) ## write down that the folder of RUN= lies in OUTPUT= now
+	@$(python) scripts/relocate.py $(config) $(run) $(output) $(ARGS)
+
 .PHONY: model
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, func, select, update
 
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors
+from lib.ledger.audit import difference
 from lib.ledger.checkpoints import attempt_of
 from lib.ledger.database import (
     open_for_reading,
@@ -27,13 +28,12 @@ from lib.ledger.database import (
     utc_ago,
     utc_now,
 )
-from lib.ledger.footer import read_footer
 from lib.ledger.ownership import LOCK_NAME, is_held
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
 from lib.units import count, printable, size
-from schema.tables import Attempt, Checkpoint, Input, Run
+from schema.tables import Attempt, Input, Run
 
 __all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
 
@@ -247,7 +247,7 @@ class _Listed:
         if not stat.S_ISREG(found.st_mode):
             return "not a regular file"
         if checkpoint is not None:
-            return _difference(run, checkpoint, path, found)
+            return difference(run, checkpoint, path)
         if kept is not None:
             return self._why_input_stays(kept, path, found)
         if is_plan:
@@ -276,21 +276,3 @@ class _Listed:
                     if path.samefile(other.path):
                         return f"input of run {run_id}"
         return None
-
-
-def _difference(run: Run, checkpoint: Checkpoint, path: Path, found: os.stat_result) -> str | None:
-    """Return how a file differs from what the row of a checkpoint says; its pages are not read."""
-    if found.st_size != checkpoint.bytes:
-        return f"{found.st_size} bytes, {checkpoint.bytes} in the database"
-    try:
-        footer = read_footer(path)
-    except ValueError as error:
-        return str(error)
-    identity = footer.get("identity")
-    uuid = identity.get("uuid") if isinstance(identity, dict) else None
-    if uuid != run.uuid:
-        return f"made by run uuid {uuid}"
-    positions = footer.get("first_position"), footer.get("stop_position")
-    if positions != (checkpoint.first_position, checkpoint.stop_position):
-        return "its footer has other positions than the database"
-    return None

@@ -13,12 +13,14 @@ import pytest
 
 from lib.console.program import guarded
 from lib.embeddings import open_run
+from lib.ledger.ownership import take_lock
 from lib.ledger.places import stored_path
 from scripts.embed import main as embed
 from tests import processes
 from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place
 from tests.processes import Answer
 from tests.reference import assert_same_bits, fasta, write_fasta
+from tests.test_make import make
 
 # Runs 1 (finished) and 2 (unfinished) are embedded once, and copied for every test.
 pytestmark = pytest.mark.xdist_group("moves")
@@ -313,3 +315,77 @@ def test_a_deleted_folder_with_a_plan_of_reuse_is_refused(call: Call, project: P
     assert answer.status == 3
     assert answer.error.startswith("run 3: reuse plan .reuse-")
     assert answer.error.endswith(": no such regular file")
+
+
+# ---- Written down
+
+
+def test_a_folder_that_moved_is_written_down(call: Call, project: Path, elsewhere: Path) -> None:
+    answer = call("relocate", "--run", "1", "--output", elsewhere)
+    assert answer.status == 0, answer.err
+    there = elsewhere / "run-000001"
+    count = len([*there.glob("*.parquet")])
+    assert answer.out == f"run 1: {count} checkpoints in {there}, before in {folder(project)}\n"
+    assert ask(project, "SELECT output_folder FROM runs WHERE id = 1") == [(str(there),)]
+    assert call("validate", "--run", "1").status == 0
+    # Back below the database, it moves along again.
+    (project / "kept").mkdir()
+    back = there.rename(project / "kept" / "one")
+    assert call("relocate", "--run", "1", "--output", back).status == 0
+    assert ask(project, "SELECT output_folder FROM runs WHERE id = 1") == [("./kept/one",)]
+    assert call("validate", "--run", "1").status == 0
+
+
+def test_what_is_not_all_there_is_not_written_down(
+    call: Call, project: Path, elsewhere: Path
+) -> None:
+    there = elsewhere / "run-000001"
+    (there / "checkpoint-000002.parquet").unlink()
+    whole = (there / "checkpoint-000003.parquet").read_bytes()
+    (there / "checkpoint-000003.parquet").write_bytes(whole[:-1])
+    answer = call("relocate", "--run", "1", "--output", there)
+    assert answer.status == 3
+    assert answer.error == "run 1: checkpoint-000002.parquet: no such file (and 1 more)"
+    answer = call("relocate", "--run", "1", "--output", elsewhere / "run-000002")
+    assert (answer.status, answer.error[:12]) == (3, "run 1: uuid ")
+    assert call("relocate", "--run", "7", "--output", there).status == 2
+    assert ask(project, "SELECT output_folder FROM runs WHERE id = 1") == [
+        ("./embeddings/run-000001",)
+    ]
+
+
+def test_a_run_with_a_live_owner_is_not_relocated(
+    call: Call, project: Path, elsewhere: Path
+) -> None:
+    with take_lock(elsewhere / "run-000002"):
+        answer = call("relocate", "--run", "2", "--output", elsewhere)
+    assert answer.status == 4
+    assert answer.error.startswith("run 2: owned by process ")
+    assert call("relocate", "--run", "2", "--output", elsewhere).status == 0
+    assert call("resume").status == 0
+    assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
+
+
+def test_standard_input_that_was_kept_is_written_down_with_its_folder(
+    call: Call, project: Path
+) -> None:
+    kept = folder(project) / ".stdin-12345678.fasta"
+    shutil.copy(project / "proteins.fasta", kept)
+    for table, column in [("runs", "input_path"), ("inputs", "path")]:
+        ask(project, f"UPDATE {table} SET {column} = './embeddings/run-000001/{kept.name}'")
+    moved = folder(project).rename(project / "one")
+    assert call("validate", "--run", "1", "--output", moved).status == 0
+    assert call("validate", "--run", "2").status != 0  # whose input it is, too
+    assert call("relocate", "--run", "1", "--output", moved).status == 0
+    assert call("validate", "--run", "2").status == 0
+    assert ask(project, "SELECT DISTINCT path FROM inputs") == [(f"./one/{kept.name}",)]
+
+
+def test_make_relocate(project: Path, elsewhere: Path, quick_python: Path) -> None:
+    flags = ["RUN=1", f"OUTPUT={elsewhere}", f"CONFIG={project / 'config.ini'}"]
+    answer = make("relocate", *flags, f"python={quick_python}")
+    assert answer.stdout.startswith("run 1: "), answer.stderr
+    answer = make(
+        "export", "FORMAT=csv", f"TO={project / 'a.csv'}", *flags, f"python={quick_python}"
+    )
+    assert answer.returncode == 0, answer.stderr
