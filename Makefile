@@ -147,6 +147,10 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
 	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
 
+.PHONY: rebuild
+rebuild: $(installed) ## make a lost run database anew from the files in OUTPUT=
+	@$(python) scripts/rebuild.py $(config) $(output) $(ARGS)
+
 .PHONY: relocate
 relocate: $(installed) ## write down that the folder of RUN= lies in OUTPUT= now
 	@$(python) scripts/relocate.py $(config) $(run) $(output) $(ARGS)

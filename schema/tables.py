@@ -196,6 +196,8 @@ class Attempt(Base):
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     heartbeat_at: Mapped[str] = mapped_column(comment="when it last said it was alive")
     ended_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL while it lives")
+    # rebuilt: stands for all attempts at a run whose database was lost; what is not known of them
+    # is `unknown` or 0. The comment of version 1 stays in its databases.
     outcome: Mapped[str | None] = mapped_column(
         comment="finished, interrupted, failed, or lost (it died without a word)"
     )

@@ -2,8 +2,7 @@
 
 What lies below the folder of the run database is stored as `./embeddings/run-000001`, from that
 folder on, so that it moves along with the database. Anything else is stored absolute, and so is all
-that older versions stored: of that, what is not where it was is looked for where it would be if it
-had moved along.
+that older versions stored: that is first looked for where it would be if it had moved along.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def real_path(stored: str, settings: object, database: Path) -> Path:
     if stored.startswith(_BELOW):
         return _below(stored, database)
     moved = _moved_along(stored, settings, database)
-    if moved is not None and moved.exists() and not Path(stored).exists():
+    if moved is not None and moved.exists():
         return moved
     return Path(stored)
 

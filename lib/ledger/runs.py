@@ -43,11 +43,13 @@ __all__ = [
     "AttemptFacts",
     "Ownership",
     "beat",
+    "check_types",
     "create_run",
     "end_attempt",
     "finish_run",
     "hold_lock",
     "load_run",
+    "model_row",
     "own",
     "owned_by_another",
     "show_alive",
@@ -107,7 +109,7 @@ def create_run(
         run = Run(
             id=number,
             uuid=name,
-            model=_model(session, config),
+            model=model_row(session, config),
             checkpoints=[],
             esm2_config=config.snapshot(),
             repr_layers=list(config.repr_layers),
@@ -313,7 +315,7 @@ def load_run(engine: Engine, run_id: int, output: Path | None = None) -> Run:
         raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
     models = [run.model] if run.model is not None else []
     for row in (run, *models, *run.inputs, *run.attempts, *run.checkpoints):
-        _check_types(run_id, row)
+        check_types(run_id, row)
     database = Path(engine.url.database or "")
     _locate(run, database, output)
     for attempt in run.attempts:
@@ -357,12 +359,13 @@ def _find(engine: Engine, run_id: int | None, output: Path | None) -> tuple[int,
     return run_id, Path(run.output_folder)
 
 
-def _check_types(run_id: int, row: Base) -> None:
+def check_types(run_id: int, row: Base) -> None:
     """Refuse text where a number belongs, and the like: SQLite keeps whatever it is given."""
     for column in row.__table__.columns:
         value, kind = getattr(row, column.name), column.type.python_type
         wanted = (int, float) if kind is float else kind
-        if isinstance(column.type, JSON) or (value is None and column.nullable):
+        may_be_missing = column.nullable or column.primary_key  # a new row gets its number later
+        if isinstance(column.type, JSON) or (value is None and may_be_missing):
             continue
         if not isinstance(value, wanted):
             raise IdentityRefusedError(
@@ -371,7 +374,7 @@ def _check_types(run_id: int, row: Base) -> None:
             )
 
 
-def _model(session: Session, config: ESM2Config) -> Model:
+def model_row(session: Session, config: ESM2Config) -> Model:
     """Return the row of this model, made if it is new.
 
     What an older row does not know yet, as that the weights are released, is filled in.

@@ -273,7 +273,7 @@ def _warnings(
 
 
 def _versions(text: str) -> str:
-    return ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
+    return ", ".join(f"{name} {number}" for name, number in json.loads(text).items()) or "unknown"
 
 
 def _extremes(found: Survey) -> Table:
