@@ -75,12 +75,12 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
 
 def run_history(url: str) -> Table:
     """Return run_history, newest first; a running run without a live process shows as `killed`."""
-    return _as_it_is(url, query(url, "SELECT * FROM run_history"))
+    return _as_it_is(url, "SELECT * FROM run_history")
 
 
 def run_detail(url: str, run_id: int) -> RunDetail:
     """Return one run; raises SettingsError if the database has no such run."""
-    line = query(
+    line = _as_it_is(
         url,
         "SELECT run_history.*, residues_done, runs.residues_total, "
         "records_truncated, residues_mapped, percent "
@@ -114,17 +114,16 @@ def run_detail(url: str, run_id: int) -> RunDetail:
     )
     workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
     inputs, attempts = _shown(url, inputs, "file"), _shown(url, attempts, "weights_path")
-    return RunDetail(_as_it_is(url, line), inputs, attempts, checkpoints, workers)
+    return RunDetail(line, inputs, attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:
     """Return the progress and the status of each run, newest first."""
-    found = query(
+    return _as_it_is(
         url,
         "SELECT run_progress.*, residues_per_second, output "
         "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
     )
-    return _as_it_is(url, found)
 
 
 def run_folders(url: str) -> dict[int, Path]:
@@ -171,10 +170,14 @@ def watch(
         states = run_states(url).dictionaries()
 
 
-def _as_it_is(url: str, history: Table) -> Table:
-    """Return rows with their folders where these lie now, and with `killed` as a status."""
-    folders, columns = run_folders(url), history.columns
+def _as_it_is(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
+    """Return rows of runs with their folders where these lie now, and with `killed` as a status."""
+    # The lock is looked at right after the status: a run that ends in between would look killed.
+    folders, history = run_folders(url), query(url, statement, parameters)
+    columns = history.columns
     run, status, folder = map(columns.index, ("run", "status", "output"))
+    if any(row[run] not in folders for row in history.rows):  # begun in between
+        folders = run_folders(url)
     rows = []
     for row in history.rows:
         shown = list(row)
