@@ -3,7 +3,7 @@
 # Variables, the same everywhere (all optional):
 #   MODEL   a released name in full, facebook/NAME of the Hugging Face Hub, or the path of weights
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
-#   OUTPUT  the folder that gets a folder for every run
+#   OUTPUT  the folder that gets a folder for every run; with RUN=: where the run's folder lies now
 #   RUN     the number of a run
 #   LABEL   embed: what history calls the run
 #   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
@@ -92,7 +92,7 @@ validate: $(installed) ## check settings, model, input and database; with RUN= a
 
 .PHONY: verify
 verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compare
-	@$(python) scripts/verify.py $(config) $(model) $(input) $(run) $(ARGS)
+	@$(python) scripts/verify.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
 
 .PHONY: embed
 embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the record
@@ -100,7 +100,7 @@ embed: $(installed) $(cluster) ## embed INPUT= with MODEL= as a run on the recor
 
 .PHONY: resume
 resume: $(installed) $(cluster) ## continue RUN=, or the newest unfinished run
-	@$(python) scripts/resume.py $(config) $(model) $(input) $(run) $(ray) $(ARGS)
+	@$(python) scripts/resume.py $(config) $(model) $(input) $(output) $(run) $(ray) $(ARGS)
 
 $(venv)/.installed-cluster: $(installed)
 	$(pip_install) --editable '.[export,cluster]'
@@ -132,23 +132,31 @@ upgrade: $(installed) ## bring an older run database to this version, after a ba
 
 .PHONY: export
 export: $(installed) ## write RUN= in FORMAT= (hdf5, csv, dataset, npy...) TO=
-	@$(python) scripts/export.py $(config) $(run) $(format) $(to) $(ARGS)
+	@$(python) scripts/export.py $(config) $(run) $(output) $(format) $(to) $(ARGS)
 
 .PHONY: neighbours
 neighbours: $(installed) ## nearest records in RUN= for each of QUERY= (a run or a FASTA file) TO=
-	@$(python) scripts/neighbours.py $(config) $(run) $(query) $(to) $(model) $(ARGS)
+	@$(python) scripts/neighbours.py $(config) $(run) $(output) $(query) $(to) $(model) $(ARGS)
 
 .PHONY: crate
 crate: $(installed) ## write RUN= with its provenance as a Process Run Crate (RO-Crate) TO=
-	@$(python) scripts/crate.py $(config) $(run) $(to) $(ARGS)
+	@$(python) scripts/crate.py $(config) $(run) $(output) $(to) $(ARGS)
 
 .PHONY: report
 report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
-	@$(python) scripts/report.py $(config) $(run) $(to) $(ARGS)
+	@$(python) scripts/report.py $(config) $(run) $(output) $(to) $(ARGS)
 
 .PHONY: prune
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
 	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
+
+.PHONY: rebuild
+rebuild: $(installed) ## make a lost run database anew from the files in OUTPUT=
+	@$(python) scripts/rebuild.py $(config) $(output) $(ARGS)
+
+.PHONY: relocate
+relocate: $(installed) ## write down that the folder of RUN= lies in OUTPUT= now
+	@$(python) scripts/relocate.py $(config) $(run) $(output) $(ARGS)
 
 .PHONY: model
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'

@@ -30,7 +30,11 @@ def _column_with_comment(element: CreateColumn, compiler: Any, **kw: Any) -> str
 
 
 class Base(DeclarativeBase):
-    """Base of every table; JSON columns hold dictionaries and lists."""
+    """Base of every table; JSON columns hold dictionaries and lists.
+
+    Paths below the folder of the database begin with `./` and start there; lib/ledger/places.py
+    tells where they lead. Others are absolute, and so are all in rows of older versions.
+    """
 
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
         dict[str, Any]: JSON(none_as_null=True),
@@ -108,7 +112,9 @@ class Run(Base):
     duplicate_ids: Mapped[str] = mapped_column(comment="error or keep")
     plan: Mapped[str] = mapped_column(comment="how the order of work is decided")
     # Of several files: the path of the first, the size of all, the digest of their digests.
-    input_path: Mapped[str] = mapped_column(comment="the FASTA file, absolute")
+    input_path: Mapped[str] = mapped_column(
+        comment="the FASTA file; ./ is the folder of the database"
+    )
     input_bytes: Mapped[int] = mapped_column(comment="size of the FASTA file, bytes")
     input_sha256: Mapped[str] = mapped_column(comment="SHA-256 of the FASTA file")
     records_total: Mapped[int] = mapped_column(comment="records in the input")
@@ -118,7 +124,9 @@ class Run(Base):
     residues_total: Mapped[int] = mapped_column(comment="residues of those sequences, embedded")
     records_truncated: Mapped[int] = mapped_column(comment="records embedded in part only")
     residues_mapped: Mapped[int] = mapped_column(comment="letters read as X")
-    output_folder: Mapped[str] = mapped_column(comment="the folder of its checkpoints, absolute")
+    output_folder: Mapped[str] = mapped_column(
+        comment="the folder of its checkpoints; ./ is the folder of the database"
+    )
     settings: Mapped[dict[str, Any]] = mapped_column(
         comment="JSON of every setting it was started with"
     )
@@ -167,7 +175,7 @@ class Input(Base):
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), comment="its run")
     number: Mapped[int] = mapped_column(comment="its place in the input, 0-based")
     path: Mapped[str] = mapped_column(
-        comment="the file, absolute; of standard input, the copy that was kept"
+        comment="the file, or the copy of standard input; ./ as in runs.input_path"
     )
     sha256: Mapped[str] = mapped_column(comment="SHA-256 of the file")
     bytes: Mapped[int] = mapped_column(comment="size of the file")
@@ -184,7 +192,9 @@ class Attempt(Base):
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), index=True, comment="its run")
     host: Mapped[str] = mapped_column(comment="name of the machine")
     pid: Mapped[int] = mapped_column(comment="process number on that machine")
-    weights_path: Mapped[str] = mapped_column(comment="where the weights lay, absolute")
+    weights_path: Mapped[str] = mapped_column(
+        comment="where the weights lay; ./ is the folder of the database"
+    )
     device: Mapped[str] = mapped_column(comment="cpu or cuda:N")
     device_name: Mapped[str] = mapped_column(comment="what the processor calls itself")
     threads: Mapped[int] = mapped_column(comment="CPU threads")
@@ -193,6 +203,8 @@ class Attempt(Base):
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     heartbeat_at: Mapped[str] = mapped_column(comment="when it last said it was alive")
     ended_at: Mapped[str | None] = mapped_column(comment="UTC ISO 8601; NULL while it lives")
+    # rebuilt: stands for all attempts at a run whose database was lost; what is not known of them
+    # is `unknown` or 0. The comment of version 1 stays in its databases.
     outcome: Mapped[str | None] = mapped_column(
         comment="finished, interrupted, failed, or lost (it died without a word)"
     )

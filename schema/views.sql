@@ -23,7 +23,7 @@ SELECT
     (SELECT group_concat(value, ' ') FROM json_each(runs.include)) AS include,
     -- type of the matrix products: float32, bfloat16 or float16
     runs.precision AS precision,
-    -- the FASTA file, absolute; of several the first, and how many more
+    -- the FASTA file, ./ is the folder of the database; of several the first, and how many more
     runs.input_path || coalesce(
         (SELECT ' and ' || (count(*) - 1) || ' more' FROM inputs
         WHERE inputs.run_id = runs.id HAVING count(*) > 1), ''
@@ -46,7 +46,7 @@ SELECT
     runs.finished_at AS finished,
     -- when its files were taken off the disk, UTC ISO 8601; NULL if they were not
     runs.pruned_at AS pruned,
-    -- the folder of its checkpoints, absolute
+    -- the folder of its checkpoints; ./ is the folder of the database
     runs.output_folder AS output
 FROM runs
 LEFT JOIN models ON models.id = runs.model_id
@@ -114,7 +114,7 @@ SELECT
     run_id AS run,
     -- place of the file in the input, 0-based
     number AS number,
-    -- the FASTA file, absolute; of standard input, the copy that was kept
+    -- the FASTA file, ./ is the folder of the database; of standard input, the copy kept
     path AS file,
     -- number of its first record
     first_record AS first_record,
@@ -136,7 +136,7 @@ SELECT
     checkpoints.id AS checkpoint,
     -- its run
     checkpoints.run_id AS run,
-    -- its Parquet file, absolute
+    -- its Parquet file; ./ is the folder of the database
     runs.output_folder || '/' || checkpoints.path AS file,
     -- name of the model, from its own metadata; (not the released file) as in run_history
     checkpoints.esm2_config ->> 'name'

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="URL",
         help=f"of the vectors (default: {NO_LICENSE})",
     )
+    folder_argument(parser)
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
-    run = open_run(url, parsed.run)
+    run = open_run(url, parsed.run, output=folder_of_run(parsed))
     write_crate(url, run, parsed.to, parsed.license)
     files = len(run.files)
     content = {"run": parsed.run, "run_uuid": run.facts["uuid"], "files": files}

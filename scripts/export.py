@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -51,9 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--partial", action="store_true", help="export what an unfinished run has so far"
     )
     parser.add_argument("--verify", action="store_true", help="check every file's SHA-256 first")
+    folder_argument(parser)
     parsed = parser.parse_args(argv)
     wanted = "per_tok" if parsed.per_residue else "bos" if parsed.bos else "mean"
-    run = open_run(database_url(parsed), parsed.run, partial=parsed.partial, verify=parsed.verify)
+    run = open_run(
+        database_url(parsed),
+        parsed.run,
+        partial=parsed.partial,
+        verify=parsed.verify,
+        output=folder_of_run(parsed),
+    )
     selection = Selection(wanted, parsed.layer, parsed.dtype)
     export(run, parsed.format, parsed.to, selection)
     facts = facts_of(run, exported_columns(run, parsed.format, selection))

@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
 from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -51,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--esm-model", type=Path, metavar="PATH", help="where the run's weights lie now"
     )
+    folder_argument(parser)
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
     refuse_target(parsed.to, parsed.neighbours)
-    targets = open_run(url, parsed.run)
+    targets = open_run(url, parsed.run, output=folder_of_run(parsed))
     column = targets.column("bos" if parsed.bos else "mean", parsed.layer)
     is_run = parsed.query.isdecimal()
     query = int(parsed.query) if is_run else embed_query(parsed, url, column)

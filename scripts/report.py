@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.pages.report import default_place, make_report, write_report
@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where (default: reports/)")
+    folder_argument(parser)
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
-    report = make_report(url, parsed.run, datetime.now(UTC).isoformat())
+    now = datetime.now(UTC).isoformat()
+    report = make_report(url, parsed.run, now, folder_of_run(parsed))
     to = parsed.to
     if to is None:
         to = default_place(url, report)

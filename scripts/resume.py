@@ -5,9 +5,10 @@
     python scripts/resume.py --run 12 --recompute-damaged
 
 Settings come from the run database, not from config.ini as it is today, but for [cluster]: where
-the work is done may change. --esm-model and --input may say where the same weights and the same
-FASTA lie now. Exit status: 0 done, 2 nothing to resume or weights not found, 3 identity refused,
-4 disk, database or memory failed, 130 or 143 interrupted with the work so far committed.
+the work is done may change. --esm-model, --input and --output may say where the same weights, the
+same FASTA and the run's folder lie now. Exit status: 0 done, 2 nothing to resume or weights not
+found, 3 identity refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work
+so far committed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lib.console.arguments import (
     arguments,
     cluster_settings,
     database_url,
+    folder_argument,
+    folder_of_run,
     overrides,
     settings_arguments,
 )
@@ -47,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--recompute-damaged",
         action="store_true",
-        help="compute again what lost or altered checkpoint files held",
+        help="compute again what lost or altered checkpoint files held, or a lost folder",
     )
+    folder_argument(parser)
     settings_arguments(parser, "esm_model", "input", "ray")
     parsed = parser.parse_args(argv)
     said = overrides(parsed)
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         interruption.handled(),
         open_for_writing(database_url(parsed), create=False, say=note) as engine,
-        own(engine, parsed.run) as run,
+        own(engine, parsed.run, folder_of_run(parsed), make_folder=parsed.recompute_damaged) as run,
         ExitStack() as opened,
     ):
         # ---- Identity: all of it, before a tensor is read

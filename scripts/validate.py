@@ -2,11 +2,13 @@
 
     python scripts/validate.py --esm-model esm2_t33_650M_UR50D --input proteins.fasta
     python scripts/validate.py --run 12
+    python scripts/validate.py --run 12 --output /new/place/embeddings
 
 With --run it audits every checkpoint of the run, compares the given weights and input with it, and
-tries the model. Without, it tries the model, checks the input if there is one, and lists every
-unfinished run and whether this model can continue it. Exit status: 0 good, 2 settings, input or
-weights refused, 3 identity refused, 4 environment failed.
+tries the model; --output then says where the run's folder lies now. Without, it tries the model,
+checks the input if there is one, and lists every unfinished run and whether this model can continue
+it. Exit status: 0 good, 2 settings, input or weights refused, 3 identity refused, 4 environment
+failed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, overrides, settings_arguments
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    given_path,
+    overrides,
+    settings_arguments,
+)
 from lib.console.display import describe_audit, describe_validation, validation_json
 from lib.console.output import note, print_result
 from lib.console.program import run_script
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             content, lines = validation_json(validation), describe_validation(validation)
             print_result(content, lines, as_json=parsed.json)
             return 0
-        audit = audit_run(database_url(parsed), parsed.run, said)
+        audit = audit_run(database_url(parsed), parsed.run, said, given_path(parsed.output))
         if audit.exit_status == 0:
             try_run(audit)
         content = {"run": parsed.run, "good": not audit.facts, "facts": audit.facts}

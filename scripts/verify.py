@@ -24,7 +24,14 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, overrides, settings_arguments
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    overrides,
+    settings_arguments,
+)
 from lib.console.output import note, print_json, print_line, print_table
 from lib.console.program import run_script
 from lib.jobs.interruption import Interruption
@@ -41,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, help="seed of the sample (default: a new one every time)"
     )
+    folder_argument(parser)
     settings_arguments(parser, "esm_model", "input")
     parsed = parser.parse_args(argv)
     seed = secrets.randbits(32) if parsed.seed is None else parsed.seed
     with Interruption().handled():
         url, said = database_url(parsed), overrides(parsed)
-        found = verify_run(url, parsed.run, said, parsed.sample, seed, note)
+        output = folder_of_run(parsed)
+        found = verify_run(url, parsed.run, said, parsed.sample, seed, note, output)
     if parsed.json:
         print_json(found.json())
     else:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lib.errors import LedgerError
+from lib.errors import LedgerError, SettingsError
 from lib.settings import DEFAULT_CONFIG, Overrides, Settings, load_settings
 from schema.settings import ClusterSettings
 
-__all__ = ["arguments", "cluster_settings", "database_url", "overrides", "settings_arguments"]
+__all__ = [
+    "arguments",
+    "cluster_settings",
+    "database_url",
+    "folder_argument",
+    "folder_of_run",
+    "given_path",
+    "overrides",
+    "settings_arguments",
+]
 
 # Flag to the option of config.ini that it overrides.
 _FLAGS = {
@@ -86,6 +95,31 @@ def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
         metavar="SECTION.OPTION=VALUE",
         help="any option of config.ini",
     )
+
+
+def folder_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --output, which `folder_of_run` reads."""
+    parser.add_argument(
+        "--output",
+        dest="folder_of_run",
+        metavar="FOLDER",
+        help="where the run's folder lies now, or the folder that it is in",
+    )
+
+
+def folder_of_run(parsed: argparse.Namespace) -> Path | None:
+    """Return the folder that --output names; None: where the database says."""
+    return given_path(parsed.folder_of_run)
+
+
+def given_path(said: str | None) -> Path | None:
+    """Return a path of the command line, absolute; None if there is none."""
+    if said is None:
+        return None
+    try:
+        return Path(said).expanduser().absolute()
+    except RuntimeError as error:  # ~NAME, but there is no user NAME
+        raise SettingsError(f"{said}: {error}") from None
 
 
 def overrides(parsed: argparse.Namespace) -> dict[str, str | list[str]]:

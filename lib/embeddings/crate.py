@@ -149,7 +149,8 @@ class _Crate:
         given: list[Entity],
         made: list[Entity],
     ) -> Entity:
-        finished = attempt["outcome"] == "finished"
+        # A record that was made anew does not know who computed; the files are whole.
+        finished = attempt["outcome"] in ("finished", "rebuilt")
         action = self._add(
             f"#attempt-{attempt['id']}",
             "CreateAction",

@@ -33,6 +33,7 @@ from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
 from lib.ledger.history import altered_rows, query, refuse_pruned
+from lib.ledger.places import StoredRun, given_folder
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn
 
@@ -42,16 +43,23 @@ Array = npt.NDArray[Any]
 
 
 def open_run(
-    database: str | Path, run: int, *, partial: bool = False, verify: bool = False
+    database: str | Path,
+    run: int,
+    *,
+    partial: bool = False,
+    verify: bool = False,
+    output: str | Path | None = None,
 ) -> RunEmbeddings:
     """Open a run of a run database (a SQLite path or URL) for reading.
 
     Every file that the database lists must exist, have the listed size, and name the run in its
     footer; with `verify` its SHA-256 must also be the listed one. Whatever is read later is read
     from the same files, or refused. `partial` opens an unfinished run with the records that it has.
+    output: where the folder of the run lies, if it has moved away from the database.
 
     Raises SettingsError if the run does not exist, is not finished or is pruned, and
-    IdentityRefusedError if a file differs from what the database lists, now or when it is read.
+    IdentityRefusedError if a file differs from what the database lists, now or when it is read, or
+    if `output` is of another run.
     """
     url = str(database)
     facts = run_facts(url, run)
@@ -78,7 +86,8 @@ def open_run(
     inputs = query(
         url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
     ).dictionaries()
-    folder = Path(facts["output_folder"])
+    with altered_rows(url):
+        folder = _locate(facts, inputs, database_path(url), output)
     files = [
         ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"], bool(one["copied"]))
         for one in listed
@@ -100,6 +109,20 @@ def run_facts(url: str, run: int) -> dict[str, Any]:
         for name in ("esm2_config", "repr_layers", "include"):
             facts[name] = json.loads(facts[name]) if facts[name] is not None else None
     return facts
+
+
+def _locate(
+    facts: dict[str, Any], inputs: list[dict[str, Any]], database: Path, output: str | Path | None
+) -> Path:
+    """Put the paths of today in the place of stored ones; return the folder of the run."""
+    stored = StoredRun.of_row(facts)
+    folder = stored.folder(database)
+    if output is not None:
+        folder = given_folder(stored, Path(output))
+    facts["output_folder"] = str(folder)
+    for row, name in [(facts, "input_path"), *((one, "path") for one in inputs)]:
+        row[name] = str(stored.path(row[name], database, folder))
+    return folder
 
 
 class RunEmbeddings:

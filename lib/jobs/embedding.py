@@ -22,6 +22,7 @@ from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import SourceFiles
 from lib.jobs.stretches import StretchRules, finished_stretches
 from lib.ledger.commit import Committer, FinishedStretch
+from lib.ledger.footer import TOTALS
 from lib.ledger.identity import run_columns, run_identity
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
@@ -287,10 +288,12 @@ def _rules(job: Job) -> StretchRules:
             "run": run.id,
             "identity": run_identity(run),
             "settings": run.settings,
+            "totals": {name: getattr(run, name) for name in TOTALS},
             "inputs": [
                 {
                     "path": file.path,
                     "sha256": file.sha256,
+                    "bytes": file.bytes,
                     "first_record": file.first_record,
                     "records": file.records,
                 }

@@ -91,15 +91,16 @@ def validate(
     return Validation(model, inventory, estimate, settings.input.max_residues, unfinished)
 
 
-def audit_run(url: str, run_id: int, overrides: Overrides) -> RunAudit:
+def audit_run(url: str, run_id: int, overrides: Overrides, output: Path | None = None) -> RunAudit:
     """Check a run's rows and checkpoint files, then the weights and the input in hand.
 
-    overrides: "section.option" to text, for what lies elsewhere now. No tensor is read. Raises
-    SettingsError if there is no such run or it is pruned.
+    overrides: "section.option" to text, for what lies elsewhere now; output: where the run's folder
+    does. No tensor is read. Raises SettingsError if there is no such run or it is pruned, and what
+    `given_folder` raises.
     """
     engine = open_for_reading(url)
     try:
-        run = load_run(engine, run_id)
+        run = load_run(engine, run_id, output)
         refuse_pruned(run.id, run.pruned_at)
     finally:
         engine.dispose()

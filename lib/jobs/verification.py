@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,25 +157,27 @@ def verify_run(
     sample: int,
     seed: int,
     say: Callable[[str], None],
+    output: Path | None = None,
 ) -> Verification:
     """Compute `sample` records of a run, drawn by `seed`, again and compare every column of them.
 
     Beside them always go the longest, the shortest, a truncated record, two that share their
     sequence, and of a run that copied some from earlier runs a copied and a computed one.
-    overrides: "section.option" to text, for what lies elsewhere now. All that resuming the run
-    would check is checked first: rows, files, weights and input by digest. `say` is told what is
-    about to be computed by what, and what is left out. Raises IdentityRefusedError at the first
-    difference, SettingsError if there is nothing to compare, MachineError for memory.
+    overrides: "section.option" to text, for what lies elsewhere now; output: where the run's folder
+    does. All that resuming the run would check is checked first: rows, files, weights and input by
+    digest. `say` is told what is about to be computed by what, and what is left out. Raises
+    IdentityRefusedError at the first difference, SettingsError if there is nothing to compare,
+    MachineError for memory.
     """
     if sample < 1:
         raise SettingsError(f"sample {sample}: less than one record")
     engine = open_for_reading(url)
     try:
-        run = load_run(engine, run_id)
+        run = load_run(engine, run_id, output)
     finally:
         engine.dispose()
     admission = admit(run, overrides, recompute_damaged=False)
-    kept = open_run(url, run_id, partial=True, verify=True)
+    kept = open_run(url, run_id, partial=True, verify=True, output=output)
     if not len(kept):
         raise SettingsError(f"run {run_id}: no record is done")
     use_threads(admission.settings.compute)

@@ -16,7 +16,14 @@ from lib.sequences.inputs import combined_sha256
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.tables import Checkpoint, Run
 
-__all__ = ["Finding", "audit", "audit_completeness", "audit_files", "missing_positions"]
+__all__ = [
+    "Finding",
+    "audit",
+    "audit_completeness",
+    "audit_files",
+    "difference",
+    "missing_positions",
+]
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,26 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     if (size, digest) != (checkpoint.bytes, checkpoint.sha256):
         fact = f"its bytes do not match their digest ({size} bytes, sha256 {digest})"
         yield Finding(_of(checkpoint, fact), damaged=True, checkpoint=checkpoint)
+
+
+def difference(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
+    """Return how a file differs from what the row of a checkpoint says; its pages are not read."""
+    try:
+        if path.is_file() and path.stat().st_size != checkpoint.bytes:
+            return f"{path.stat().st_size} bytes, {checkpoint.bytes} in the database"
+        footer = read_footer(path)
+    except OSError as error:
+        return str(error.strerror)
+    except ValueError as error:
+        return str(error)
+    identity = footer.get("identity")
+    uuid = identity.get("uuid") if isinstance(identity, dict) else None
+    if uuid != run.uuid:
+        return f"made by run uuid {uuid}"
+    positions = footer.get("first_position"), footer.get("stop_position")
+    if positions != (checkpoint.first_position, checkpoint.stop_position):
+        return "its footer has other positions than the database"
+    return None
 
 
 def _audit_leftovers(run: Run) -> Iterator[Finding]:

@@ -82,8 +82,11 @@ def open_for_writing(
 
 
 @contextmanager
-def writing_engine(path: Path) -> Iterator[Engine]:
-    """Give an engine whose transactions take the write lock when they begin."""
+def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
+    """Give an engine whose transactions take the write lock when they begin.
+
+    references: whether a row may only refer to rows that are there.
+    """
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
     )
@@ -92,7 +95,7 @@ def writing_engine(path: Path) -> Iterator[Engine]:
     def _configure(connection: sqlite3.Connection, _record: object) -> None:
         # pysqlite would begin transactions of its own accord, and only before writes.
         connection.isolation_level = None
-        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA foreign_keys = {'ON' if references else 'OFF'}")
         connection.execute("PRAGMA synchronous = FULL")
         # Each commit moves the log into the one file, so that a copy of it after a kill is whole.
         connection.execute("PRAGMA wal_autocheckpoint = 1")

@@ -12,7 +12,22 @@ import pyarrow.parquet as pq
 
 from schema.parquet import FOOTER_KEY
 
-__all__ = ["footer_of", "read_footer"]
+__all__ = ["TOTALS", "footer_of", "read_footer"]
+
+# Columns of `runs` that footers repeat, beside the identity, so that a lost row can be made anew.
+TOTALS = (
+    "input_bytes",
+    "records_total",
+    "sequences_total",
+    "residues_total",
+    "records_truncated",
+    "residues_mapped",
+    "records_nucleotide_like",
+    "records_with_gaps",
+    "sequences_reused",
+    "label",
+    "started_at",
+)
 
 
 def read_footer(path: Path, file: BinaryIO | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.errors import MachineError, SettingsError
 from lib.ledger.ownership import is_held
+from lib.ledger.places import StoredRun, shown_path
 from lib.ledger.sqlite_file import connect_read_only, database_path, sqlite_errors
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "query",
     "refuse_pruned",
     "run_detail",
+    "run_folders",
     "run_history",
     "run_states",
     "watch",
@@ -73,12 +75,12 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
 
 def run_history(url: str) -> Table:
     """Return run_history, newest first; a running run without a live process shows as `killed`."""
-    return _with_killed(query(url, "SELECT * FROM run_history"))
+    return _as_it_is(url, "SELECT * FROM run_history")
 
 
 def run_detail(url: str, run_id: int) -> RunDetail:
     """Return one run; raises SettingsError if the database has no such run."""
-    line = query(
+    line = _as_it_is(
         url,
         "SELECT run_history.*, residues_done, runs.residues_total, "
         "records_truncated, residues_mapped, records_nucleotide_like, records_with_gaps, percent "
@@ -111,18 +113,30 @@ def run_detail(url: str, run_id: int) -> RunDetail:
         [run_id],
     )
     workers = query(url, "SELECT * FROM worker_throughput WHERE run = ? ORDER BY worker", [run_id])
-    return RunDetail(_with_killed(line), inputs, attempts, checkpoints, workers)
+    inputs, attempts = _shown(url, inputs, "file"), _shown(url, attempts, "weights_path")
+    return RunDetail(line, inputs, attempts, checkpoints, workers)
 
 
 def run_states(url: str) -> Table:
     """Return the progress and the status of each run, newest first."""
-    return _with_killed(
-        query(
-            url,
-            "SELECT run_progress.*, residues_per_second, output "
-            "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
-        )
+    return _as_it_is(
+        url,
+        "SELECT run_progress.*, residues_per_second, output "
+        "FROM run_progress JOIN run_history USING (run) ORDER BY run DESC",
     )
+
+
+def run_folders(url: str) -> dict[int, Path]:
+    """Return the folder of each run, where it lies now."""
+    # Only what is stored absolute may have moved along with the database.
+    rows = query(
+        url,
+        "SELECT id, uuid, output_folder, "
+        "CASE WHEN output_folder NOT GLOB './*' THEN settings END AS settings FROM runs",
+    ).dictionaries()
+    path = database_path(url)
+    with altered_rows(url):
+        return {row["id"]: StoredRun.of_row(row).folder(path) for row in rows}
 
 
 def refuse_pruned(run_id: int, pruned_at: str | None) -> None:
@@ -156,12 +170,30 @@ def watch(
         states = run_states(url).dictionaries()
 
 
-def _with_killed(history: Table) -> Table:
-    status, folder = history.columns.index("status"), history.columns.index("output")
+def _as_it_is(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
+    """Return rows of runs with their folders where these lie now, and with `killed` as a status."""
+    # The lock is looked at right after the status: a run that ends in between would look killed.
+    folders, history = run_folders(url), query(url, statement, parameters)
+    columns = history.columns
+    run, status, folder = map(columns.index, ("run", "status", "output"))
+    if any(row[run] not in folders for row in history.rows):  # begun in between
+        folders = run_folders(url)
     rows = []
     for row in history.rows:
         shown = list(row)
-        if row[status] == "running" and not is_held(Path(row[folder])):
+        shown[folder] = str(folders[row[run]])
+        if row[status] == "running" and not is_held(folders[row[run]]):
             shown[status] = "killed"
         rows.append(shown)
-    return Table(history.columns, rows)
+    table = Table(columns, rows)
+    return _shown(url, table, "input") if "input" in columns else table
+
+
+def _shown(url: str, table: Table, name: str) -> Table:
+    """Return a table with the stored paths of a column as people read them."""
+    place, database = table.columns.index(name), database_path(url)
+    rows = [list(row) for row in table.rows]
+    for row in rows:
+        if isinstance(row[place], str):
+            row[place] = shown_path(row[place], database)
+    return Table(table.columns, rows)

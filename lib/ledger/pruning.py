@@ -19,6 +19,7 @@ from sqlalchemy import Engine, func, select, update
 
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors
+from lib.ledger.audit import difference
 from lib.ledger.checkpoints import attempt_of
 from lib.ledger.database import (
     open_for_reading,
@@ -27,13 +28,12 @@ from lib.ledger.database import (
     utc_ago,
     utc_now,
 )
-from lib.ledger.footer import read_footer
 from lib.ledger.ownership import LOCK_NAME, is_held
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
 from lib.units import count, printable, size
-from schema.tables import Attempt, Checkpoint, Input, Run
+from schema.tables import Attempt, Input, Run
 
 __all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
 
@@ -126,11 +126,13 @@ def idle_runs(engine: Engine, age: timedelta) -> list[int]:
 
     A pruned run is among them if something is left of its folder.
     """
-    return [
-        run_id
-        for run_id, folder, pruned_at in _idle(engine, age)
-        if not is_held(Path(folder)) and (pruned_at is None or Path(folder).exists())
-    ]
+    found = []
+    for run_id in _idle(engine, age):
+        run = load_run(engine, run_id)
+        folder = Path(run.output_folder)
+        if not is_held(folder) and (run.pruned_at is None or folder.exists()):
+            found.append(run_id)
+    return found
 
 
 def try_pruning(engine: Engine, run_id: int) -> Pruning:
@@ -151,7 +153,7 @@ def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning 
     folder = Path(load_run(engine, run_id).output_folder)
     with _held(engine, run_id, folder):
         run = load_run(engine, run_id)
-        if age is not None and run_id not in [idle for idle, _, _ in _idle(engine, age)]:
+        if age is not None and run_id not in _idle(engine, age):
             return None
         pruning = _examined(engine, run)
         _record(engine, run)
@@ -162,16 +164,16 @@ def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning 
     return pruning
 
 
-def _idle(engine: Engine, age: timedelta) -> list[tuple[int, str, str | None]]:
-    """Return number, folder and `pruned_at` of the runs without a sign of life since, oldest first.
+def _idle(engine: Engine, age: timedelta) -> list[int]:
+    """Return the runs without a sign of life since, oldest first.
 
     Every attempt writes one when it starts and when it ends.
     """
     newest = select(func.max(Attempt.heartbeat_at)).where(Attempt.run_id == Run.id)
     last = func.coalesce(newest.scalar_subquery(), Run.started_at)
-    query = select(Run.id, Run.output_folder, Run.pruned_at).where(last < utc_ago(age))
+    query = select(Run.id).where(last < utc_ago(age)).order_by(Run.id)
     with transaction(engine) as session:
-        return [(row[0], str(row[1]), row[2]) for row in session.execute(query.order_by(Run.id))]
+        return list(session.scalars(query))
 
 
 @contextmanager
@@ -245,7 +247,7 @@ class _Listed:
         if not stat.S_ISREG(found.st_mode):
             return "not a regular file"
         if checkpoint is not None:
-            return _difference(run, checkpoint, path, found)
+            return difference(run, checkpoint, path)
         if kept is not None:
             return self._why_input_stays(kept, path, found)
         if is_plan:
@@ -260,33 +262,17 @@ class _Listed:
         if found.st_size != kept.bytes:
             return f"{found.st_size} bytes, {kept.bytes} in the database"
         others = (
-            select(Input.run_id, Input.path)
+            select(Input.run_id)
             .join(Run, Run.id == Input.run_id)
             .where(Input.sha256 == kept.sha256, Run.id != kept.run_id, Run.pruned_at.is_(None))
             .order_by(Run.id)
+            .distinct()
         )
         with transaction(self._engine) as session:
-            listed = list(session.execute(others))
-        for run_id, other in listed:
-            with suppress(OSError):
-                if path.samefile(other):
-                    return f"input of run {run_id}"
+            listed = list(session.scalars(others))
+        for run_id in listed:
+            for other in load_run(self._engine, run_id).inputs:
+                with suppress(OSError):
+                    if path.samefile(other.path):
+                        return f"input of run {run_id}"
         return None
-
-
-def _difference(run: Run, checkpoint: Checkpoint, path: Path, found: os.stat_result) -> str | None:
-    """Return how a file differs from what the row of a checkpoint says; its pages are not read."""
-    if found.st_size != checkpoint.bytes:
-        return f"{found.st_size} bytes, {checkpoint.bytes} in the database"
-    try:
-        footer = read_footer(path)
-    except ValueError as error:
-        return str(error)
-    identity = footer.get("identity")
-    uuid = identity.get("uuid") if isinstance(identity, dict) else None
-    if uuid != run.uuid:
-        return f"made by run uuid {uuid}"
-    positions = footer.get("first_position"), footer.get("stop_position")
-    if positions != (checkpoint.first_position, checkpoint.stop_position):
-        return "its footer has other positions than the database"
-    return None

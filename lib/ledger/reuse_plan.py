@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "check_plan",
     "is_plan_name",
+    "plan_name",
     "plan_path",
     "read_plan",
     "write_plan",
@@ -81,7 +82,12 @@ class ReusePlan:
 
 def plan_path(run: Run) -> Path:
     """Return where the plan of a run lies."""
-    return Path(run.output_folder) / f".reuse-{run.uuid}"
+    return Path(run.output_folder) / plan_name(run.uuid)
+
+
+def plan_name(uuid: str) -> str:
+    """Return the name of a run's plan in its folder."""
+    return f".reuse-{uuid}"
 
 
 def is_plan_name(name: str) -> bool:

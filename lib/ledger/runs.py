@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import socket
@@ -13,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import JSON, Engine, delete, func, select, update
+from sqlalchemy import JSON, Engine, delete, func, select, text, update
 from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm.attributes import set_committed_value
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors, sync_folder
@@ -22,6 +24,13 @@ from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
 from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.places import (
+    StoredRun,
+    given_folder,
+    real_path,
+    real_settings,
+    stored_path,
+)
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
 from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
 from lib.sequences.inventory import Inventory
@@ -34,12 +43,14 @@ __all__ = [
     "AttemptFacts",
     "Ownership",
     "beat",
+    "check_types",
     "checked_label",
     "create_run",
     "end_attempt",
     "finish_run",
     "hold_lock",
     "load_run",
+    "model_row",
     "own",
     "owned_by_another",
     "show_alive",
@@ -103,14 +114,21 @@ def create_run(
     reuse: what it copies from earlier runs; that plan is on disk before the run is on record.
     label: what its user calls it. All of it appears in one transaction or not at all; what leaves
     the block early is recorded as the attempt's end. A copy of standard input moves into the
-    folder. Raises SettingsError if the folder that the run would get has something in it, or for
-    contacts that no checkpoint can hold.
+    folder. The run gets the next number whose folder is free. Raises SettingsError for contacts
+    that no checkpoint can hold.
     """
     _refuse_large_contacts(settings, inventory)
+    database = Path(engine.url.database or "")
     with transaction(engine) as session:
+        name = str(uuid.uuid4())
+        output = Path(settings.output.folder)
+        _tidy(session, output, database)
+        number, folder, lock = _new_folder(session, output)
+        temporary = _keep_input(inventory, folder, name, lock)
         run = Run(
-            uuid=str(uuid.uuid4()),
-            model=_model(session, config),
+            id=number,
+            uuid=name,
+            model=model_row(session, config),
             checkpoints=[],
             esm2_config=config.snapshot(),
             repr_layers=list(config.repr_layers),
@@ -127,7 +145,7 @@ def create_run(
             records_nucleotide_like=inventory.nucleotide_like,
             records_with_gaps=inventory.with_gaps,
             label=label,
-            output_folder="",
+            output_folder=str(folder),
             settings=snapshot(settings),
             status="running",
             started_at=utc_now(),
@@ -135,31 +153,38 @@ def create_run(
         )
         session.add(run)
         session.flush()
-        folder = Path(settings.output.folder) / f"run-{run.id:06d}"
-        run.output_folder = str(folder)
-        _tidy(session, folder.parent)
-        lock, temporary = _make_folder(folder, inventory, run.uuid)
-        run.inputs = _inputs(inventory)
+        run.inputs = _inputs(inventory, database)
         run.input_path = run.inputs[0].path
         if reuse is not None:
             run.sequences_reused = len(reuse)
             run.reuse_sha256 = write_plan(reuse, plan_path(run))
-        attempt = _attempt(run.id, facts)
+        run.output_folder = stored_path(folder, database)
+        attempt = _attempt(run.id, facts, database)
         session.add(attempt)
     drop_names(temporary)
+    _locate(run, database)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
 
 
 @contextmanager
-def own(engine: Engine, run_id: int | None) -> Iterator[Run]:
+def own(
+    engine: Engine, run_id: int | None, output: Path | None = None, *, make_folder: bool = False
+) -> Iterator[Run]:
     """Hold the lock of a run, or of the newest unfinished one, and give the run as it then is.
 
-    Raises SettingsError if there is none or it is pruned, MachineError as `hold_lock` does.
+    output: as in `load_run`; make_folder: make its folder if it is not there any more. Raises
+    SettingsError if there is none or it is pruned, MachineError as `hold_lock` does or without its
+    folder, and what `given_folder` raises.
     """
-    found, folder = _find(engine, run_id)
+    found, folder = _find(engine, run_id, output)
+    if make_folder:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise MachineError(f"run {found}: output folder {folder}: no such folder")
     with hold_lock(engine, found, folder):
-        run = load_run(engine, found)
+        run = load_run(engine, found, output)
         refuse_pruned(run.id, run.pruned_at)
         yield run
 
@@ -209,7 +234,7 @@ def start_attempt(
         session.execute(
             update(Run).where(Run.id == run.id).values(status="running", finished_at=None)
         )
-        attempt = _attempt(run.id, facts)
+        attempt = _attempt(run.id, facts, Path(engine.url.database or ""))
         session.add(attempt)
     run.status = "running"
     for checkpoint in dropped:
@@ -289,10 +314,11 @@ def _ended_on_the_record(engine: Engine, ownership: Ownership) -> Iterator[Owner
         raise
 
 
-def load_run(engine: Engine, run_id: int) -> Run:
-    """Return a run with its model, attempts and checkpoints.
+def load_run(engine: Engine, run_id: int, output: Path | None = None) -> Run:
+    """Return a run with its model, attempts and checkpoints; its paths are those of today.
 
-    Raises SettingsError if there is none, IdentityRefusedError if a row is not readable.
+    output: where its folder lies, if not where the database says. Raises SettingsError if there is
+    none, IdentityRefusedError if a row is not readable, and what `given_folder` raises.
     """
     try:
         with transaction(engine) as session:
@@ -312,8 +338,26 @@ def load_run(engine: Engine, run_id: int) -> Run:
         raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
     models = [run.model] if run.model is not None else []
     for row in (run, *models, *run.inputs, *run.attempts, *run.checkpoints):
-        _check_types(run_id, row)
+        check_types(run_id, row)
+    database = Path(engine.url.database or "")
+    _locate(run, database, output)
+    for attempt in run.attempts:
+        path = real_path(attempt.weights_path, run.settings, database)
+        set_committed_value(attempt, "weights_path", str(path))
+    if isinstance(run.settings, dict):
+        set_committed_value(run, "settings", real_settings(run.settings, database))
     return run
+
+
+def _locate(run: Run, database: Path, output: Path | None = None) -> None:
+    """Put the paths of today in the place of stored ones; the database is not written to."""
+    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
+    folder = stored.folder(database) if output is None else given_folder(stored, output)
+    set_committed_value(run, "output_folder", str(folder))
+    for file in run.inputs:
+        set_committed_value(file, "path", str(stored.path(file.path, database, folder)))
+    first = stored.path(run.input_path, database, folder)
+    set_committed_value(run, "input_path", str(first))
 
 
 def unfinished_runs(engine: Engine) -> list[int]:
@@ -323,33 +367,28 @@ def unfinished_runs(engine: Engine) -> list[int]:
         return list(session.scalars(query.order_by(Run.id.desc())))
 
 
-def _find(engine: Engine, run_id: int | None) -> tuple[int, Path]:
+def _find(engine: Engine, run_id: int | None, output: Path | None) -> tuple[int, Path]:
     """Return the number and the folder of a run, or of the newest unfinished one.
 
-    Raises SettingsError if there is none or it is pruned.
+    Raises SettingsError if there is none or it is pruned, and what `given_folder` raises.
     """
     if run_id is None:
         numbers = unfinished_runs(engine)
         if not numbers:
             raise SettingsError(f"no unfinished run in database {engine.url.database}")
         run_id = numbers[0]
-    with transaction(engine) as session:
-        query = select(Run.output_folder, Run.pruned_at).where(Run.id == run_id)
-        folder, pruned_at = session.execute(query).one_or_none() or (None, None)
-    # Also a row of the wrong types, or none: told by load_run.
-    if not isinstance(folder, str) or pruned_at is not None:
-        run = load_run(engine, run_id)
-        refuse_pruned(run.id, run.pruned_at)
-        folder = run.output_folder
-    return run_id, Path(folder)
+    run = load_run(engine, run_id, output)
+    refuse_pruned(run.id, run.pruned_at)
+    return run_id, Path(run.output_folder)
 
 
-def _check_types(run_id: int, row: Base) -> None:
+def check_types(run_id: int, row: Base) -> None:
     """Refuse text where a number belongs, and the like: SQLite keeps whatever it is given."""
     for column in row.__table__.columns:
         value, kind = getattr(row, column.name), column.type.python_type
         wanted = (int, float) if kind is float else kind
-        if isinstance(column.type, JSON) or (value is None and column.nullable):
+        may_be_missing = column.nullable or column.primary_key  # a new row gets its number later
+        if isinstance(column.type, JSON) or (value is None and may_be_missing):
             continue
         if not isinstance(value, wanted):
             raise IdentityRefusedError(
@@ -358,7 +397,7 @@ def _check_types(run_id: int, row: Base) -> None:
             )
 
 
-def _model(session: Session, config: ESM2Config) -> Model:
+def model_row(session: Session, config: ESM2Config) -> Model:
     """Return the row of this model, made if it is new.
 
     What an older row does not know yet, as that the weights are released, is filled in.
@@ -376,11 +415,11 @@ def _model(session: Session, config: ESM2Config) -> Model:
     return model
 
 
-def _inputs(inventory: Inventory) -> list[Input]:
+def _inputs(inventory: Inventory, database: Path) -> list[Input]:
     return [
         Input(
             number=number,
-            path=str(file.source.path),
+            path=stored_path(file.source.path, database),
             sha256=file.sha256,
             bytes=file.bytes,
             first_record=file.first_record,
@@ -390,7 +429,7 @@ def _inputs(inventory: Inventory) -> list[Input]:
     ]
 
 
-def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
+def _attempt(run_id: int, facts: AttemptFacts, database: Path) -> Attempt:
     now = utc_now()
     packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
     versions = {package: version(package) for package in packages}
@@ -398,7 +437,7 @@ def _attempt(run_id: int, facts: AttemptFacts) -> Attempt:
         run_id=run_id,
         host=socket.gethostname(),
         pid=os.getpid(),
-        weights_path=str(facts.weights_path),
+        weights_path=stored_path(facts.weights_path, database),
         device=facts.device,
         device_name=facts.device_name,
         threads=facts.threads,
@@ -427,35 +466,45 @@ def _refuse_large_contacts(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _tidy(session: Session, folder: Path) -> None:
+def _tidy(session: Session, output: Path, database: Path) -> None:
     """Remove what starts that died have left of standard input in an output folder."""
 
     def is_listed(copy: Path, uuid_start: str) -> bool:
         its = Run.uuid.startswith(uuid_start, autoescape=True)
-        read = Run.inputs.any(Input.path == str(copy))
+        read = Run.inputs.any(Input.path.in_([str(copy), stored_path(copy, database)]))
         return session.scalar(select(Run.id).where(its | read).limit(1)) is not None
 
-    with disk_errors(folder):
-        remove_unlisted(folder, is_listed)
+    with disk_errors(output):
+        remove_unlisted(output, is_listed)
 
 
-def _make_folder(folder: Path, inventory: Inventory, uuid: str) -> tuple[IO[bytes], list[Path]]:
-    """Make a run's folder, take its lock and keep standard input there.
+def _new_folder(session: Session, output: Path) -> tuple[int, Path, IO[bytes]]:
+    """Make and lock the folder of a new run; return its number, its path and the lock.
 
-    One without work may be left of a start that died. Returns what `keep_in_folder` does, too.
+    Where runs of another database lie, or anything else, the next number is taken. A folder without
+    work may be left of a start that died.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        strange = [path.name for path in folder.iterdir() if not _may_be_there(path.name)]
-        if strange:
-            raise SettingsError(f"output folder {folder}: holds {strange[0]} already")
-        sync_folder(folder.parent)
+    last = session.scalar(text("SELECT seq FROM sqlite_sequence WHERE name = 'runs'")) or 0
+    for number in itertools.count(last + 1):
+        folder = output / f"run-{number:06d}"
+        with disk_errors(folder):
+            if os.path.lexists(folder) and not _is_free(folder):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+        with suppress(HeldError):
+            return number, folder, take_lock(folder)
+    raise AssertionError("unreachable")
+
+
+def _is_free(folder: Path) -> bool:
+    return folder.is_dir() and all(_may_be_there(path.name) for path in folder.iterdir())
+
+
+def _keep_input(inventory: Inventory, folder: Path, name: str, lock: IO[bytes]) -> list[Path]:
+    """Keep standard input in the folder of the run; return what `keep_in_folder` does."""
     try:
-        lock = take_lock(folder)
-    except HeldError:
-        raise MachineError(f"output folder {folder}: owned by another process") from None
-    try:
-        return lock, keep_in_folder(inventory, folder, uuid)
+        return keep_in_folder(inventory, folder, name)
     except MachineError:
         lock.close()
         raise

@@ -5,6 +5,7 @@ Plain sqlite3, so that what only reads history starts in a moment.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +28,7 @@ __all__ = [
 
 BUSY_SECONDS = 60
 OLDER_VERSIONS = range(1, SCHEMA_VERSION)
+_WAL_MODE = b"\2"  # in byte 18 of the file (sqlite.org/fileformat2.html, 1.3)
 
 
 def database_path(url: str) -> Path:
@@ -176,9 +178,29 @@ def error_fact(error: BaseException | None) -> str:
 
 def _connect(path: Path) -> sqlite3.Connection:
     quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    connection = sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+    mode = "mode=ro&immutable=1" if _is_at_rest(path) else "mode=ro"
+    connection = sqlite3.connect(f"file:{quoted}?{mode}", uri=True, timeout=BUSY_SECONDS)
     connection.isolation_level = None
     return connection
+
+
+def _is_at_rest(path: Path) -> bool:
+    """Return whether a database in WAL mode lies where this process cannot share its memory.
+
+    SQLite reads it if it is told that nobody writes: neither file nor folder can be written to, and
+    no process has it open, which would have made a -wal file. What is in such a file would be lost.
+    """
+    path = path.resolve()
+    try:
+        if os.access(path, os.W_OK) or os.access(path.parent, os.W_OK):
+            return False
+        log = Path(f"{path}-wal")
+        if log.exists() and (log.stat().st_size > 0 or Path(f"{path}-shm").exists()):
+            return False
+        with path.open("rb") as file:
+            return file.read(19)[18:] == _WAL_MODE
+    except OSError:  # told by SQLite
+        return False
 
 
 def _refuse_attach(action: int, *_: object) -> int:

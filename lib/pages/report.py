@@ -84,16 +84,16 @@ def default_place(url: str, report: Report) -> Path:
     return database_path(url).parent / "reports" / name
 
 
-def make_report(url: str, run_id: int, written: str) -> Report:
+def make_report(url: str, run_id: int, written: str, output: Path | None = None) -> Report:
     """Read a run, finished or not, and its checkpoint files, unless they were pruned.
 
-    written: the current time, UTC ISO 8601. Raises what `open_run` and `survey` raise, and
-    IdentityRefusedError for incomplete model metadata.
+    written: the current time, UTC ISO 8601. output: as for `open_run`. Raises what `open_run` and
+    `survey` raise, and IdentityRefusedError for incomplete model metadata.
     """
     detail = run_detail(url, run_id)
     line = detail.run.dictionaries()[0]
-    run = None if line["pruned"] else open_run(url, run_id, partial=True)
-    facts = run_facts(url, run_id) if run is None else run.facts
+    run = None if line["pruned"] else open_run(url, run_id, partial=True, output=output)
+    facts = run_facts(url, run_id) | {"output_folder": line["output"]} if run is None else run.facts
     try:
         model = load_snapshot(facts["esm2_config"])
     except ValueError as error:
@@ -210,6 +210,7 @@ def _shown(value: object) -> object:
 
 def _facts(kept: Mapping[str, Any], detail: RunDetail) -> dict[str, str | None]:
     return run_fields(detail) | {
+        "output": kept["output_folder"],
         "long sequences": f"{kept['long_sequences']} (more than {count(kept['max_residues'])})",
         "different sequences": count(kept["sequences_total"]),
         "input SHA-256": kept["input_sha256"],
@@ -295,7 +296,7 @@ def _warnings(
 
 
 def _versions(text: str) -> str:
-    return ", ".join(f"{name} {number}" for name, number in json.loads(text).items())
+    return ", ".join(f"{name} {number}" for name, number in json.loads(text).items()) or "unknown"
 
 
 def _extremes(found: Survey | None) -> Table:

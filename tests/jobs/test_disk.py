@@ -168,7 +168,7 @@ def test_a_folder_that_vanishes_is_one_line_and_the_run_goes_on_when_it_is_back(
     moved = Path(f"{folder}.moved")
     gone = script("resume")
     assert gone.status == 4
-    assert "No such file or directory" in gone.error
+    assert "no such folder" in gone.error
     moved.rename(folder)
     assert script("resume").status == 0
     assert_same_bits(place.output / "run-000001", place.folder / "reference" / "run-000001")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lib.ledger.ownership import take_lock
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, WHOLE_PROTEINS, Place, Script
 from tests.reference import (
     Reference,
@@ -218,15 +219,33 @@ def test_a_run_that_fails_before_it_starts_leaves_no_run(
     assert not place.database.exists()
 
 
-def test_an_output_folder_with_something_in_it_is_not_written_to(
+def test_a_new_run_takes_the_next_number_whose_folder_is_free(
     script: Script, place: Place, small_model: Path
 ) -> None:
     (place.output / "run-000001").mkdir(parents=True)
     (place.output / "run-000001" / "mine.txt").write_text("mine")
-    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
-    assert answer.status == 2
-    assert "holds mine.txt already" in answer.error
-    assert script("history", "--json").json == []
+    (place.output / "run-000002").write_text("a file")
+    (place.output / "run-000003").mkdir()
+    (place.output / "run-000003" / ".lock").touch()  # of a start that died
+    (place.output / "run-000004").mkdir()
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--json"]
+    with take_lock(place.output / "run-000004"):  # of a run of another database
+        assert [script("embed", *flags).json["run"] for _ in range(2)] == [3, 5]
+    assert (place.output / "run-000001" / "mine.txt").read_text() == "mine"
+    assert [*(place.output / "run-000001").iterdir()] == [place.output / "run-000001" / "mine.txt"]
+    assert [one["run"] for one in script("history", "--json").json] == [5, 3]
+
+
+def test_a_new_database_beside_old_output_goes_on_counting(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    assert script("embed", *flags).status == 0
+    place.database.unlink()
+    answer = script("embed", *flags)
+    assert answer.status == 0, answer.err
+    assert answer.out.startswith("run 2 finished: ")
+    assert_same_bits(place.output / "run-000002", place.output / "run-000001")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

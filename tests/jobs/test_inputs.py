@@ -69,12 +69,12 @@ def test_the_database_has_every_file_and_its_records(
     script: Script, place: Place, run: int, files: list[Path]
 ) -> None:
     found = script("query", "select * from record_files", "--json").json
-    assert [Path(one["file"]) for one in found] == files
+    assert [place.folder / one["file"] for one in found] == files
     assert [one["first_record"] for one in found] == FIRSTS
     assert [one["last_record"] for one in found] == [3, 8, 14]
     assert [one["bytes"] for one in found] == [file.stat().st_size for file in files]
     (row,) = script("query", "select * from runs", "--json").json
-    assert row["input_path"] == str(files[0])
+    assert row["input_path"] == f"./{files[0].name}"
     assert row["input_bytes"] == sum(file.stat().st_size for file in files)
     assert row["input_sha256"] == combined_sha256([one["sha256"] for one in found])
     assert row["input_sha256"] not in [one["sha256"] for one in found]
@@ -346,7 +346,7 @@ def test_a_folder_is_its_fasta_files_by_name(
     rows: dict[int, Any] = read_run(place.output / "run-000001")
     assert [rows[i]["id"] for i in range(6)] == [f"of-{name}" for name in names]
     found = script("query", "select file from record_files", "--json").json
-    assert [one["file"] for one in found] == [str(folder / name) for name in names]
+    assert [one["file"] for one in found] == [f"./some proteomes/{name}" for name in names]
 
 
 def test_a_folder_that_has_grown_continues_its_run(
@@ -381,7 +381,7 @@ def test_a_folder_stands_among_files(
     mixed = [files[0], inner.parent, files[2]]
     assert script("embed", *embed(small_model, mixed)).status == 0
     found = script("query", "select file from record_files", "--json").json
-    assert [Path(one["file"]) for one in found] == [files[0], inner, files[2]]
+    assert [place.folder / one["file"] for one in found] == [files[0], inner, files[2]]
 
 
 def test_a_checkpoint_of_several_files_is_adopted(

@@ -23,6 +23,8 @@ from tests.conftest import DATA, WHOLE_PROTEINS, Place, Script
 from tests.reference import read_run, worst_residue_error
 
 VERSION_1 = DATA / "version_1"
+# Its columns keep the comments that they had: its rows are absolute.
+ABSOLUTE_IN_VERSION_1 = ("runs.input_path", "runs.output_folder", "attempts.weights_path")
 
 
 @pytest.fixture
@@ -141,7 +143,11 @@ def test_an_upgraded_database_has_the_tables_and_views_of_a_new_one(
         found = [row[1:] for row in ask(old.database, columns.format(name))]
         assert found == [row[1:] for row in ask(new, columns.format(name))], name
         if name != "schema_version":  # whose comments say more since there can be two rows
-            comments = comments_of(new, str(name))
+            comments = {
+                column: comment
+                for column, comment in comments_of(new, str(name)).items()
+                if f"{name}.{column}" not in ABSOLUTE_IN_VERSION_1
+            }
             assert comments_of(old.database, str(name)).items() >= comments.items(), name
     assert ask(old.database, "PRAGMA foreign_key_check") == []
 

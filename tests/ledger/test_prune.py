@@ -23,7 +23,7 @@ from tests.reference import fasta, write_fasta
 from tests.test_make import make
 
 REAL = fasta(UNIPROT_PART)[:12]
-QUICK = ["--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=400"]
+QUICK = ["--set", "output.checkpoint_records=5", "--set", "compute.tokens_per_pack=250"]
 PRUNED_AT = r"its files were pruned at \d{4}-\d\d-\d\dT"
 
 

@@ -52,7 +52,7 @@ CREATE TABLE inputs (
 	id INTEGER NOT NULL /* number of the row */,
 	run_id INTEGER NOT NULL /* its run */,
 	number INTEGER NOT NULL /* its place in the input, 0-based */,
-	path VARCHAR NOT NULL /* the file, absolute; of standard input, the copy that was kept */,
+	path VARCHAR NOT NULL /* the file, or the copy of standard input; ./ as in runs.input_path */,
 	sha256 VARCHAR NOT NULL /* SHA-256 of the file */,
 	bytes INTEGER NOT NULL /* size of the file */,
 	first_record INTEGER NOT NULL /* number of its first record in the run */,

@@ -1,0 +1,91 @@
+"""Read-only places: if this fails, published results cannot be read, or are read without their end.
+
+Processes of root lay down their capabilities first, so that permissions count for them, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sqlite3
+import struct
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.conftest import SOME_PROTEINS, Place, Script
+
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+@pytest.fixture
+def finished(script: Script, place: Place, small_model: Path) -> Place:
+    assert script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS).status == 0
+    return place
+
+
+def lock_up(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def unlock(folder: Path) -> None:
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+
+
+def powerless() -> None:
+    if os.geteuid() == 0:
+        header, nothing = struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)
+        assert ctypes.CDLL(None).capset(header, nothing) == 0
+
+
+def answer(place: Place, name: str, *argv: str | Path) -> processes.Answer:
+    return processes.run(name, *argv, "--config", place.config, prepare=powerless)
+
+
+def test_a_run_is_read_where_nothing_can_be_written(finished: Place, tmp_path: Path) -> None:
+    before = {path.name for path in finished.folder.iterdir()}
+    assert not any("-wal" in name for name in before)
+    lock_up(finished.folder)
+    try:
+        for name, *flags in [
+            ("history",),
+            ("query", "select count(*) from run_history"),
+            ("validate", "--run", "1"),
+        ]:
+            done = answer(finished, name, *flags)
+            assert done.status == 0, (name, done)
+        assert {path.name for path in finished.folder.iterdir()} == before
+    finally:
+        unlock(finished.folder)
+
+
+@pytest.mark.parametrize("at_rest", [False, True], ids=["open", "an empty log is left"])
+def test_a_log_is_not_left_out(finished: Place, at_rest: bool) -> None:
+    with closing(sqlite3.connect(finished.database)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("UPDATE runs SET status = 'failed'")
+        connection.commit()
+        there = Place(finished.folder / "there")
+        there.folder.mkdir()
+        for path in [finished.database, finished.config, Path(f"{finished.database}-wal")]:
+            shutil.copy(path, there.folder)
+    log = there.folder / "runs.sqlite-wal"
+    assert log.stat().st_size > 0
+    if at_rest:
+        log.write_bytes(b"")
+    lock_up(there.folder)
+    try:
+        done = answer(there, "query", "select status from runs", "--format", "csv")
+        if at_rest:
+            assert done.out == "status\nfinished\n"
+        else:  # what it says is not what the database says
+            assert done.status == 4
+            assert done.error == f"database {there.database}: unable to open database file"
+    finally:
+        unlock(there.folder)
