@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -431,8 +432,6 @@ def _inputs(inventory: Inventory, database: Path) -> list[Input]:
 
 def _attempt(run_id: int, facts: AttemptFacts, database: Path) -> Attempt:
     now = utc_now()
-    packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
-    versions = {package: version(package) for package in packages}
     return Attempt(
         run_id=run_id,
         host=socket.gethostname(),
@@ -442,10 +441,16 @@ def _attempt(run_id: int, facts: AttemptFacts, database: Path) -> Attempt:
         device_name=facts.device_name,
         threads=facts.threads,
         tokens_per_pack=facts.tokens_per_pack,
-        versions={"python": platform.python_version(), **versions},
+        versions=_versions(),
         started_at=now,
         heartbeat_at=now,
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "pyarrow", "sqlalchemy")
+    return {"python": platform.python_version()} | {one: version(one) for one in packages}
 
 
 def _owner(run: Run) -> str:

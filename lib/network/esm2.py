@@ -10,7 +10,8 @@ and softmax work in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,9 @@ __all__ = ["Network", "load_network"]
 # With token dropout 15 % of the tokens were chosen in training and 80 % of those masked.
 _UNMASKED = 1 - 0.15 * 0.8
 _NORM_EPS = 1e-5
+# A mapping has at least so many tensors, as each follows the file's pickle anew, and so many bytes.
 _TENSORS_PER_MAPPING = 32
+_BYTES_PER_MAPPING = 1 << 24
 
 
 @dataclass
@@ -163,8 +166,8 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     shape = detection.shape
     shapes = shape.trunk_shapes()
     tensors: dict[str, torch.Tensor] = {}
-    for start in range(0, len(shapes), _TENSORS_PER_MAPPING):
-        for name, stored in weights.read(list(shapes)[start : start + _TENSORS_PER_MAPPING]):
+    for names in _mappings(shapes):
+        for name, stored in weights.read(names):
             target, rows = _place(name, shape.hidden_dim)
             if target not in tensors:
                 own = shapes[name]
@@ -186,6 +189,19 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     inv_freq = _inverse_frequencies(weights, shape).to(device)
     embedding = tensors["embed_tokens.weight"]
     return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
+
+
+def _mappings(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Yield the names of tensors in parts that are mapped at once: few where they are large."""
+    part, held = list[str](), 0
+    for name, shape in shapes.items():
+        part.append(name)
+        held += 4 * math.prod(shape)
+        if len(part) >= _TENSORS_PER_MAPPING and held >= _BYTES_PER_MAPPING:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
 
 
 def _place(name: str, hidden_dim: int) -> tuple[str, slice | None]:

@@ -26,6 +26,7 @@ from tests.test_make import make
 def resumed(script: Script, place: Place, small_model: Path) -> None:
     """Run 1: interrupted after two of four checkpoints, and finished by another attempt."""
     place.set("output", "checkpoint_records", 4)
+    place.set("compute", "tokens_per_pack", 300)
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
     assert script("embed", *flags).status == 0
     with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
