@@ -1,4 +1,4 @@
-"""Who is measured: fair-esm's own loop, transformers, and this project, on the same weights.
+"""Who is measured: fair-esm's own loop, transformers, OpenVINO, and this project, on one model.
 
 Each contender takes a list of sequences and returns (sequences, hidden_dim) float32: the mean
 over residues at the last layer, in the order given.
@@ -7,6 +7,8 @@ over residues at the last layer, in the order given.
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +27,12 @@ from lib.sequences.records import Owner
 from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import VectorColumn
 
-__all__ = ["Embed", "fair_esm", "ours", "transformers_sdpa"]
+__all__ = ["Embed", "fair_esm", "openvino", "ours", "transformers_sdpa"]
 
 Embed = Callable[[Sequence[bytes]], npt.NDArray[np.float32]]
 
 _TOKENS_PER_BATCH = 4096
+_PAD = 1
 
 
 def fair_esm(detection: Detection, device: torch.device) -> Embed:
@@ -62,18 +65,55 @@ def fair_esm(detection: Detection, device: torch.device) -> Embed:
 
 def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.dtype) -> Embed:
     """transformers' EsmModel with SDPA: length-sorted batches of 4,096 tokens, padded."""
+    model = _esm_model(detection, "sdpa").to(device, dtype)
+
+    def hidden_of(tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(device)
+        with torch.inference_mode():
+            hidden: torch.Tensor = model(tokens, attention_mask=tokens != _PAD).last_hidden_state
+        return hidden
+
+    return _in_padded_batches(hidden_of)
+
+
+def openvino(detection: Detection, dtype: torch.dtype) -> Embed:
+    """OpenVINO on a CPU: transformers' EsmModel, converted; batches as `transformers_sdpa` has."""
+    # Without the package, its client leaves out the messages that it would send to its makers.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino as ov
+
+    model = _esm_model(detection, "eager")
+    tokens = torch.full((2, 8), _PAD)
+    tokens[:, :6] = torch.tensor([0, 20, 6, 15, 17, 2])
+    example = {"input_ids": tokens, "attention_mask": (tokens != _PAD).long()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: the lengths differ, and the vectors agree
+        converted = ov.convert_model(model, example_input=example)
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = ov.Core().compile_model(converted, "CPU", hints)
+
+    def hidden_of(tokens: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": tokens.numpy(), "attention_mask": (tokens != _PAD).long().numpy()}
+        return torch.from_numpy(compiled(inputs)[0])
+
+    return _in_padded_batches(hidden_of)
+
+
+def _esm_model(detection: Detection, attention: str) -> Any:  # noqa: ANN401
+    """Return transformers' EsmModel with the weights, in float32."""
     from transformers import EsmConfig, EsmModel
 
     shape = detection.shape
     config = EsmConfig(
-        vocab_size=33, mask_token_id=32, pad_token_id=1, hidden_size=shape.hidden_dim,
+        vocab_size=33, mask_token_id=32, pad_token_id=_PAD, hidden_size=shape.hidden_dim,
         num_hidden_layers=shape.num_layers, num_attention_heads=shape.attention_heads,
         intermediate_size=4 * shape.hidden_dim, position_embedding_type="rotary",
         token_dropout=shape.token_dropout,
         emb_layer_norm_before=False, layer_norm_eps=1e-5,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=1026,
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     model: Any = EsmModel(config, add_pooling_layer=False)
     names = {fair_esm_name(name): name for name in model.state_dict()}
     weights = detection.require_weights()
@@ -81,25 +121,28 @@ def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.d
     state = {names[name]: tensor for name, tensor in weights.read(wanted)}
     _missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
-    model = model.eval().to(device, dtype)
+    return model.eval()
+
+
+def _in_padded_batches(hidden_of: Callable[[torch.Tensor], torch.Tensor]) -> Embed:
+    """Return an `Embed` that pads length-sorted batches.
+
+    hidden_of: gives (batch, tokens, hidden_dim) for (batch, tokens) int64.
+    """
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found: dict[int, Any] = {}
-        with torch.inference_mode():
-            for batch in _padded_batches([len(sequences[i]) + 2 for i in order]):
-                numbers = [order[i] for i in batch]
-                longest = max(len(sequences[i]) for i in numbers) + 2
-                tokens = torch.ones(len(numbers), longest, dtype=torch.long)
-                for row, i in enumerate(numbers):
-                    tokens[row, : len(sequences[i]) + 2] = torch.from_numpy(
-                        tokenise([sequences[i]])
-                    )
-                tokens = tokens.to(device)
-                hidden = model(tokens, attention_mask=tokens != 1).last_hidden_state
-                for row, i in enumerate(numbers):
-                    residues = hidden[row, 1 : len(sequences[i]) + 1]
-                    found[i] = residues.float().mean(0).cpu().numpy()
+        for batch in _padded_batches([len(sequences[i]) + 2 for i in order]):
+            numbers = [order[i] for i in batch]
+            longest = max(len(sequences[i]) for i in numbers) + 2
+            tokens = torch.full((len(numbers), longest), _PAD)
+            for row, i in enumerate(numbers):
+                tokens[row, : len(sequences[i]) + 2] = torch.from_numpy(tokenise([sequences[i]]))
+            hidden = hidden_of(tokens)
+            for row, i in enumerate(numbers):
+                residues = hidden[row, 1 : len(sequences[i]) + 1]
+                found[i] = residues.float().mean(0).cpu().numpy()
         return np.stack([found[i] for i in range(len(sequences))])
 
     return embed

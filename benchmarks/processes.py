@@ -30,7 +30,7 @@ _TORCHS_OWN = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Which contender (fair-esm, transformers or esm-ledger), on which weights, and how."""
+    """Which contender (fair-esm, transformers, openvino, esm-ledger), on which weights, and how."""
 
     name: str
     weights: Path
@@ -94,7 +94,7 @@ def _environment_of(spec: Spec) -> Iterator[None]:
 def _serve(connection: Connection, spec: Spec) -> None:
     import torch
 
-    from benchmarks.contenders import fair_esm, ours, transformers_sdpa
+    from benchmarks.contenders import fair_esm, openvino, ours, transformers_sdpa
     from lib.models.detection import detect
     from lib.settings import load_settings
 
@@ -104,6 +104,8 @@ def _serve(connection: Connection, spec: Spec) -> None:
         embed = fair_esm(found, device)
     elif spec.name == "transformers":
         embed = transformers_sdpa(found, device, dtype)
+    elif spec.name == "openvino":
+        embed = openvino(found, dtype)
     else:
         embed = ours(found, device, dtype, spec.tokens_per_pack)
     connection.send("ready")

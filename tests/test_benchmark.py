@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
+from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
@@ -64,6 +64,12 @@ def test_ours_and_fair_esms_loop_agree(small_model: Path) -> None:
 def test_transformers_agrees(small_model: Path) -> None:
     found = detected(small_model)
     peer = transformers_sdpa(found, CPU, torch.float32)
+    assert_contenders_agree(small_model, {"fair-esm": fair_esm(found, CPU), "peer": peer})
+
+
+def test_openvino_agrees(small_model: Path) -> None:
+    found = detected(small_model)
+    peer = openvino(found, torch.float32)
     assert_contenders_agree(small_model, {"fair-esm": fair_esm(found, CPU), "peer": peer})
 
 
@@ -125,6 +131,7 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
         return {
             "contender": name, "seconds": [1.0, 1.1], "tokens_per_second": 5.0,
             "share_of_roof": 0.5, "times_fair_esm": 2.0, "times_transformers": 3.0,
+            "times_openvino": 4.0,
             "cosine": 1.0, "error": 0.0, "agrees": agrees, "start_seconds": 1.0, "peak_gb": 2.0,
         }  # fmt: skip
 
@@ -133,12 +140,13 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
         "contenders": [
             side("fair-esm float32", True),
             side("transformers float32", False),
+            side("openvino float32", True),
             side("esm-ledger float32", True),
         ],
         "end_to_end_share_of_forward": [0.97],
     }
-    fair, peer, ledger, share = table_rows(case)
-    assert fair[5:7] == [2.0, "disagrees"]
-    assert peer[5:7] == ["disagrees", "disagrees"]
-    assert ledger[5:7] == [2.0, "disagrees"]
+    fair, peer, other, ledger, share = table_rows(case)
+    assert fair[5:8] == [2.0, "disagrees", 4.0]
+    assert peer[5:8] == ["disagrees"] * 3
+    assert other[5:8] == ledger[5:8] == [2.0, "disagrees", 4.0]
     assert share[4] == 0.97
