@@ -186,7 +186,7 @@ test: $(installed_dev) ## run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 .PHONY: torture
-torture: $(installed_dev) ## kill, starve and damage runs some 500 times; say what was tried and what was lost
+torture: $(installed_dev) ## kill, starve and damage runs some 1,000 times; say what was tried and what was lost
 	@$(python) -m tests.torture $(ARGS)
 
 .PHONY: lint

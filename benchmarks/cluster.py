@@ -1,8 +1,8 @@
 """What a cluster costs: Ray and the driver beside one process, and how many GPUs a driver can feed.
 
-    python benchmarks/cluster.py --only overhead
-    python benchmarks/cluster.py --only simulation --workers 64 --records 500000 --seconds 240
-    python benchmarks/cluster.py --to cluster.json
+    python -m benchmarks.cluster --only overhead
+    python -m benchmarks.cluster --only simulation --workers 64 --records 500000 --seconds 240
+    python -m benchmarks.cluster --to cluster.json
 
 overhead: processor time of two workers with one thread each over that of one process with two
 threads, from the first stretch to the last commit; models are in memory. memory: growth of the

@@ -12,7 +12,7 @@ from pathlib import Path
 from lib.ledger.reuse_plan import is_plan_name
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
-from tests.conftest import SOME_PROTEINS
+from tests.conftest import WHOLE_PROTEINS
 from tests.reference import assert_same_bits
 from tests.torture.process import in_fork, script
 
@@ -53,10 +53,10 @@ class Bench:
         """Arguments of embed.py: 15 proteins, five checkpoints, everything kept."""
         return [
             *self.flags,
-            *("--esm-model", str(self.folder / "esm2_small.pt"), "--input", str(SOME_PROTEINS)),
+            *("--esm-model", str(self.folder / "esm2_small.pt"), "--input", str(WHOLE_PROTEINS)),
             *("--database", str(self.trial / "runs.sqlite")),
             *("--output", str(self.trial / "embeddings"), "--include", "mean", "bos", "per_tok"),
-            *("--set", "output.checkpoint_records=2", "--set", "compute.tokens_per_pack=120"),
+            *("--set", "output.checkpoint_records=2", "--set", "compute.tokens_per_pack=300"),
             *("--set", "compute.threads=1"),
         ]
 
