@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tests.conftest import SOME_PROTEINS
+from tests.conftest import WHOLE_PROTEINS
 from tests.reference import assert_near, assert_same_bits, fasta, write_fasta
 from tests.torture.bench import Bench, make_bench
 from tests.torture.kill import Kills, Tally, tried
@@ -56,10 +56,10 @@ def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
 def _bench(folder: Path) -> Bench:
     """Return a bench whose trials begin with the finished run 1; run 2 is tried."""
     plain = make_bench(folder)
-    chosen = random.Random(1).sample(fasta(SOME_PROTEINS), _COPIED)
+    chosen = random.Random(1).sample(fasta(WHOLE_PROTEINS), _COPIED)
     part = write_fasta(folder / "part.fasta", chosen)
     plain.fresh()
-    _embedded(plain, [str(part) if one == str(SOME_PROTEINS) else one for one in plain.embed])
+    _embedded(plain, [str(part) if one == str(WHOLE_PROTEINS) else one for one in plain.embed])
     plain.keep("before")
     bench = replace(plain, number=2, before="before")
     bench.fresh()
