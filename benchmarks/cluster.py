@@ -39,7 +39,6 @@ from lib.catalog import RELEASED
 from lib.console.output import print_json, print_line, print_table
 from lib.jobs import crew as crews
 from lib.jobs import division
-from lib.jobs.interruption import Interruption
 from lib.jobs.progress import computing_cost
 from lib.models.detection import detect
 from lib.models.untrained import make_model
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overhead(parsed: argparse.Namespace) -> Any:  # noqa: ANN401
     """Compare processor times of the same work, in turn."""
     rows, found = [], {}
-    for shape, count in (("esm2_t6_8M_UR50D", 4_000), ("esm2_t12_35M_UR50D", 500)):
+    for shape, count in (("esm2_t6_8M_UR50D", 2_000), ("esm2_t12_35M_UR50D", 300)):
         with workplace(shape, sequences("uniref", count)) as (folder, flags):
             ratios, stretches = [], 0
             for _ in range(parsed.repeats):
@@ -270,10 +269,10 @@ def in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict
         return pool.apply(function, arguments)
 
 
-def waiting_for(count: int) -> Callable[[crews.Crew, Interruption], None]:
+def waiting_for(count: int) -> Callable[[crews.Crew], None]:
     """Return a `wait_for_one` that waits for more, so that starting up is not measured."""
 
-    def wait(crew: crews.Crew, _: Interruption) -> None:
+    def wait(crew: crews.Crew) -> None:
         while len(crew.admitted) < count:
             crew.tend()
             crew.mail.handle_next(1.0)
