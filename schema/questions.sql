@@ -3,7 +3,7 @@
 -- that page, which shows all as long as it is empty; the docs have the value 1 there.
 
 -- Which runs used this model on this input?
-SELECT run, model, released, layers, status, started, label FROM run_history
+SELECT run, model, layers, released, status, started, label FROM run_history
 WHERE model LIKE '%{model: esm2_t33_650M_UR50D}%' AND input LIKE '%{input: proteins.fasta}%';
 
 -- What is unfinished, and how far is it?
