@@ -20,6 +20,7 @@ __all__ = ["Axis", "Bars", "Points", "Step", "histogram", "mark", "scatter", "st
 
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 18, 38
+_LETTER = 6.5  # width of a letter of the numbers, at most
 # Marks by name, one unit from centre to edge and of similar area.
 _MARKS = {
     "circle": "M-1,0a1,1 0 1,0 2,0a1,1 0 1,0 -2,0z",
@@ -184,7 +185,10 @@ class _Plot:
         self._root.set("aria-label", name)
         for value in x.ticks():
             self.path("tick", f"M{self.x(value):.1f},{height - _BOTTOM}v4")
-            self.text("number middle", self.x(value), height - _BOTTOM + 15, _short(value))
+            words = _short(value)
+            # Under its tick, or as near as the words stay within the drawing.
+            middle = min(self.x(value), _WIDTH - _LETTER * len(words) / 2)
+            self.text("number middle", middle, height - _BOTTOM + 15, words)
         for value in y.ticks():
             self.path("grid", f"M{_LEFT},{self.y(value):.1f}H{_WIDTH - _RIGHT}")
             self.text("number end", _LEFT - 5, self.y(value) + 4, _short(value))

@@ -30,7 +30,7 @@ from sklearn.decomposition import PCA
 from lib.embeddings import open_run
 from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
-from lib.pages.charts import Axis, Bars, histogram
+from lib.pages.charts import Axis, Bars, Step, histogram, steps
 from lib.pages.figures import Work, norms_figure, throughput_figure
 from lib.pages.projection import project
 from lib.pages.survey import Extreme, Survey, survey
@@ -796,6 +796,16 @@ def test_a_report_imports_no_torch() -> None:
 
 
 # --- in a browser -------------------------------------------------------------------------------
+
+
+def test_the_number_of_a_tick_at_the_right_end_stays_within_the_drawing() -> None:
+    for high in (0.04, 20_000.0):
+        drawn = steps("speed", Axis("time", 0, high), "residues", [Step(0, high, 1.0, "a")])
+        places = re.findall(r'class="number middle" x="([\d.]+)" y="[\d.]+">([^<]+)<', drawn)
+        last, words = max((float(place), words) for place, words in places)
+        assert last > 340
+        assert last + 6.5 * len(words) / 2 <= 380
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # What sticks out of the window, of its section, or, of a drawing's words, out of the drawing.
