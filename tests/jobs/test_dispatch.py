@@ -185,13 +185,15 @@ def test_what_a_worker_writes_that_was_given_up_is_never_taken(
 class Hanging:
     """A worker that hangs on one stretch, and a clock that only goes while no other computes.
 
-    It writes its file and answers when it is killed, or, if it `may_end`, when another has begun
-    the stretch; `answered` is set then. begun: the actors that began it. first: its position.
+    It writes its file and answers when it is killed, or, if it `may_end`, when another has written
+    that of the stretch; `answered` is set then. begun: the actors that began it. first: its
+    position.
     """
 
     def __init__(self, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[Handle] = []
         self.may_end, self.answered = threading.Event(), threading.Event()
+        self.written = threading.Event()
         self.first = -1
         self._lock, self._busy, self._idle, self._clock = threading.Lock(), 0, 0, 0.0
         monkeypatch.setattr("lib.jobs.patience.monotonic", self.monotonic)
@@ -219,11 +221,12 @@ class Hanging:
         try:
             done = true(order, packs)
             if first == self.first and not hangs and self.may_end.is_set():
+                self.written.set()
                 self.answered.wait(20)
-                time.sleep(0.2)  # until the driver has taken the other answer
+                time.sleep(0.5)  # until the driver has taken the other answer
             end = time.monotonic() + 20  # if nobody notices
             while hangs and not actor.killed and time.monotonic() < end:
-                if self.may_end.is_set() and self.begun[1:]:
+                if self.may_end.is_set() and self.written.is_set():
                     break
                 time.sleep(0.01)
             if hangs:
@@ -338,15 +341,20 @@ def test_workers_are_seen_at_the_heartbeats(
 ) -> None:
     monkeypatch.setattr("lib.jobs.embedding._HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
-    seen: list[tuple[str, ...]] = []
+    seen: list[str] = []
 
     def slow(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
         if actor is ray.actors[0] and packs[0].positions.start > 8 and not seen:
-            for _ in range(2):
-                time.sleep(0.2)
-                rows = runs.rows("SELECT seen_at FROM workers ORDER BY id")
-                seen.append(tuple(at for (at,) in rows))
+            seen.append(seen_at())
+            ends = time.monotonic() + 60  # a minute without a heartbeat is none
+            while seen_at() == seen[0] and time.monotonic() < ends:
+                time.sleep(0.01)
+            seen.append(seen_at())
         return true(order, packs)
+
+    def seen_at() -> str:
+        ((first,), *_) = runs.rows("SELECT seen_at FROM workers ORDER BY id")
+        return str(first)
 
     def silent(actor: Handle, true: Any) -> None:  # noqa: ANN401
         if actor is not ray.actors[0]:
@@ -357,7 +365,7 @@ def test_workers_are_seen_at_the_heartbeats(
     ray.hooks |= {"compute": slow, "answer": silent}
     answer = runs.embed()
     assert answer.status == 0, answer.err
-    before, after = (one[0] for one in seen)
+    before, after = seen
     assert before < after
     assert runs.outcomes() == ["finished", "finished"]
     runs.check()
