@@ -136,6 +136,8 @@ def _header_application_id(path: Path) -> int:
 
 def _schema_version(path: Path) -> int | None:
     with closing(_connect(path)) as connection:
+        # One state for all that is read: another first start may make the database meanwhile.
+        connection.execute("BEGIN")
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema")]
         if found == 0 and not names:
