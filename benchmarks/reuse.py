@@ -36,10 +36,10 @@ _LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 _MEASURE = """
 import json, sys, time
 from benchmarks.processes import peak_bytes
-import lib.console.embedding as embedding, lib.jobs.embedding as jobs, scripts.embed as script
+import lib.jobs.computing as computing, lib.jobs.embedding as jobs, scripts.embed as script
 
 spent = {"finding": 0.0, "copying": 0.0}
-plan_reuse, copied_stretches = embedding.plan_reuse, jobs.copied_stretches
+plan_reuse, copied_stretches = computing.plan_reuse, jobs.copied_stretches
 
 def found(*arguments):
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def copied(copying):
     yield from copied_stretches(copying)
     spent["copying"] += time.perf_counter() - start
 
-embedding.plan_reuse, jobs.copied_stretches = found, copied
+computing.plan_reuse, jobs.copied_stretches = found, copied
 start, processor = time.perf_counter(), time.process_time()
 status = script.main(sys.argv[1:])
 spent |= {"whole": time.perf_counter() - start, "processor": time.process_time() - processor}

@@ -7,15 +7,13 @@ from sqlalchemy import Engine
 from lib.console.bars import ResidueBar
 from lib.console.display import describe_detection, describe_input, describe_run, run_json
 from lib.console.output import note, print_result, print_table
+from lib.jobs.computing import ready_plan
 from lib.jobs.embedding import Computer, Job, to_compute, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel
 from lib.jobs.progress import Progress
-from lib.jobs.reuse import plan_reuse
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, create_run
-from lib.ledger.sources import Wanted
-from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import Detection
 from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import Inventory
@@ -68,12 +66,7 @@ def embed_new_run(
 
     purpose: printed behind the run's number; label: what its user calls it.
     """
-    twin = finished_twin(engine, Wanted(model.config, model.settings), inventory)
-    if twin is not None:
-        note(describe_twin(twin))
-    reuse = plan_reuse(engine, model.settings, model.config, inventory, note)
-    if reuse is None or len(reuse) < inventory.sequences:
-        computer.make_ready()
+    reuse = ready_plan(engine, model, computer, inventory, note)
     with (
         interruption.deferred(),
         create_run(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sqlalchemy import Engine
+
 from lib.jobs.crew import crew
 from lib.jobs.dispatch import Workers
 from lib.jobs.embedding import Computer, ThisProcess
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel, know_model, load_model
 from lib.jobs.ray_cluster import joined
+from lib.jobs.reuse import plan_reuse
+from lib.ledger.reuse_plan import ReusePlan
+from lib.ledger.sources import Wanted
+from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import Detection
+from lib.sequences.inventory import Inventory
 from lib.settings import Settings
 
-__all__ = ["made_ready"]
+__all__ = ["made_ready", "ready_plan"]
 
 
 @contextmanager
@@ -47,3 +54,24 @@ def made_ready(
         crew(settings, detection, sha256, where, interruption, say, later) as (found, started),
     ):
         yield found, Workers(started)
+
+
+def ready_plan(
+    engine: Engine,
+    model: KnownModel,
+    computer: Computer,
+    inventory: Inventory,
+    say: Callable[[str], None],
+) -> ReusePlan | None:
+    """Plan what a new run copies from earlier ones, and make `computer` ready if anything is left.
+
+    `say` is told of a finished run that has the very vectors, and what `plan_reuse` tells. Raises
+    what `plan_reuse` and `Computer.make_ready` raise.
+    """
+    twin = finished_twin(engine, Wanted(model.config, model.settings), inventory)
+    if twin is not None:
+        say(describe_twin(twin))
+    plan = plan_reuse(engine, model.settings, model.config, inventory, say)
+    if plan is None or len(plan) < inventory.sequences:
+        computer.make_ready()
+    return plan

@@ -21,16 +21,14 @@ from typing import Any
 from lib.catalog import shown_name
 from lib.embeddings import RunEmbeddings, open_run
 from lib.errors import InputError
-from lib.jobs.computing import made_ready
+from lib.jobs.computing import made_ready, ready_plan
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
 from lib.jobs.interruption import Interruption
-from lib.jobs.reuse import may_reuse, plan_reuse
+from lib.jobs.reuse import may_reuse
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label, create_run
-from lib.ledger.sources import Wanted
 from lib.ledger.standard_input import copied_standard_input
-from lib.ledger.twins import describe_twin, finished_twin
 from lib.models.detection import detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import DEFAULT_CONFIG, load_settings
@@ -89,12 +87,7 @@ def embed(
                 later=may_reuse(engine, chosen, detection),
             )
         )  # fmt: skip
-        twin = finished_twin(engine, Wanted(known.config, known.settings), inventory)
-        if twin is not None:
-            say(describe_twin(twin))
-        reuse = plan_reuse(engine, known.settings, known.config, inventory, say)
-        if reuse is None or len(reuse) < inventory.sequences:
-            computer.make_ready()
+        reuse = ready_plan(engine, known, computer, inventory, say)
         with (
             interruption.deferred(),
             create_run(
