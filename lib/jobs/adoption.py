@@ -7,8 +7,6 @@ that is kept aside gets a hidden name, so that who reads the folder as one table
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -24,10 +22,10 @@ from sqlalchemy import Engine
 from lib.files import disk_errors
 from lib.ledger.checkpoints import FinishedFile, attempt_of, leftovers
 from lib.ledger.commit import FinishedStretch, add_checkpoint
-from lib.ledger.footer import footer_of
 from lib.ledger.identity import first_difference, run_columns, run_identity
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
+from lib.ledger.unlisted import opened_unlisted
 from lib.sequences.describing import describe_owners
 from lib.sequences.inventory import Inventory
 from lib.sequences.rearranged import rearranged_records
@@ -115,29 +113,18 @@ def _removed(path: Path, place: str) -> str:
 
 def _verified(planned: _Planned, path: Path) -> FinishedStretch:
     """Return a file as a stretch of a run; raises ValueError with the first thing that differs."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("not a regular file")
-    try:
-        with path.open("rb") as opened:
-            found = os.fstat(opened.fileno())
-            with pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
-                footer = footer_of(parquet.metadata.metadata)
-                positions = _check_footer(planned.run, footer)
-                source = _source_run(planned, footer, positions)
-                _check_rows(planned, parquet, positions)
-            digest = _digest(opened)
-    except UnicodeDecodeError:
-        raise ValueError("its text is not UTF-8") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(" ".join(str(error).split())[:200]) from None
+    with opened_unlisted(path) as file:
+        found, footer = file.state, file.footer
+        positions = _check_footer(planned.run, footer)
+        source = _source_run(planned, footer, positions)
+        _check_rows(planned, file.parquet, positions)
+        records, digest = file.parquet.metadata.num_rows, file.sha256()
     reused = None if planned.reuse is None else planned.reuse.reused
     lengths = planned_lengths(planned.inventory, reused)
     residues = int(lengths[positions.start : positions.stop].sum(dtype=np.int64))
     seconds = footer.get("seconds")
     return FinishedStretch(
-        FinishedFile(
-            path, (found.st_dev, found.st_ino), parquet.metadata.num_rows, found.st_size, digest
-        ),
+        FinishedFile(path, (found.st_dev, found.st_ino), records, found.st_size, digest),
         positions,
         residues if source is None else 0,
         float(seconds) if isinstance(seconds, int | float) else 0.0,
@@ -217,8 +204,3 @@ def _describing(planned: _Planned, positions: range) -> pa.Table:
         part = slice(max(0, positions.start - first), max(0, positions.stop - first))
         parts.append(pa.Table.from_batches([describe_owners(window.sequences[part])]))
     return pa.concat_tables(parts)
-
-
-def _digest(opened: io.BufferedReader) -> str:
-    opened.seek(0)
-    return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -6,9 +6,7 @@ not know of attempts: who computed, on which machine, when it ended.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,13 +24,14 @@ from lib.errors import LedgerError, SettingsError
 from lib.files import disk_errors, file_sha256
 from lib.ledger.checkpoints import checkpoint_number
 from lib.ledger.database import open_for_writing, transaction, utc_now, writing_engine
-from lib.ledger.footer import TOTALS, footer_of
+from lib.ledger.footer import TOTALS
 from lib.ledger.ownership import is_held
 from lib.ledger.places import real_path, stored_path
 from lib.ledger.reuse_plan import plan_name
 from lib.ledger.runs import check_types, model_row
 from lib.ledger.sqlite_file import database_path
 from lib.ledger.standard_input import kept_name
+from lib.ledger.unlisted import opened_unlisted
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import from_snapshot, override
 from schema.esm2_config import ESM2Config, load_snapshot
@@ -202,20 +201,11 @@ def _read(folder: Path) -> tuple[list[_File], dict[str, str]]:
 
 def _verified(path: Path) -> _File:
     """Read a file to its end; raises ValueError with the first thing that is wrong with it."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("not a regular file")
-    try:
-        with path.open("rb") as opened:
-            found = os.fstat(opened.fileno())
-            with pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
-                footer = footer_of(parquet.metadata.metadata)
-                for group in range(parquet.num_row_groups):
-                    parquet.read_row_group(group).validate(full=True)
-                columns, records = parquet.schema_arrow, parquet.metadata.num_rows
-            opened.seek(0)
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(" ".join(str(error).split())[:200]) from None
+    with opened_unlisted(path) as file:
+        found, footer, parquet = file.state, file.footer, file.parquet
+        for group in range(parquet.num_row_groups):
+            parquet.read_row_group(group).validate(full=True)
+        columns, records, digest = parquet.schema_arrow, parquet.metadata.num_rows, file.sha256()
     first, stop = footer.get("first_position"), footer.get("stop_position")
     if not (isinstance(first, int) and isinstance(stop, int) and 0 <= first < stop):
         raise ValueError("its footer names no positions")
