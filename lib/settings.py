@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ Overrides = Mapping[str, str | list[str]]
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "config.ini"
 
+_SCHEMA = SettingsSchema()
 _PATHS = (
     ("model", "esm_model"),
     ("model", "base_model"),
@@ -60,7 +62,7 @@ def override(settings: Settings, overrides: Overrides) -> Settings:
 
 def snapshot(settings: Settings) -> dict[str, Any]:
     """Return the settings as the JSON-ready dictionary that is stored with a run."""
-    dumped: dict[str, Any] = SettingsSchema().dump(settings)
+    dumped: dict[str, Any] = _SCHEMA.dump(settings)
     return dumped
 
 
@@ -114,7 +116,7 @@ def _refuse_unknown(values: Mapping[str, Mapping[str, object]], source: str) -> 
     for section, options in values.items():
         if section not in SECTIONS:
             raise SettingsError(f"{source}: unknown section [{section}]")
-        known = SECTIONS[section][0]().fields
+        known = {field.name for field in dataclasses.fields(SECTIONS[section][1])}
         for option in options:
             if option not in known:
                 raise SettingsError(f"{source}: unknown option {option!r} in [{section}]")
@@ -207,7 +209,7 @@ def _check(values: Mapping[str, Any]) -> Settings:
     filled["database"].setdefault("url", str(DEFAULT_CONFIG.parent / "runs.sqlite"))
     _take_source_of_hub_names(filled["model"])
     try:
-        settings: Settings = SettingsSchema().load(filled)
+        settings: Settings = _SCHEMA.load(filled)
     except ValidationError as error:
         raise SettingsError(_first_fault(error, filled)) from None
     layers = settings.model.repr_layers

@@ -103,7 +103,7 @@ class ESM2Config:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the JSON-ready dictionary that is stored with runs, checkpoints and footers."""
-        dumped: dict[str, Any] = ESM2ConfigSchema().dump(self)
+        dumped: dict[str, Any] = _SCHEMA.dump(self)
         return {key: value for key, value in dumped.items() if value is not None}
 
     def weights_snapshot(self) -> dict[str, Any]:
@@ -149,6 +149,9 @@ class ESM2ConfigSchema(Schema):
         return ESM2Config(**{**data, "repr_layers": tuple(data["repr_layers"])})
 
 
+_SCHEMA = ESM2ConfigSchema()
+
+
 def load_snapshot(snapshot: object) -> ESM2Config:
     """Read a stored snapshot back.
 
@@ -159,7 +162,7 @@ def load_snapshot(snapshot: object) -> ESM2Config:
     if not isinstance(snapshot, dict):
         raise ValueError(f"model metadata is {type(snapshot).__name__}, not an object")
     try:
-        config: ESM2Config = ESM2ConfigSchema().load(snapshot)
+        config: ESM2Config = _SCHEMA.load(snapshot)
     except ValidationError as error:
         messages = error.messages_dict
         missing = [key for key in messages if key not in snapshot]

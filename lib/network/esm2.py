@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -20,7 +21,6 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from lib.errors import WeightsError
 from lib.models.detection import Detection
 from lib.models.regression import Regression
-from lib.models.weights import Weights
 from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
 from lib.network.groups import Group, group_equal_lengths
@@ -165,9 +165,14 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     weights = detection.require_weights()
     shape = detection.shape
     shapes = shape.trunk_shapes()
+    turns = [name for name in _rotary_names(shape) if name in weights.tensors]
     tensors: dict[str, torch.Tensor] = {}
-    for names in _mappings(shapes):
+    frequencies: list[torch.Tensor] = []
+    for names in _mappings({**{name: weights.tensors[name].shape for name in turns}, **shapes}):
         for name, stored in weights.read(names):
+            if name in turns:
+                frequencies.append(stored.float().clone())
+                continue
             target, rows = _place(name, shape.hidden_dim)
             if target not in tensors:
                 own = shapes[name]
@@ -186,7 +191,7 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
         }
         layers.append(_Layer(**parts))
     final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
-    inv_freq = _inverse_frequencies(weights, shape).to(device)
+    inv_freq = _inverse_frequencies(frequencies, shape.head_dim, weights.path).to(device)
     embedding = tensors["embed_tokens.weight"]
     return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
 
@@ -223,20 +228,21 @@ def _pair_neighbours(stored: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(stored.shape)
 
 
-def _inverse_frequencies(weights: Weights, shape: ModelShape) -> torch.Tensor:
+def _rotary_names(shape: ModelShape) -> list[str]:
+    """Return the names of the rotary frequencies by layer, which a file may lack."""
+    return [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(shape.num_layers)]
+
+
+def _inverse_frequencies(stored: Sequence[torch.Tensor], head_dim: int, path: Path) -> torch.Tensor:
     """Return the (head_dim / 2,) rotary frequencies in float32.
 
     Where the file holds them fair-esm loads them from there, rounded as they were stored; its
     formula serves where it does not.
     """
-    head_dim = shape.head_dim
-    names = [f"layers.{i}.self_attn.rot_emb.inv_freq" for i in range(shape.num_layers)]
-    held = [name for name in names if name in weights.tensors]
-    stored = [tensor.float().clone() for _, tensor in weights.read(held)]
     if not stored:
         return 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
     if any(one.shape != (head_dim // 2,) or not torch.equal(one, stored[0]) for one in stored):
-        raise WeightsError(f"{weights.path}: rot_emb.inv_freq is not the same in every layer")
+        raise WeightsError(f"{path}: rot_emb.inv_freq is not the same in every layer")
     return stored[0]
 
 

@@ -53,16 +53,16 @@ def print_peak(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Return models of 3 layers by their width: the second layer sees what the first has left."""
+    """Return models of 2 layers by their width: the second layer sees what the first has left."""
     folder, heads = tmp_path_factory.mktemp("wide"), 20
     paths = {width: folder / f"esm2_{width}.pt" for width in (640, 1280)}
     for width, path in paths.items():
-        make_model(path, 3, width, heads)
+        make_model(path, 2, width, heads)
     return paths
 
 
-MEAN = [VectorColumn("mean", 3)]
-PER_TOK = [VectorColumn("per_tok", 1), VectorColumn("per_tok", 3)]
+MEAN = [VectorColumn("mean", 2)]
+PER_TOK = [VectorColumn("per_tok", 1), VectorColumn("per_tok", 2)]
 CONTACTS = [VectorColumn("contacts")]
 
 

@@ -67,14 +67,14 @@ def test_no_damaged_bit_loses_a_record(tmp_path: Path, kind: str, named: bool) -
     assert [record.id for record in records] == ["a", "b", "c", "d"]
     refused = 0
     for place in range(len(whole)):
-        for bit in range(8):
+        for bit in range(named, 8, 2):  # the other bits without or with a name
             damage = bytes([whole[place] ^ 1 << bit])
             try:
                 assert read(path, whole[:place] + damage + whole[place + 1 :]) == records
             except InputError as error:
                 assert len(str(error).splitlines()) == 1
                 refused += 1
-    assert refused > len(whole) * 8 // 2
+    assert refused > len(whole) * 4 // 2
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
