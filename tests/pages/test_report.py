@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html.parser import HTMLParser
@@ -810,20 +810,23 @@ def test_the_number_of_a_tick_at_the_right_end_stays_within_the_drawing() -> Non
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # What sticks out of the window, of its section, or, of a drawing's words, out of the drawing.
 MEASURE = """
-const page = document.querySelector('iframe').contentDocument, width = page.defaultView.innerWidth;
-const out = [];
 const inside = (box, room) => box.left >= room.left - 1 && box.right <= room.right + 1;
-for (const one of page.querySelectorAll('main *')) {
-  const box = one.getBoundingClientRect();
-  const drawing = one.closest('.chart'), section = one.closest('section');
-  const room = (drawing || section || page.body).getBoundingClientRect();
-  if (box.width && !inside(box, room)) out.push(one.tagName + ' ' + one.textContent.slice(0, 40));
+function measured(page) {
+  const out = [];
+  for (const one of page.querySelectorAll('main *')) {
+    const box = one.getBoundingClientRect();
+    const drawing = one.closest('.chart'), section = one.closest('section');
+    const room = (drawing || section || page.body).getBoundingClientRect();
+    if (box.width && !inside(box, room)) out.push(one.tagName + ' ' + one.textContent.slice(0, 40));
+  }
+  return {
+    width: page.defaultView.innerWidth, scrolled: page.documentElement.scrollWidth, out,
+    name: page.title, sections: page.querySelectorAll('section').length,
+    shown: [...page.querySelectorAll('.chart')].map(one => one.getBoundingClientRect().width),
+  };
 }
-document.title = JSON.stringify({
-  width, scrolled: page.documentElement.scrollWidth, out, name: page.title,
-  sections: page.querySelectorAll('section').length,
-  shown: [...page.querySelectorAll('.chart')].map(one => one.getBoundingClientRect().width),
-});
+const pages = [...document.querySelectorAll('iframe')].map(one => one.contentDocument);
+document.title = JSON.stringify(pages.map(measured));
 """
 
 
@@ -845,8 +848,9 @@ def test_nothing_sticks_out_at_any_width(
         f"UPDATE models SET name = '{'m' * 120}'",
     )
     page_of(script, place)
-    for width in (320, 390, 820, 1000, 1280):
-        found = measured(place.folder / "reports" / "run-000001.html", width, tmp_path)
+    widths = (320, 390, 820, 1000, 1280)
+    every = measured(place.folder / "reports" / "run-000001.html", widths, tmp_path)
+    for width, found in zip(widths, every, strict=True):
         assert found["width"] == width
         assert (found["scrolled"], found["out"]) == (width, [])
         assert found["name"].startswith("Run 1: mmm")
@@ -855,19 +859,21 @@ def test_nothing_sticks_out_at_any_width(
         assert min(found["shown"]) > 0.6 * min(width, 540)
 
 
-def measured(page: Path, width: int, folder: Path) -> Any:  # noqa: ANN401
-    """Open a page in a frame of a width, as no window of chromium is as narrow as a phone."""
+def measured(page: Path, widths: Iterable[int], folder: Path) -> Any:  # noqa: ANN401
+    """Open a page in frames of some widths, as no window of chromium is as narrow as a phone."""
     frame = folder / "frame.html"
     source = html.escape(page.read_text())
-    frame.write_text(
-        f'<!doctype html><iframe srcdoc="{source}" width="{width}" height="900" '
-        f'style="border:0"></iframe><script>onload = () => {{{MEASURE}}}</script>'
-    )
+    frames = [
+        f'<iframe srcdoc="{source}" width="{width}" height="900" style="border:0"></iframe>'
+        for width in widths
+    ]
+    script = f"<script>onload = () => {{{MEASURE}}}</script>"
+    frame.write_text(f"<!doctype html>{''.join(frames)}{script}")
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder / f'chromium{width}'}",
+            "--disable-sync", "--hide-scrollbars", f"--user-data-dir={folder / 'chromium'}",
             "--window-size=1400,1000", "--dump-dom", frame.as_uri(),
         ],
         capture_output=True, text=True, timeout=60,
