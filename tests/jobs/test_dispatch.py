@@ -39,6 +39,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
         monkeypatch.delenv(name, raising=False)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "0")
+    monkeypatch.setattr("lib.jobs.crew._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.05)
     return installed(monkeypatch.setitem)
 
 
@@ -197,7 +199,6 @@ class Hanging:
         self.first = -1
         self._lock, self._busy, self._idle, self._clock = threading.Lock(), 0, 0, 0.0
         monkeypatch.setattr("lib.jobs.patience.monotonic", self.monotonic)
-        monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
         ray.hooks["compute"] = self.compute
 
     def monotonic(self) -> float:
@@ -308,7 +309,6 @@ def test_a_driver_that_was_stopped_takes_no_worker_for_hung(
 ) -> None:
     clock = 0.0
     monkeypatch.setattr("lib.jobs.patience.monotonic", lambda: clock)
-    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
 
     def hours_later(_: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
         nonlocal clock
@@ -340,7 +340,6 @@ def test_workers_are_seen_at_the_heartbeats(
     runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lib.jobs.embedding._HEARTBEAT_SECONDS", 0.0)
-    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.01)
     seen: list[str] = []
 
     def slow(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
