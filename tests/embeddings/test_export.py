@@ -34,13 +34,16 @@ from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.reference import fasta, read_run, write_fasta
 from tests.test_make import make
 
-with warnings.catch_warnings():
-    # anndata and what it imports announce their own deprecations.
-    warnings.simplefilter("ignore")
-    import anndata
-
 Row = dict[str, Any]
 VALUES = [f"mean_0_{i}" for i in range(64)]
+
+
+def read_anndata(path: Path) -> Any:  # noqa: ANN401
+    with warnings.catch_warnings():
+        # anndata and what it imports announce their own deprecations; with zarr it takes a second.
+        warnings.simplefilter("ignore")
+        import anndata
+    return anndata.read_h5ad(path)
 
 
 @pytest.fixture
@@ -176,7 +179,7 @@ def test_anndata_reads_matrix_records_and_run(
     to = place.folder / "proteins.h5ad"
     answer = script("export", "--run", "1", "--format", "anndata", "--to", to)
     assert answer.status == 0, answer.err
-    read = anndata.read_h5ad(to)
+    read = read_anndata(to)
     assert list(read.obs_names) == [row["id"] for row in rows.values()]
     assert read.obs["length"].tolist() == [row["length"] for row in rows.values()]
     assert read.obs["record"].tolist() == list(rows)
@@ -225,7 +228,7 @@ def read_hdf5_facts(to: Path) -> Any:  # noqa: ANN401
 
 
 def read_anndata_facts(to: Path) -> Any:  # noqa: ANN401
-    facts = anndata.read_h5ad(to).uns["esm_ledger"]
+    facts = read_anndata(to).uns["esm_ledger"]
     # AnnData gives lists back as arrays, and numbers as numpy's.
     return json.loads(json.dumps(facts, default=lambda value: value.tolist()))
 

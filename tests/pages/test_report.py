@@ -25,7 +25,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.decomposition import PCA
 
 from lib.embeddings import open_run
 from lib.files import file_sha256
@@ -228,6 +227,8 @@ def test_the_points_are_the_principal_components(
 ) -> None:
     folder = embed("--set", "input.max_residues=300")
     page = page_of(script, place)
+    from sklearn.decomposition import PCA  # with scipy, a second that only this test needs
+
     expected = PCA(2).fit_transform(vectors(folder).astype(np.float64))
     titles = [
         f"{header.split()[0]}, {len(sequence):,} residues"
