@@ -219,6 +219,10 @@ $(venv)/.installed-benchmark: $(installed)
 	$(pip_install) --editable '.[export,benchmark]'
 	@touch $@
 
+.PHONY: benchmark-cuda
+benchmark-cuda: $(venv)/.installed-benchmark ## measure on a GPU, 8M to 3B, in three parts: ARGS='--part 1' (untrained weights)
+	@$(python) -m benchmarks.cuda $(config) $(ARGS)
+
 .PHONY: benchmark-loading
 benchmark-loading: $(installed) ## time and memory of loading, beside fair-esm's loader (untrained 650M)
 	@$(python) benchmarks/loading.py $(ARGS)
