@@ -118,7 +118,7 @@ class Network:
             del attended
             inner = self._gelu(self._normed(x, ready, layer.ffn_norm), layer.fc1)
             if number < self.shape.num_layers:
-                after = self._layers[number].attention_norm
+                after = self._layers[number].attention_norm if number < last else None
                 x, ready = self._added(x, inner, layer.fc2, after)
             else:
                 x, ready = self._added(x, inner, layer.fc2, self._final_norm, torch.float32)
@@ -185,13 +185,13 @@ class Network:
         x: torch.Tensor,
         inner: torch.Tensor,
         weight_bias: Affine,
-        norm: Affine,
+        norm: Affine | None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return x with the product of `inner` added, perhaps in place, and its layer norm if
-        that comes with it.
+        there is one and it comes with it.
         """
-        if self.elementwise is None:
+        if self.elementwise is None or norm is None:
             return linear_add(inner, weight_bias, x), None
         return self.elementwise.added(x, linear(inner, weight_bias), *norm, dtype or self.dtype)
 
