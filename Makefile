@@ -203,13 +203,25 @@ clean: ## remove caches and build leftovers; runs, models and .venv stay
 	@find benchmarks docs lib schema scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
 	@echo "removed __pycache__ of the program's folders"
 
+# Only its own Python has esm.cpp: it needs a numpy before 2. ARGS='--without esm-cpp' makes none.
+esm_cpp := .venv-esm-cpp
+
 .PHONY: benchmark
-benchmark: $(venv)/.installed-benchmark ## measure beside fair-esm and transformers (untrained weights)
+benchmark: $(venv)/.installed-benchmark $(if $(findstring esm-cpp,$(ARGS)),,$(esm_cpp)/.installed) ## measure beside fair-esm, transformers, OpenVINO and esm.cpp (untrained weights)
 	@$(python) scripts/benchmark.py $(ARGS)
+
+$(esm_cpp)/.installed: benchmarks/esm_cpp.txt
+	$(PYTHON) -m venv $(esm_cpp)
+	$(esm_cpp)/bin/python -m pip install --disable-pip-version-check --requirement benchmarks/esm_cpp.txt
+	@touch $@
 
 $(venv)/.installed-benchmark: $(installed)
 	$(pip_install) --editable '.[export,benchmark]'
 	@touch $@
+
+.PHONY: benchmark-cuda
+benchmark-cuda: $(venv)/.installed-benchmark ## measure on a GPU, 8M to 3B, in three parts: ARGS='--part 1' (untrained weights)
+	@$(python) -m benchmarks.cuda $(config) $(ARGS)
 
 .PHONY: benchmark-loading
 benchmark-loading: $(installed) ## time and memory of loading, beside fair-esm's loader (untrained 650M)

@@ -19,6 +19,7 @@ import torch
 from lib.models.detection import Detection
 from lib.models.tensor_names import fair_esm_name
 from lib.network.device import packs_at_once
+from lib.network.elementwise import Elementwise
 from lib.network.esm2 import load_network
 from lib.network.pipeline import computed
 from lib.sequences.alphabet import tokenise
@@ -31,7 +32,7 @@ __all__ = ["Embed", "fair_esm", "openvino", "ours", "transformers_sdpa"]
 
 Embed = Callable[[Sequence[bytes]], npt.NDArray[np.float32]]
 
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 _PAD = 1
 
 
@@ -48,7 +49,7 @@ def fair_esm(detection: Detection, device: torch.device) -> Embed:
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         texts = [sequence.decode() for sequence in sequences]
         dataset = esm.FastaBatchedDataset(list(range(len(texts))), texts)
-        batches = dataset.get_batch_indices(_TOKENS_PER_BATCH, extra_toks_per_seq=1)
+        batches = dataset.get_batch_indices(_TOKENS_PER_BATCH["cpu"], extra_toks_per_seq=1)
         loader = torch.utils.data.DataLoader(
             dataset, collate_fn=alphabet.get_batch_converter(), batch_sampler=batches
         )
@@ -63,9 +64,15 @@ def fair_esm(detection: Detection, device: torch.device) -> Embed:
     return embed
 
 
-def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.dtype) -> Embed:
-    """transformers' EsmModel with SDPA: length-sorted batches of 4,096 tokens, padded."""
-    model = _esm_model(detection, "sdpa").to(device, dtype)
+def transformers_sdpa(
+    detection: Detection, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
+) -> Embed:
+    """transformers' EsmModel with SDPA: length-sorted batches, padded.
+
+    They have 4,096 tokens on a CPU, and on a GPU as many as a pack. attention: another of
+    transformers' kernels.
+    """
+    model = _esm_model(detection, attention, device).to(device, dtype)
 
     def hidden_of(tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens.to(device)
@@ -73,7 +80,7 @@ def transformers_sdpa(detection: Detection, device: torch.device, dtype: torch.d
             hidden: torch.Tensor = model(tokens, attention_mask=tokens != _PAD).last_hidden_state
         return hidden
 
-    return _in_padded_batches(hidden_of)
+    return _in_padded_batches(hidden_of, _TOKENS_PER_BATCH[device.type])
 
 
 def openvino(detection: Detection, dtype: torch.dtype) -> Embed:
@@ -82,7 +89,7 @@ def openvino(detection: Detection, dtype: torch.dtype) -> Embed:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino as ov
 
-    model = _esm_model(detection, "eager")
+    model = _esm_model(detection, "eager", torch.device("cpu"))
     tokens = torch.full((2, 8), _PAD)
     tokens[:, :6] = torch.tensor([0, 20, 6, 15, 17, 2])
     example = {"input_ids": tokens, "attention_mask": (tokens != _PAD).long()}
@@ -97,11 +104,11 @@ def openvino(detection: Detection, dtype: torch.dtype) -> Embed:
         inputs = {"input_ids": tokens.numpy(), "attention_mask": (tokens != _PAD).long().numpy()}
         return torch.from_numpy(compiled(inputs)[0])
 
-    return _in_padded_batches(hidden_of)
+    return _in_padded_batches(hidden_of, _TOKENS_PER_BATCH["cpu"])
 
 
-def _esm_model(detection: Detection, attention: str) -> Any:  # noqa: ANN401
-    """Return transformers' EsmModel with the weights, in float32."""
+def _esm_model(detection: Detection, attention: str, device: torch.device) -> Any:  # noqa: ANN401
+    """Return transformers' EsmModel with the weights, in float32, made and filled on a device."""
     from transformers import EsmConfig, EsmModel
 
     shape = detection.shape
@@ -114,7 +121,8 @@ def _esm_model(detection: Detection, attention: str) -> Any:  # noqa: ANN401
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=1026,
     )  # fmt: skip
     config._attn_implementation = attention
-    model: Any = EsmModel(config, add_pooling_layer=False)
+    with device:
+        model: Any = EsmModel(config, add_pooling_layer=False)
     names = {fair_esm_name(name): name for name in model.state_dict()}
     weights = detection.require_weights()
     wanted = [name for name in weights.tensors if name in names]
@@ -124,16 +132,16 @@ def _esm_model(detection: Detection, attention: str) -> Any:  # noqa: ANN401
     return model.eval()
 
 
-def _in_padded_batches(hidden_of: Callable[[torch.Tensor], torch.Tensor]) -> Embed:
+def _in_padded_batches(hidden_of: Callable[[torch.Tensor], torch.Tensor], most: int) -> Embed:
     """Return an `Embed` that pads length-sorted batches.
 
-    hidden_of: gives (batch, tokens, hidden_dim) for (batch, tokens) int64.
+    hidden_of: gives (batch, tokens, hidden_dim) for (batch, tokens) int64; most: tokens of a batch.
     """
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         found: dict[int, Any] = {}
-        for batch in _padded_batches([len(sequences[i]) + 2 for i in order]):
+        for batch in _padded_batches([len(sequences[i]) + 2 for i in order], most):
             numbers = [order[i] for i in batch]
             longest = max(len(sequences[i]) for i in numbers) + 2
             tokens = torch.full((len(numbers), longest), _PAD)
@@ -148,9 +156,16 @@ def _in_padded_batches(hidden_of: Callable[[torch.Tensor], torch.Tensor]) -> Emb
     return embed
 
 
-def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens: int) -> Embed:
+def ours(
+    detection: Detection,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    elementwise: Elementwise | None = None,
+) -> Embed:
     """This project's network, packs and pooling, without files and database."""
     network = load_network(detection, device, dtype)
+    network.elementwise = elementwise
     column = VectorColumn("mean", network.shape.num_layers)
 
     def embed(sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
@@ -169,11 +184,11 @@ def ours(detection: Detection, device: torch.device, dtype: torch.dtype, tokens:
     return embed
 
 
-def _padded_batches(tokens: list[int]) -> list[range]:
-    """Cut a descending list of lengths into batches of at most 4,096 tokens, padding counted."""
+def _padded_batches(tokens: list[int], most: int) -> list[range]:
+    """Cut a descending list of lengths into batches of at most `most` tokens, padding counted."""
     batches, start = [], 0
     for i in range(len(tokens)):
-        if i > start and (i + 1 - start) * tokens[start] > _TOKENS_PER_BATCH:
+        if i > start and (i + 1 - start) * tokens[start] > most:
             batches.append(range(start, i))
             start = i
     return [*batches, range(start, len(tokens))]

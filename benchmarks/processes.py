@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Contender", "Spec", "peak_bytes"]
+from lib.errors import MachineError
+
+__all__ = ["Contender", "Spec", "answer", "peak_bytes"]
 
 # What torch and oneDNN do by themselves, where lib sets something else.
 _TORCHS_OWN = {
@@ -30,7 +34,10 @@ _TORCHS_OWN = {
 
 @dataclass(frozen=True)
 class Spec:
-    """Which contender (fair-esm, transformers, openvino, esm-ledger), on which weights, and how."""
+    """Which contender, on which weights, and how.
+
+    name: fair-esm, transformers, openvino, esm-cpp or esm-ledger.
+    """
 
     name: str
     weights: Path
@@ -43,36 +50,72 @@ class Contender:
     """A contender that waits for sequences in its own process; call it as `Embed`.
 
     `start_seconds` is from the start of the process to a model ready to compute: imports,
-    detection, loading.
+    detection, loading. Raises MachineError if its Python is missing or ends early.
     """
 
     def __init__(self, spec: Spec) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
         start = time.perf_counter()
         with _environment_of(spec):
-            self._process.start()
-        theirs.close()
-        self._connection.recv()
+            self._connection, self._wait = _start(spec)
+        try:
+            self._connection.recv()
+        except EOFError:
+            self.close()
+            raise MachineError(f"{spec.name} {spec.dtype}: its process ended early") from None
         self.start_seconds = time.perf_counter() - start
 
     def __call__(self, sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
         """Return (sequences, hidden_dim); raises EOFError if the process has died."""
-        self._connection.send(list(sequences))
-        vectors: npt.NDArray[np.float32] = self._connection.recv()
-        return vectors
+        return self._asked("embed", sequences)
+
+    def vectors(self, sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        """Return (sequences, hidden_dim) of a contender that gives logits when it is called."""
+        return self._asked("vectors", sequences)
 
     def peak_bytes(self) -> int:
         """Return the largest resident size of the process so far."""
-        self._connection.send(None)
+        self._connection.send(("peak", None))
         peak: int = self._connection.recv()
         return peak
 
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.join()
+        self._wait()
+
+    def _asked(self, what: str, sequences: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        self._connection.send((what, list(sequences)))
+        # As bytes: an array that one numpy has pickled need not be read by another.
+        found = np.frombuffer(self._connection.recv(), np.float32)
+        return found.reshape(len(sequences), -1)
+
+
+def _start(spec: Spec) -> tuple[Connection, Callable[[], object]]:
+    """Start the process of a contender; return a connection to it, and what waits for its end."""
+    if spec.name == "esm-cpp":
+        return _start_esm_cpp(spec)
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
+    process.start()
+    theirs.close()
+    return connection, process.join
+
+
+def _start_esm_cpp(spec: Spec) -> tuple[Connection, Callable[[], object]]:
+    from benchmarks import esm_cpp
+
+    if not esm_cpp.PYTHON.exists():
+        raise MachineError(f"{esm_cpp.PYTHON}: no such file")
+    connection, theirs = multiprocessing.Pipe()
+    handle = theirs.fileno()
+    process = subprocess.Popen(
+        esm_cpp.command(handle, spec.weights, spec.dtype),
+        cwd=esm_cpp.ENVIRONMENT.parent,
+        pass_fds=[handle],
+    )
+    theirs.close()
+    return connection, process.wait
 
 
 @contextmanager
@@ -108,13 +151,24 @@ def _serve(connection: Connection, spec: Spec) -> None:
         embed = openvino(found, dtype)
     else:
         embed = ours(found, device, dtype, spec.tokens_per_pack)
+    answer(connection, {"embed": embed})
+
+
+def answer(connection: Connection, contender: Mapping[str, Callable[[list[bytes]], Any]]) -> None:
+    """Say that a contender is ready and answer what it is asked, until the other side closes.
+
+    contender: what each question calls with the sequences; it returns a float32 array.
+    """
     connection.send("ready")
     while True:
         try:
-            asked = connection.recv()
+            what, sequences = connection.recv()
         except EOFError:  # the other side closed: done
             return
-        connection.send(peak_bytes() if asked is None else embed(asked))
+        if what == "peak":
+            connection.send(peak_bytes())
+        else:
+            connection.send(np.ascontiguousarray(contender[what](sequences)).tobytes())
 
 
 def peak_bytes() -> int:

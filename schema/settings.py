@@ -73,12 +73,13 @@ class InputSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """[compute]: how it is calculated; precision alone is part of a run's identity."""
+    """[compute]: how it is calculated; precision and compile are part of a run's identity."""
 
     device: str
     precision: str
     tokens_per_pack: int
     threads: int
+    compile: bool
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class ComputeSchema(Schema):
         ],
     )
     threads = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
+    compile = fields.Boolean(load_default=False)
 
 
 class OutputSchema(Schema):

@@ -1,16 +1,18 @@
-"""Measure embedding speed beside fair-esm, transformers and OpenVINO, on untrained weights.
+"""Measure embedding speed beside fair-esm, transformers, OpenVINO and esm.cpp (untrained weights).
 
     make benchmark
     python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
-    python scripts/benchmark.py --cases 650M:orf:40 --without openvino
+    python scripts/benchmark.py --cases 650M:orf:40 --without openvino esm-cpp
 
 A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
-turn, each in its own process and with its own defaults; OpenVINO runs on a CPU only. All are in
-memory at once: 650M with all of them takes more than 24 GB. Ratios are medians over the repeats,
+turn, each in its own process and with its own defaults; OpenVINO and esm.cpp run on a CPU only.
+esm.cpp has a Python of its own, which make benchmark makes, and int8 in place of bfloat16; it is
+timed giving logits, and asked for vectors afterwards. All are in memory at once: 650M with all of
+them takes more than 24 GB. Ratios are medians over the repeats,
 pair by pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is
 printed only if both sides agree numerically. Start-up is the time from process start to a model
 that is ready. Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side
-disagreed.
+disagreed, 4 a side is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +34,8 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
+from benchmarks import esm_cpp
+from benchmarks.measure import AGREES, agreement, end_to_end_share, in_turn, roof
 from benchmarks.plot import draw
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import sequences, useful_flops
@@ -41,19 +44,18 @@ from lib.console.arguments import arguments
 from lib.console.output import note, print_json, print_line, print_table
 from lib.console.program import run_script
 from lib.models.detection import detect
-from lib.models.untrained import make_model
+from lib.models.untrained import make_folder, make_model
 from lib.network.device import choose_device, choose_pack, device_name
 from lib.settings import load_settings
 
 SIZES = {name.split("_")[2]: name for name in RELEASED}
 DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf:40"]
-# Measured in the same types; the second on a CPU only.
-PEERS = ["transformers", "openvino"]
-# A side whose worst pooled cosine with fair-esm is lower did not do the same computation.
-_AGREES = {"float32": 0.999999, "bfloat16": 0.99, "float16": 0.999}
+# Peers with a type of half the bytes or less beside float32; None: the same as this project.
+PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
+_ON_CPU_ONLY = ["openvino", "esm-cpp"]
 _COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
-    "x openvino", "cosine", "error", "start (s)", "peak (GB)",
+    "x openvino", "x esm-cpp", "cosine", "error", "start (s)", "peak (GB)",
 ]  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="SIZE:MIX:SEQUENCES")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--without", nargs="+", default=[], choices=["openvino"], metavar="PEER")
+    parser.add_argument("--without", nargs="+", default=[], choices=_ON_CPU_ONLY, metavar="PEER")
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
     parsed = parser.parse_args(argv)
     settings = load_settings(parsed.config)
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": f"{device_name(device)}, {os.cpu_count()} cores",
         "weights": "untrained",
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "fair-esm", "transformers", "openvino")},
+        | {name: version(name) for name in ("torch", "fair-esm", "transformers", "openvino")}
+        | {"esm-cpp": esm_cpp.installed_version()},
         "repeats": parsed.repeats,
         "tokens_per_pack": choose_pack(settings.compute, device)[0],
         "cases": [measure_case(case, parsed, device) for case in parsed.cases],
@@ -104,12 +107,19 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
         settings = load_settings(parsed.config, {"model.esm_model": str(path)})
         detection = detect(settings.model)
         roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
-        specs = _specs(path, device, half, choose_pack(settings.compute, device)[0])
-        specs = [spec for spec in specs if spec.name not in parsed.without]
+        without = parsed.without if device.type == "cpu" else _ON_CPU_ONLY
+        specs = _specs(path, device, half, choose_pack(settings.compute, device)[0], without)
+        if "esm-cpp" not in without:
+            like = (shape.num_layers, shape.hidden_dim, shape.attention_heads)
+            make_folder(_folder_beside(path), *like)
         contenders = {f"{spec.name} {spec.dtype}": Contender(spec) for spec in specs}
         note(f"{case}: {tokens} tokens, {len(contenders)} contenders")
         figures = in_turn(contenders, workload, parsed.repeats)
         peaks = {name: contender.peak_bytes() for name, contender in contenders.items()}
+        vectors = {
+            name: contender.vectors(workload) if _gives_logits(name) else figures[name].vectors
+            for name, contender in contenders.items()
+        }
         for contender in contenders.values():
             contender.close()
         roofs = {dtype: max(roofs[dtype], roof(dtype, device)) for dtype in roofs}
@@ -118,27 +128,25 @@ def measure_case(case: str, parsed: argparse.Namespace, device: torch.device) ->
     rows = []
     for name, contender in contenders.items():
         kind = name.split()[1]
-        cosine, error = agreement(figures[name].vectors, truth.vectors)
+        cosine, error = agreement(vectors[name], vectors["fair-esm float32"])
         seconds = figures[name].seconds
         rows.append(
             {
                 "contender": name,
                 "seconds": [round(one, 3) for one in seconds],
                 "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-                "share_of_roof": round(
-                    flops / statistics.median(seconds) / roofs[getattr(torch, kind)], 3
-                ),
+                "share_of_roof": _share(flops / statistics.median(seconds), kind, roofs),
                 "times_fair_esm": _ratio(truth.seconds, seconds),
                 **{
-                    f"times_{peer}": _ratio(figures[f"{peer} {kind}"].seconds, seconds)
+                    f"times_{peer}": _ratio(figures[rival(peer, kind)].seconds, seconds)
                     for peer in PEERS
-                    if f"{peer} {kind}" in figures
+                    if rival(peer, kind) in figures
                 },
                 "cosine": round(cosine, 7),
                 "error": float(f"{error:.1e}"),
                 "start_seconds": round(contender.start_seconds, 2),
                 "peak_gb": round(peaks[name] / 1e9, 2),
-                "agrees": cosine >= _AGREES[kind],
+                "agrees": cosine >= AGREES[kind],
             }
         )
     return {
@@ -160,7 +168,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
         own = one["agrees"] and agree["fair-esm float32"]
         times = [
             one.get(f"times_{peer}")
-            if one["agrees"] and agree.get(f"{peer} {kind}", True)
+            if one["agrees"] and agree.get(rival(peer, kind), True)
             else "disagrees"
             for peer in PEERS
         ]
@@ -177,12 +185,39 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
     return [[*row, *[None] * (len(_COLUMNS) - len(row))] for row in rows]
 
 
-def _specs(path: Path, device: torch.device, half: torch.dtype, tokens: int) -> list[Spec]:
+def rival(peer: str, kind: str) -> str:
+    """Return the contender of a peer that one in the type `kind` is compared with."""
+    return f"{peer} {kind if kind == 'float32' else PEERS[peer] or kind}"
+
+
+def _specs(
+    path: Path, device: torch.device, half: torch.dtype, tokens: int, without: Sequence[str]
+) -> list[Spec]:
     kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
-    named = [("fair-esm", kinds[0])]
-    peers = PEERS if device.type == "cpu" else PEERS[:1]
-    named += [(name, kind) for kind in kinds for name in (*peers, "esm-ledger")]
-    return [Spec(name, path, str(device), kind, tokens) for name, kind in named]
+    named = ["fair-esm float32"]
+    for kind in kinds:
+        named += [rival(peer, kind) for peer in PEERS if peer not in without]
+        named.append(f"esm-ledger {kind}")
+    specs = []
+    for name, kind in map(str.split, named):
+        weights = path if name != "esm-cpp" else _folder_beside(path) / "model.safetensors"
+        specs.append(Spec(name, weights, str(device), kind, tokens))
+    return specs
+
+
+def _folder_beside(path: Path) -> Path:
+    """Return where the weights of a case lie in Hugging Face's format."""
+    return path.with_suffix("")
+
+
+def _gives_logits(contender: str) -> bool:
+    return contender.startswith("esm-cpp ")
+
+
+def _share(rate: float, kind: str, roofs: Mapping[torch.dtype, float]) -> float | None:
+    """Return the share of the roof in the type `kind`, if that roof was measured."""
+    top = roofs.get(getattr(torch, kind))
+    return round(rate / top, 3) if top else None
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

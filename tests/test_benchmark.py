@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
+from lib.errors import MachineError
 from lib.jobs.embedding import Job, work
 from lib.ledger.history import query
 from lib.models.detection import Detection, detect
 from lib.network.esm2 import Network
 from lib.settings import load_settings
-from scripts.benchmark import table_rows
+from scripts.benchmark import rival, table_rows
 from tests.conftest import Place
 
 CPU = torch.device("cpu")
@@ -86,6 +88,77 @@ def test_a_contender_in_a_process_of_its_own_gives_the_same_vectors(small_model:
     assert agreement(found, here)[1] < 1e-6
 
 
+# What the package esm_cpp offers, with letters for tokens: it needs another numpy than ours.
+ESM_CPP = """
+import numpy as np
+
+class Tokenizer:
+    def encode(self, text, truncate):
+        assert not truncate
+        return [0, *map(ord, text), 2]
+
+class Model:
+    int8 = 0
+
+    @classmethod
+    def load_from_safetensors(cls, path):
+        assert path.endswith("/model.safetensors")
+        return cls()
+
+    def quantize_weights(self):
+        self.int8 = 1
+
+    def forward_scheduled(self, tokens):
+        assert all(one.dtype == np.int32 for one in tokens)
+        return [np.tile(one[:, None], 33).astype(np.float32) for one in tokens]
+
+    def forward_with_hidden_states(self, tokens):
+        last = np.tile(tokens[:, None] + self.int8, 3).astype(np.float32)
+        return None, [np.zeros_like(last), last]
+"""
+
+
+@pytest.mark.parametrize(("dtype", "added"), [("float32", 0), ("int8", 1)])
+def test_esm_cpp_answers_from_a_python_of_its_own_with_logits_and_with_vectors(
+    tmp_path: Path, dtype: str, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "esm_cpp.py").write_text(ESM_CPP)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("benchmarks.esm_cpp.PYTHON", python)
+    contender = Contender(Spec("esm-cpp", tmp_path / "model.safetensors", "cpu", dtype, 0))
+    try:
+        assert contender([b"AC", b"CCE"]).tolist() == [[66.0] * 33, [np.float32(203 / 3)] * 33]
+        found = contender.vectors([b"AC", b"CCE"])
+        assert found[:, 2].tolist() == [66 + added, np.float32(203 / 3 + added)]
+        assert found.shape == (2, 3)
+        assert 1e6 < contender.peak_bytes() < 1e9
+    finally:
+        contender.close()
+
+
+def test_a_contender_without_its_python_or_with_one_that_ends_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec("esm-cpp", tmp_path / "model.safetensors", "cpu", "int8", 0)
+    python = tmp_path / "python"
+    monkeypatch.setattr("benchmarks.esm_cpp.PYTHON", python)
+    with pytest.raises(MachineError, match=f"^{python}: no such file$"):
+        Contender(spec)
+    monkeypatch.setattr("benchmarks.esm_cpp.PYTHON", Path("/bin/false"))
+    with pytest.raises(MachineError, match=r"^esm-cpp int8: its process ended early$"):
+        Contender(spec)
+
+
+def test_a_peer_is_compared_in_the_type_that_it_has() -> None:
+    assert [rival("esm-cpp", kind) for kind in ("float32", "bfloat16")] == [
+        "esm-cpp float32",
+        "esm-cpp int8",
+    ]
+    assert rival("openvino", "bfloat16") == "openvino bfloat16"
+
+
 def test_agreement_sees_one_swapped_row() -> None:
     truth = np.eye(3, dtype=np.float32) + 0.1
     assert agreement(truth, truth)[0] == pytest.approx(1)
@@ -131,7 +204,7 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
         return {
             "contender": name, "seconds": [1.0, 1.1], "tokens_per_second": 5.0,
             "share_of_roof": 0.5, "times_fair_esm": 2.0, "times_transformers": 3.0,
-            "times_openvino": 4.0,
+            "times_openvino": 4.0, "times_esm-cpp": 5.0,
             "cosine": 1.0, "error": 0.0, "agrees": agrees, "start_seconds": 1.0, "peak_gb": 2.0,
         }  # fmt: skip
 
@@ -141,12 +214,15 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
             side("fair-esm float32", True),
             side("transformers float32", False),
             side("openvino float32", True),
+            side("esm-cpp int8", False),
             side("esm-ledger float32", True),
+            side("esm-ledger bfloat16", True),
         ],
         "end_to_end_share_of_forward": [0.97],
     }
-    fair, peer, other, ledger, share = table_rows(case)
-    assert fair[5:8] == [2.0, "disagrees", 4.0]
-    assert peer[5:8] == ["disagrees"] * 3
-    assert other[5:8] == ledger[5:8] == [2.0, "disagrees", 4.0]
+    fair, peer, other, small, ledger, half, share = table_rows(case)
+    assert fair[5:9] == [2.0, "disagrees", 4.0, 5.0]
+    assert peer[5:9] == small[5:9] == ["disagrees"] * 4
+    assert other[5:9] == ledger[5:9] == [2.0, "disagrees", 4.0, 5.0]
+    assert half[5:9] == [2.0, 3.0, 4.0, "disagrees"]
     assert share[4] == 0.97

@@ -113,9 +113,10 @@ def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
 def describe_start(model: KnownModel) -> str:
     """Return one line with the device, precision and pack size, and why each was chosen."""
     facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
+    compiled = ", compiled" if model.settings.compute.compile else ""
     return (
         f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
-        f"precision {model.settings.compute.precision} ({precision_reason}); "
+        f"precision {model.settings.compute.precision} ({precision_reason}){compiled}; "
         f"{facts.tokens_per_pack} tokens per pack ({pack_reason})"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _thread import start_new_thread
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,6 +21,7 @@ from lib.network.device import (
     device_name,
     use_threads,
 )
+from lib.network.elementwise import compiled
 from lib.network.esm2 import Network, load_network
 from lib.network.memory import ran_out
 from lib.sequences.alphabet import tokenise
@@ -41,6 +42,8 @@ __all__ = [
 Result = TypeVar("Result")
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
+# What torch compiles fits the size that it saw first best, and a pack is no short sequence.
+_AS_A_PACK = 40 * _SHORT_SEQUENCE
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def load_model(settings: Settings, detection: Detection, sha256: str | None = No
     WeightsError if contacts are to be kept and the contact regression is not on disk.
     """
     place = _choose(settings, detection)
-    config, network = _read(detection, place.device, place.dtype, sha256)
+    config, network = _read(detection, place, sha256)
     return LoadedModel(config, place.facts, place.settings, place.reasons, network)
 
 
@@ -96,7 +99,7 @@ def know_model(settings: Settings, detection: Detection, sha256: str | None) -> 
         config = begin_config(detection, sha256)()
 
     def load() -> Network:
-        return _read(detection, place.device, place.dtype, config.sha256)[1]
+        return _read(detection, place, config.sha256)[1]
 
     return LoadableModel(config, place.facts, place.settings, place.reasons, place.device, load)
 
@@ -122,14 +125,20 @@ def begin_config(detection: Detection, sha256: str | None) -> Callable[[], ESM2C
 
 def try_model(model: LoadedModel) -> None:
     """Run one short sequence through every layer; raises WeightsError if it is not finite."""
-    tokens = torch.from_numpy(tokenise([_SHORT_SEQUENCE]))
     layers = range(model.config.num_layers + 1)
+    for layer, finite in _finite_layers(model.network, _SHORT_SEQUENCE, layers):
+        if not finite:
+            raise WeightsError(f"{model.facts.weights_path}: layer {layer} gives non-finite values")
+
+
+def _finite_layers(
+    network: Network, sequence: bytes, layers: Sequence[int]
+) -> Iterator[tuple[int, bool]]:
+    """Run a sequence through the network; yield each of `layers` and whether it is finite."""
+    tokens = torch.from_numpy(tokenise([sequence]))
     with torch.inference_mode():
-        for layer, hidden in model.network.forward(tokens, [len(_SHORT_SEQUENCE)], layers):
-            if not torch.isfinite(hidden).all():
-                raise WeightsError(
-                    f"{model.facts.weights_path}: layer {layer} gives non-finite values"
-                )
+        for layer, hidden in network.forward(tokens, [len(sequence)], layers):
+            yield layer, bool(torch.isfinite(hidden).all())
 
 
 @dataclass(frozen=True)
@@ -169,14 +178,16 @@ def _choose(settings: Settings, detection: Detection) -> _Place:
     return _Place(device, facts, replace(settings, compute=chosen), reasons)
 
 
-def _read(
-    detection: Detection, device: torch.device, dtype: torch.dtype, sha256: str | None
-) -> tuple[ESM2Config, Network]:
-    """Read detected weights into memory; raises WeightsError if they change meanwhile."""
+def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2Config, Network]:
+    """Read detected weights into memory, and compile the network if the settings say so.
+
+    Raises WeightsError if the weights change meanwhile, MachineError if torch cannot compile.
+    """
+    device = place.device
     weights = detection.require_weights()
     try:
         config_known = begin_config(detection, sha256)
-        network = load_network(detection, device, dtype)
+        network = load_network(detection, device, place.dtype)
         config = config_known()
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
@@ -187,7 +198,19 @@ def _read(
         ) from None
     except OSError as error:
         raise MachineError(f"{weights.path}: {error.strerror or error}") from None
+    if place.settings.compute.compile:
+        _compile(network)
     return config, network
+
+
+def _compile(network: Network) -> None:
+    """Let torch compile what a network computes between its products, by one sequence."""
+    network.elementwise = compiled()
+    try:
+        list(_finite_layers(network, _AS_A_PACK, [network.shape.num_layers]))
+    except (RuntimeError, OSError) as error:  # no compiler, no Triton, or no place for its cache
+        why = " ".join(str(error).split())[:300]
+        raise MachineError(f"compute.compile: {type(error).__name__}: {why}") from None
 
 
 def beside(work: Callable[[], Result]) -> Future[Result]:

@@ -159,8 +159,8 @@ def check_settings(run: Run, settings: Settings) -> None:
 
     Raises IdentityRefusedError at the first difference, and for a plan of another version.
     """
-    expected = run_identity(run)
-    wanted = settings_identity(settings)
+    expected = run_identity(run) | {"compile": _is_compiled(run)}
+    wanted = settings_identity(settings) | {"compile": settings.compute.compile}
     difference = first_difference({key: expected[key] for key in wanted}, wanted)
     if difference:
         key, was, now = difference
@@ -171,6 +171,12 @@ def check_settings(run: Run, settings: Settings) -> None:
         raise IdentityRefusedError(
             f"run {run.id}: plan is {run.plan!r}, this program's is {PLAN!r}"
         )
+
+
+def _is_compiled(run: Run) -> bool:
+    """Return what a run's settings say; those of runs before there was the option say nothing."""
+    compute = run.settings.get("compute") if isinstance(run.settings, dict) else None
+    return isinstance(compute, dict) and compute.get("compile") is True
 
 
 def first_difference(

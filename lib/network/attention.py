@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
+from lib.network.elementwise import Elementwise
 from lib.network.groups import Group
 
 __all__ = ["attend", "sequence_bounds", "turned"]
@@ -21,25 +22,36 @@ _BLOCKED_TOKENS = 2048
 
 
 def attend(
-    qkv: torch.Tensor, rotary: torch.Tensor, groups: Sequence[Group], bounds: torch.Tensor
+    qkv: torch.Tensor,
+    rotary: torch.Tensor,
+    groups: Sequence[Group],
+    bounds: torch.Tensor,
+    elementwise: Elementwise | None = None,
 ) -> torch.Tensor:
     """Return the attended values, (T, heads, head_dim), in the dtype of `qkv`.
 
     qkv: (T, 3, heads, head_dim), which this may overwrite; in queries and keys, the two numbers
     that turn together are neighbours. rotary: (T, 2, 1, head_dim / 2) complex64, the turn of each
     token's query, which includes the scale of the scores, and of its key. bounds:
-    `sequence_bounds` of the groups, on the device.
+    `sequence_bounds` of the groups, on the device. elementwise: turns a copy of the whole pack,
+    instead of what is the fastest uncompiled.
     """
     v = qkv[:, 2]
-    if v.device.type == "cuda" and v.dtype is not torch.float32:
+    is_varlen = v.device.type == "cuda" and v.dtype is not torch.float32
+    whole = None
+    if elementwise is not None:
+        whole = elementwise.turned(qkv[:, :2], torch.view_as_real(rotary))
+    elif is_varlen:
         # float16 needs no copy: torch has complex numbers of float16, but not of bfloat16.
-        qk = qkv[:, :2] if v.dtype is torch.float16 else qkv[:, :2].float()
-        return _varlen(turned(qk, rotary), v, groups, bounds)
+        whole = turned(qkv[:, :2] if v.dtype is torch.float16 else qkv[:, :2].float(), rotary)
+    if is_varlen:
+        assert whole is not None
+        return _varlen(whole, v, groups, bounds)
     mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for group in groups:
         part = slice(group.start, group.stop)
         # Turned by group and not by pack, so that the products find it in the cache.
-        qk = turned(qkv[part, :2].float(), rotary[part])
+        qk = turned(qkv[part, :2].float(), rotary[part]) if whole is None else whole[part]
         blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
         attend_group = _blocked if blocked else _flash
         attend_group(qk, v[part], mixed[part], group)

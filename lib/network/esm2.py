@@ -5,7 +5,8 @@ scaled as in training with token dropout, pre-norm layers with rotary positions 
 and a final layer norm on the last layer only.
 
 In half precision only matrix products are: the residual stream, layer norms, rotary positions
-and softmax work in float32.
+and softmax work in float32. What stands between the products is in lib/network/elementwise.py;
+uncompiled, some of it is done by the products (lib/network/linear.py) and by attention.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lib.models.detection import Detection
 from lib.models.regression import Regression
 from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
+from lib.network.elementwise import PLAIN, Elementwise
 from lib.network.groups import Group, group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu
 from schema.esm2_config import ModelShape
@@ -31,7 +33,6 @@ __all__ = ["Network", "load_network"]
 
 # With token dropout 15 % of the tokens were chosen in training and 80 % of those masked.
 _UNMASKED = 1 - 0.15 * 0.8
-_NORM_EPS = 1e-5
 # A mapping has at least so many tensors, as each follows the file's pickle anew, and so many bytes.
 _TENSORS_PER_MAPPING = 32
 _BYTES_PER_MAPPING = 1 << 24
@@ -62,8 +63,11 @@ _FIELDS = {
 class Network:
     """An ESM-2 trunk whose weights are in memory; made by `load_network`.
 
-    `dtype` is the type of matrix products, `regression` what contacts are predicted with.
+    `dtype` is the type of matrix products, `regression` what contacts are predicted with,
+    `elementwise` what computes between the products, None if it is not compiled.
     """
+
+    elementwise: Elementwise | None = None
 
     def __init__(
         self,
@@ -107,12 +111,18 @@ class Network:
             yield 0, x
         rotary, bounds = self._rotary(groups), self._sent(sequence_bounds(groups))
         last = max(wanted) if maps is None else self.shape.num_layers
+        ready = None  # the next layer norm, where it came with the addition before it
         for number, layer in enumerate(self._layers[:last], start=1):
-            x = linear_add(self._attention(layer, x, groups, rotary, bounds, maps), layer.out, x)
-            inner = linear_gelu(self._norm(x, layer.ffn_norm), layer.fc1)
-            x = linear_add(inner, layer.fc2, x)
-            if number == self.shape.num_layers:
-                x = _norm(x, self._final_norm)
+            attended = self._attention(layer, x, ready, groups, rotary, bounds, maps)
+            x, ready = self._added(x, attended, layer.out, layer.ffn_norm)
+            del attended
+            inner = self._gelu(self._normed(x, ready, layer.ffn_norm), layer.fc1)
+            if number < self.shape.num_layers:
+                after = self._layers[number].attention_norm if number < last else None
+                x, ready = self._added(x, inner, layer.fc2, after)
+            else:
+                x, ready = self._added(x, inner, layer.fc2, self._final_norm, torch.float32)
+                x = self._normed(x, ready, self._final_norm, torch.float32)
             if number in wanted:
                 yield number, x
 
@@ -138,6 +148,7 @@ class Network:
         self,
         layer: _Layer,
         x: torch.Tensor,
+        ready: torch.Tensor | None,
         groups: Sequence[Group],
         rotary: torch.Tensor,
         bounds: torch.Tensor,
@@ -145,14 +156,44 @@ class Network:
     ) -> torch.Tensor:
         tokens, width = x.shape
         heads = self.shape.attention_heads
-        qkv = linear(self._norm(x, layer.attention_norm), layer.qkv)
+        qkv = linear(self._normed(x, ready, layer.attention_norm), layer.qkv)
         qkv = qkv.view(tokens, 3, heads, width // heads)
         if maps is not None:
             maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), rotary))
-        return attend(qkv, rotary, groups, bounds).view(tokens, width)
+        return attend(qkv, rotary, groups, bounds, self.elementwise).view(tokens, width)
 
-    def _norm(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
-        return _norm(x, weight_bias).to(self.dtype)
+    def _normed(
+        self,
+        x: torch.Tensor,
+        ready: torch.Tensor | None,
+        norm: Affine,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Return the layer norm of x, in `dtype` or the network's, unless it is `ready`."""
+        if ready is not None:
+            return ready
+        steps = self.elementwise or PLAIN
+        return steps.normed(x, *norm, dtype or self.dtype)
+
+    def _gelu(self, x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
+        if self.elementwise is None:
+            return linear_gelu(x, weight_bias)
+        return self.elementwise.gelu(linear(x, weight_bias))
+
+    def _added(
+        self,
+        x: torch.Tensor,
+        inner: torch.Tensor,
+        weight_bias: Affine,
+        norm: Affine | None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return x with the product of `inner` added, perhaps in place, and its layer norm if
+        there is one and it comes with it.
+        """
+        if self.elementwise is None or norm is None:
+            return linear_add(inner, weight_bias, x), None
+        return self.elementwise.added(x, linear(inner, weight_bias), *norm, dtype or self.dtype)
 
 
 def load_network(detection: Detection, device: torch.device, dtype: torch.dtype) -> Network:
@@ -244,7 +285,3 @@ def _inverse_frequencies(stored: Sequence[torch.Tensor], head_dim: int, path: Pa
     if any(one.shape != (head_dim // 2,) or not torch.equal(one, stored[0]) for one in stored):
         raise WeightsError(f"{path}: rot_emb.inv_freq is not the same in every layer")
     return stored[0]
-
-
-def _norm(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
-    return F.layer_norm(x, (x.shape[-1],), *weight_bias, eps=_NORM_EPS)
