@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.arrow import arrow_array
 from lib.columns import Vectors
 from lib.files import disk_errors
 from lib.parts import bounded_parts
@@ -232,9 +233,10 @@ def _rows(
         if isinstance(column, list):
             offsets = np.zeros(len(index) + 1, dtype=np.int32)
             np.cumsum([column[i].size for i in index], out=offsets[1:])
-            values = pa.array(np.concatenate([column[i].ravel() for i in index]), kind.value_type)
-            arrays[name] = pa.ListArray.from_arrays(offsets, values, type=kind)
+            flat = np.concatenate([column[i].ravel() for i in index])
+            starts, values = arrow_array(offsets, pa.int32()), arrow_array(flat, kind.value_type)
+            arrays[name] = pa.ListArray.from_arrays(starts, values, type=kind)
         else:
-            values = pa.array(column[index].ravel(), pa.float32())
+            values = arrow_array(column[index].ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=kind)
     return pa.RecordBatch.from_arrays([arrays[name] for name in columns.names], schema=columns)

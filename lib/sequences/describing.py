@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from lib.arrow import arrow_array
 from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import DESCRIBING
 
@@ -31,7 +32,7 @@ def describe_owners(sequences: Sequence[FastaSequence]) -> pa.RecordBatch:
         [owner.md5 for owner in owners],
     )
     arrays = [
-        pa.array(column, kind) for column, kind in zip(columns, DESCRIBING.types, strict=True)
+        arrow_array(column, kind) for column, kind in zip(columns, DESCRIBING.types, strict=True)
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=DESCRIBING)
 
