@@ -132,10 +132,15 @@ class OpenedFile:
         Raises IdentityRefusedError if the file has changed meanwhile.
         """
         there = self._parquet.metadata.row_group(group)
-        rows = max(1, min(most_rows, there.num_rows * _BATCH_BYTES // there.total_byte_size))
-        # Without threads: each would keep what it has freed.
-        batches = self._parquet.iter_batches(rows, [group], [*columns], use_threads=False)
-        for batch in batches:
+        chunks = [there.column(number) for number in range(there.num_columns)]
+        size = sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if chunk.path_in_schema.split(".")[0] in columns
+        )
+        rows = max(1, min(most_rows, there.num_rows * _BATCH_BYTES // max(1, size)))
+        # Without threads, of which each would keep what it has freed.
+        for batch in self._parquet.iter_batches(rows, [group], [*columns], use_threads=False):
             self._verified.refuse_if_changed(self._file)
             yield pa.Table.from_batches([batch])
 

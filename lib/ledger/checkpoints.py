@@ -152,10 +152,16 @@ class CheckpointWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        if self._rows:
-            with disk_errors(self._temporary):
-                self._writer.write_table(pa.Table.from_batches(self._rows, self._columns))
+        if not self._rows:
+            return
+        # Arrow's allocator keeps what was freed, once more than is held: of the rows before they
+        # are written, and of all that has been written.
+        pool = pa.default_memory_pool()
+        pool.release_unused()
+        with disk_errors(self._temporary):
+            self._writer.write_table(pa.Table.from_batches(self._rows, self._columns))
         self._rows, self._held = [], 0
+        pool.release_unused()
 
 
 def temporary_name(attempt_id: int, first_position: int, token: str = "") -> str:
