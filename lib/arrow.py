@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["arrow_array", "numbers"]
+__all__ = ["Values", "arrow_array", "numbers"]
+
+Values = Sequence[Any] | npt.NDArray[Any]
 
 _MOST_BYTES = np.iinfo(np.int32).max
 
 
-def arrow_array(values: Sequence[Any] | npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+def arrow_array(values: Values, kind: pa.DataType) -> pa.Array:
     """Return values as an Arrow array, without a copy if they are an array of numpy's of that kind.
 
     values: (N,) numbers, texts or bytes; None among bytes of any length is a null. Raises
@@ -46,7 +48,7 @@ def numbers(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, kind), *parts])
 
 
-def _bytes(values: Sequence[bytes | None]) -> pa.Array:
+def _bytes(values: Values) -> pa.Array:
     ends = np.cumsum([0, *(len(one or b"") for one in values)])
     if ends[-1] > _MOST_BYTES:
         raise pa.ArrowInvalid(f"{ends[-1]} bytes in one array, {_MOST_BYTES} at most")
@@ -59,7 +61,7 @@ def _bytes(values: Sequence[bytes | None]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
-def _fixed_bytes(values: Sequence[bytes], kind: pa.FixedSizeBinaryType) -> pa.Array:
+def _fixed_bytes(values: Values, kind: pa.FixedSizeBinaryType) -> pa.Array:
     if {*map(len, values)} - {kind.byte_width}:
         raise pa.ArrowInvalid(f"not {kind.byte_width} bytes each")
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(b"".join(values))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ numbers(arrow_array(np.arange(3), pa.int64()))
 arrow_array(["a"], pa.string())
 print("pandas" in sys.modules)
 """
-VALUES = {
+VALUES: dict[pa.DataType, list[Any]] = {
     pa.int64(): [3, -1, 2**62],
     pa.int32(): [3, -1, 2**31 - 1],
     pa.float32(): [0.5, -1.25, float("inf")],

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.processes import peak_bytes
-from lib.columns import Vectors
+from lib.columns import Column, Vectors
 from lib.embeddings.verified import ListedFile, verified_file
 from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.stretches import StretchRules, finished_stretches
@@ -45,7 +45,10 @@ def vectors_of(sequences: list[Sequence], columns: list[VectorColumn]) -> Vector
     numbers = [one.owners[0].number for one in sequences]
     means = np.repeat(np.array(numbers, np.float32)[:, None], WIDTH, 1)
     residues = [np.full((len(one.residues), WIDTH), one.owners[0].number) for one in sequences]
-    kept = {MEAN: means, PER_TOK: [one.astype(np.float32) for one in residues]}
+    kept: dict[VectorColumn, Column] = {
+        MEAN: means,
+        PER_TOK: [one.astype(np.float32) for one in residues],
+    }
     return Vectors({column: kept[column] for column in columns})
 
 
