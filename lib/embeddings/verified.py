@@ -28,6 +28,9 @@ from lib.ledger.footer import footer_of, read_footer
 __all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
 
 _BLOCK = 1 << 20
+# Of a column that is read, beside the page that is decoded: Arrow would read all of a row group.
+_READ_AHEAD = 1 << 18
+_BATCH_BYTES = 1 << 21
 Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns
 
 
@@ -95,7 +98,9 @@ class OpenedFile:
 
     def __init__(self, verified: VerifiedFile, file: BufferedReader) -> None:
         self._verified, self._file = verified, file
-        self._parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        self._parquet = pq.ParquetFile(
+            file, page_checksum_verification=True, buffer_size=_READ_AHEAD, pre_buffer=False
+        )
 
     @property
     def row_groups(self) -> range:
@@ -120,6 +125,24 @@ class OpenedFile:
         table = self._parquet.read_row_group(group, columns=[*columns])
         self._verified.refuse_if_changed(self._file)
         return table
+
+    def batches(self, group: int, columns: Sequence[str], most_rows: int) -> Iterator[pa.Table]:
+        """Yield columns of a row group, at most so many rows or about 2 MB at once.
+
+        Raises IdentityRefusedError if the file has changed meanwhile.
+        """
+        there = self._parquet.metadata.row_group(group)
+        chunks = [there.column(number) for number in range(there.num_columns)]
+        size = sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if chunk.path_in_schema.split(".")[0] in columns
+        )
+        rows = max(1, min(most_rows, there.num_rows * _BATCH_BYTES // max(1, size)))
+        # Without threads, of which each would keep what it has freed.
+        for batch in self._parquet.iter_batches(rows, [group], [*columns], use_threads=False):
+            self._verified.refuse_if_changed(self._file)
+            yield pa.Table.from_batches([batch])
 
 
 def verified_file(listed: ListedFile, *, digest: bool) -> VerifiedFile:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib.arrow import arrow_array, numbers
 from lib.embeddings.verified import OpenedFile, VerifiedFile
 from lib.errors import IdentityRefusedError, MachineError
 from lib.jobs.reuse import LostSourceError
@@ -32,7 +33,7 @@ from schema.settings import InputSettings
 
 __all__ = ["Copying", "copied_stretches"]
 
-# Arrow copies rows that are taken, twice: of a whole row group that was 80 MB more.
+# Of narrow vectors: what is done for each part would take longer than copying it.
 _ROWS_AT_ONCE = 4096
 
 
@@ -173,20 +174,39 @@ class _Reader:
         describing = {*owners.column_names} - {"embedded_length", EMBEDDED_SHA256}
         names = [name for name in columns.names if name not in describing]
         rows = self._copying.plan.rows[part.start : part.stop]
-        places = owners.column("position").to_numpy()
-        stops = np.cumsum(file.row_counts)
-        ends = np.searchsorted(rows, stops).tolist()
-        for group, first, end in zip(file.row_groups, [0, *ends], ends, strict=False):
-            if end == first:
-                continue
-            table = file.read(group, names).select(names)
-            group_starts = int(stops[group]) - table.num_rows
-            here = range(part.start + first, part.start + end)
-            for positions in _cut(here, min(_ROWS_AT_ONCE, self._copying.rules.records)):
-                chosen = rows[positions.start - part.start : positions.stop - part.start]
-                vectors = _fitting(table.take(pa.array(chosen - group_starts)), columns, source)
-                start, stop = np.searchsorted(places, [positions.start, positions.stop]).tolist()
-                yield _checked(_Rows(source, positions, owners.slice(start, stop - start), vectors))
+        places = numbers(owners.column("position"))
+        most = min(_ROWS_AT_ONCE, self._copying.rules.records)
+        for chosen, taken in _taken(file, names, rows, most):
+            positions = part[chosen.start : chosen.stop]
+            start, stop = np.searchsorted(places, [positions.start, positions.stop]).tolist()
+            vectors = _fitting(taken, columns, source)
+            yield _checked(_Rows(source, positions, owners.slice(start, stop - start), vectors))
+
+
+def _taken(
+    file: OpenedFile, names: Sequence[str], rows: npt.NDArray[np.int32], most: int
+) -> Iterator[tuple[slice, pa.Table]]:
+    """Yield columns of chosen rows of a file, in parts of at most so many: which, and they.
+
+    rows: (N,) ascending.
+    """
+    stops = np.cumsum(file.row_counts)
+    ends = np.searchsorted(rows, stops).tolist()
+    starts = [0, *stops.tolist()]
+    for group, first, end in zip(file.row_groups, [0, *ends], ends, strict=False):
+        if end == first:
+            continue
+        start = starts[group]
+        for batch in file.batches(group, names, most):
+            stop = int(np.searchsorted(rows, start + batch.num_rows))
+            if stop > first:
+                yield (
+                    slice(first, stop),
+                    batch.select(names).take(arrow_array(rows[first:stop] - start, pa.int32())),
+                )
+            first, start = stop, start + batch.num_rows
+            if first == end:
+                break
 
 
 def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:
@@ -196,7 +216,7 @@ def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:
         if rows.schema.field(number).type == kind:
             continue
         rounded = rows.column(name).cast(kind)
-        if not np.isfinite(pc.list_flatten(rounded).to_numpy()).all():
+        if not np.isfinite(numbers(pc.list_flatten(rounded))).all():
             raise LostSourceError(f"run {source.run_id}: {source.file}: {name} exceeds {kind}")
         rows = rows.set_column(number, columns.field(name), rounded)
     return rows
@@ -204,7 +224,7 @@ def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:
 
 def _checked(rows: _Rows) -> _Rows:
     """Return rows; raises LostSourceError unless each is of the residues of its owners."""
-    index = pa.array(_index(rows))
+    index = arrow_array(_index(rows), pa.int64())
     found = rows.vectors.column(EMBEDDED_SHA256).take(index).combine_chunks()
     if not found.equals(rows.owners.column(EMBEDDED_SHA256).combine_chunks()):
         place = f"run {rows.source.run_id}: {rows.source.file}"
@@ -214,7 +234,7 @@ def _checked(rows: _Rows) -> _Rows:
 
 def _index(rows: _Rows) -> npt.NDArray[np.int64]:
     """Return (owners,) the row of `vectors` that each owner gets."""
-    positions: npt.NDArray[np.int64] = rows.owners.column("position").to_numpy()
+    positions: npt.NDArray[np.int64] = numbers(rows.owners.column("position"))
     return positions - rows.positions.start
 
 
@@ -227,11 +247,11 @@ def _batches(rows: _Rows, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
         if pa.types.is_fixed_size_list(kind):
             sizes += kind.list_size * kind.value_type.bit_width // 8
         elif pa.types.is_list(kind):
-            lengths = pc.list_value_length(rows.vectors.column(name)).to_numpy()
+            lengths = numbers(pc.list_value_length(rows.vectors.column(name)))
             sizes += lengths * (kind.value_type.bit_width // 8)
     for part in row_group_slices(sizes[index]):
         owners = rows.owners.slice(part.start, part.stop - part.start)
-        vectors = rows.vectors.take(pa.array(index[part]))
+        vectors = rows.vectors.take(arrow_array(index[part], pa.int64()))
         arrays = [
             (owners if name in owners.column_names else vectors).column(name).combine_chunks()
             for name in columns.names

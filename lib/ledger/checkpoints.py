@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.arrow import arrow_array
 from lib.columns import Vectors
 from lib.files import disk_errors
 from lib.parts import bounded_parts
@@ -151,10 +152,16 @@ class CheckpointWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        if self._rows:
-            with disk_errors(self._temporary):
-                self._writer.write_table(pa.Table.from_batches(self._rows, self._columns))
+        if not self._rows:
+            return
+        # Arrow's allocator keeps what was freed, once more than is held: of the rows before they
+        # are written, and of all that has been written.
+        pool = pa.default_memory_pool()
+        pool.release_unused()
+        with disk_errors(self._temporary):
+            self._writer.write_table(pa.Table.from_batches(self._rows, self._columns))
         self._rows, self._held = [], 0
+        pool.release_unused()
 
 
 def temporary_name(attempt_id: int, first_position: int, token: str = "") -> str:
@@ -232,9 +239,10 @@ def _rows(
         if isinstance(column, list):
             offsets = np.zeros(len(index) + 1, dtype=np.int32)
             np.cumsum([column[i].size for i in index], out=offsets[1:])
-            values = pa.array(np.concatenate([column[i].ravel() for i in index]), kind.value_type)
-            arrays[name] = pa.ListArray.from_arrays(offsets, values, type=kind)
+            flat = np.concatenate([column[i].ravel() for i in index])
+            starts, values = arrow_array(offsets, pa.int32()), arrow_array(flat, kind.value_type)
+            arrays[name] = pa.ListArray.from_arrays(starts, values, type=kind)
         else:
-            values = pa.array(column[index].ravel(), pa.float32())
+            values = arrow_array(column[index].ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=kind)
     return pa.RecordBatch.from_arrays([arrays[name] for name in columns.names], schema=columns)

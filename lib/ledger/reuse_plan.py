@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.arrow import arrow_array, numbers
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, sync_folder
 from lib.ledger.footer import footer_of
@@ -100,7 +101,10 @@ def write_plan(plan: ReusePlan, path: Path) -> str:
 
     Raises MachineError if the disk fails; then there is no file.
     """
-    columns = [pa.array(plan.reused.records), pa.array(plan.rows)]
+    columns = [
+        arrow_array(plan.reused.records, pa.int64()),
+        arrow_array(plan.rows, pa.int32()),
+    ]
     sources = [
         {
             "run": source.run_id,
@@ -152,8 +156,8 @@ def read_plan(run: Run, inventory: Inventory) -> ReusePlan | None:
     with _opened(run) as file:
         table = pq.read_table(file, page_checksum_verification=True)
         sources = _sources(footer_of(table.schema.metadata)["sources"])
-        reused = Reused(table.column("record").to_numpy(), inventory.records)
-        rows = table.column("row").to_numpy()
+        reused = Reused(numbers(table.column("record")), inventory.records)
+        rows = numbers(table.column("row"))
         if not _belongs(reused, sources, inventory):
             raise ValueError("not of this input")
     return ReusePlan(sources, reused, rows)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from lib.arrow import Values, arrow_array
 from lib.sequences.windows import Sequence as FastaSequence
 from schema.parquet import DESCRIBING
 
@@ -21,7 +22,7 @@ def describe_owners(sequences: Sequence[FastaSequence]) -> pa.RecordBatch:
     owners = [owner for sequence in sequences for owner in sequence.owners]
     lengths = np.array([len(sequence.residues) for sequence in sequences], np.int32)
     digests = [hashlib.sha256(sequence.residues).digest() for sequence in sequences]
-    columns = (
+    columns: list[Values] = [
         [owner.number for owner in owners],
         [owner.id for owner in owners],
         [owner.description for owner in owners],
@@ -29,9 +30,9 @@ def describe_owners(sequences: Sequence[FastaSequence]) -> pa.RecordBatch:
         lengths[index],
         [digests[i] for i in index.tolist()],
         [owner.md5 for owner in owners],
-    )
+    ]
     arrays = [
-        pa.array(column, kind) for column, kind in zip(columns, DESCRIBING.types, strict=True)
+        arrow_array(column, kind) for column, kind in zip(columns, DESCRIBING.types, strict=True)
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=DESCRIBING)
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from lib.arrow import arrow_array, numbers
 from lib.files import disk_errors
 from lib.sequences.inventory import Inventory
 from lib.sequences.records import Owner, Record, read_same_records
@@ -119,16 +120,16 @@ def _rows(
             row = position, number, name, description, length, len(record.residues), digest, md5
             for append, cell in zip(add, (*row, letters), strict=False):
                 append(cell)
-    arrays = [pa.array(column, kind) for column, kind in zip(cells, columns.types, strict=True)]
+    arrays = [arrow_array(column, kind) for column, kind in zip(cells, columns.types, strict=True)]
     order = np.argsort(np.array(cells[0], np.int64), kind="stable")
-    return pa.RecordBatch.from_arrays(arrays, schema=columns).take(pa.array(order))
+    return pa.RecordBatch.from_arrays(arrays, schema=columns).take(arrow_array(order, pa.int64()))
 
 
 def _scatter(
     rows: pa.RecordBatch, ranges: Sequence[range], file: IO[bytes], parts: Sequence[array[int]]
 ) -> None:
     """Write what each range has of some rows, which are by position."""
-    positions = rows.column("position").to_numpy()
+    positions = numbers(rows.column("position"))
     starts = np.searchsorted(positions, [one.start for one in ranges]).tolist()
     ends = [*starts[1:], len(positions)]
     for start, stop, places in zip(starts, ends, parts, strict=True):
@@ -146,5 +147,5 @@ def _gather(places: array[int], file: IO[bytes], columns: pa.Schema) -> pa.Table
         part = pa.py_buffer(os.pread(file.fileno(), size, offset))
         batches.append(pa.ipc.read_record_batch(part, columns))
     table = pa.Table.from_batches(batches, columns)
-    order = np.argsort(table.column("position").to_numpy(), kind="stable")
-    return table.take(pa.array(order))
+    order = np.argsort(numbers(table.column("position")), kind="stable")
+    return table.take(arrow_array(order, pa.int64()))

@@ -20,6 +20,8 @@ from schema.settings import InputSettings
 
 __all__ = ["Sequence", "Window", "read_windows"]
 
+_RECORDS = 4096  # that are read before they are digested
+
 
 @dataclass
 class Sequence:
@@ -69,9 +71,7 @@ def _sequences(
     """Read the records of a window; return its sequences in the order of the plan."""
     digest = WindowDigest()
     sequences: dict[int, Sequence] = {}
-    read = list(islice(records, summary.stop_record - summary.first_record))
-    digest.add(read)
-    for record in read:
+    for record in _digested(islice(records, summary.stop_record - summary.first_record), digest):
         first = int(inventory.same_as[record.number])
         if skipped is not None and skipped[first]:
             continue
@@ -86,6 +86,13 @@ def _sequences(
         raise _changed(summary, inventory)
     # sorted() is stable: sequences of equal length stay in file order.
     return sorted(sequences.values(), key=lambda sequence: -len(sequence.residues))
+
+
+def _digested(records: Iterator[Record], digest: WindowDigest) -> Iterator[Record]:
+    """Yield records that are digested, some at a time: most of a window may be skipped."""
+    while read := list(islice(records, _RECORDS)):
+        digest.add(read)
+        yield from read
 
 
 def _changed(window: WindowSummary, inventory: Inventory) -> InputError:
