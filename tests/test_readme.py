@@ -19,7 +19,7 @@ from lib.ledger.history import query
 from lib.ledger.questions import questions
 from tests.conftest import ROOT, run_program, users_environment
 from tests.interpreter import clone
-from tests.reference import fasta
+from tests.reference import fasta, write_fasta
 
 # The commands run once, in their order, in one process of tests.
 pytestmark = pytest.mark.xdist_group("readme")
@@ -38,9 +38,15 @@ QUESTIONS = [(one.text, one.sql) for one in questions()]
 def folder(tmp_path_factory: pytest.TempPathFactory, quick_python: Path) -> Path:
     path = tmp_path_factory.mktemp("readme")
     clone(path, quick_python)
-    # The beginnings of the same proteins: what is computed for them is compared elsewhere.
-    brief = [f">{header}\n{sequence[:100]}\n" for header, sequence in fasta(EXAMPLES)]
-    (path / EXAMPLES.relative_to(ROOT)).write_text("".join(brief))
+    # The beginnings of the same proteins, and the whole longest, which is cut by the rules: what
+    # is computed for them is compared elsewhere.
+    proteins = fasta(EXAMPLES)
+    longest = max(len(sequence) for _, sequence in proteins)
+    brief = [
+        (header, sequence if len(sequence) == longest else sequence[:100])
+        for header, sequence in proteins
+    ]
+    write_fasta(path / EXAMPLES.relative_to(ROOT), brief)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from sqlalchemy import Engine
 
@@ -50,10 +50,13 @@ def made_ready(
             yield model, ThisProcess(model.network.device, lambda: model.network)
         return
     with (
+        ExitStack() as after,
         joined(settings.cluster, interruption) as where,
         crew(settings, detection, sha256, where, interruption, say, later) as (found, started),
     ):
-        yield found, Workers(started)
+        workers = Workers(started)
+        after.callback(workers.remove_unneeded)  # when no worker is left
+        yield found, workers
 
 
 def ready_plan(

@@ -14,7 +14,7 @@ import os
 import secrets
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -58,6 +58,7 @@ class Workers:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
+        self._unneeded: set[Path] = set()
 
     @property
     def at_once(self) -> int:
@@ -84,7 +85,11 @@ class Workers:
         finally:
             with suppress(MachineError):  # the database has been reported already
                 self._crew.close_record()
-            dispatch.close()
+            self._unneeded |= dispatch.close()
+
+    def remove_unneeded(self) -> None:
+        """Remove files that nobody waits for, again: a worker may have written while it ended."""
+        _remove(self._unneeded)
 
 
 @dataclass
@@ -164,13 +169,15 @@ class _Dispatch:
         if self._ending is not None:
             raise self._ending
 
-    def close(self) -> None:
-        """End the workers if any of them still computes, and remove files that nobody waits for."""
+    def close(self) -> set[Path]:
+        """End the workers if any of them still computes; remove files that nobody waits for.
+
+        Returns the files, which a worker that was ended may yet write.
+        """
         if self._late or any(one.given for one in self._crew.admitted):
             self._crew.dismiss()
-        for path in self._unnamed:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        _remove(self._unnamed)
+        return self._unnamed
 
     def _is_computing(self) -> bool:
         return any(not one.unneeded for member in self._crew.admitted for one in member.given)
@@ -495,6 +502,12 @@ def _digested(
             f"{answer.sha256} were written"
         )
     return FinishedFile(path, (found.st_dev, found.st_ino), answer.records, answer.bytes, digest)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _cost_of(lengths: Sequence[int], hidden_dim: int) -> float:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.errors import MachineError
+from lib.jobs import dispatch
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.reuse import LostSourceError, SourceFiles
@@ -278,6 +279,34 @@ def test_a_worker_that_hangs_alone_is_replaced(
     assert hanging.begun == ray.actors
     assert ray.actors[0].killed
     assert runs.outcomes() == ["lost", "finished"]
+    runs.check()
+
+
+def test_what_a_worker_writes_while_it_ends_is_removed(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, closed = Hanging(ray, monkeypatch), threading.Event()
+    true_close = dispatch._Dispatch.close
+    written: list[Path] = []
+
+    def close(self: dispatch._Dispatch) -> set[Path]:
+        unneeded = true_close(self)
+        closed.set()
+        return unneeded
+
+    def compute(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        answer, content = hanging.compute(actor, true, order, packs)
+        if hanging.begun and actor is hanging.begun[0] and actor.killed:
+            assert closed.wait(20)
+            written.append(order.rules.folder / answer.name)
+            written[0].write_bytes(b"late")
+        return answer, content
+
+    monkeypatch.setattr(dispatch._Dispatch, "close", close)
+    ray.hooks["compute"] = compute
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert len(written) == 1
     runs.check()
 
 
