@@ -20,7 +20,7 @@ from schema.esm2_config import ModelShape
 from tests.conftest import Place
 
 CPU = torch.device("cpu")
-TINY = Case("tiny", ModelShape(2, 64, 4, True), 20)
+TINY = Case("tiny", ModelShape(1, 32, 2, True), 4)
 FLASH = ["transformers FlashAttention float16", "transformers FlashAttention bfloat16"]
 
 
@@ -65,7 +65,7 @@ def test_every_figure_is_written_and_none_is_measured_twice(
 ) -> None:
     assert measurement.measure(TINY)
     found = json.loads(measurement.path.read_text())["cases"]["tiny"]
-    assert found["records"] == 20
+    assert found["records"] == 4
     figures = found["contenders"]
     assert list(figures) == [*CONTENDERS, *RUNS]
     for name, one in figures.items():
@@ -99,7 +99,7 @@ def test_a_part_ends_in_time_and_says_that_something_is_left(
 ) -> None:
     clock = iter([0, 0, 0, 2])
     monkeypatch.setattr("benchmarks.cuda.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr(cuda, "fair_esm", lambda *_: lambda some: np.ones((len(some), 64)))
+    monkeypatch.setattr(cuda, "fair_esm", lambda *_: lambda some: np.ones((len(some), 32)))
     assert not measurement.measure(TINY)
     found = json.loads(measurement.path.read_text())["cases"]["tiny"]["contenders"]
     assert list(found) == [FAIR_ESM, "transformers float16"]

@@ -30,7 +30,7 @@ from lib.models.fair_esm_file import FairEsmFile
 from lib.models.huggingface import HuggingFaceFolder
 from lib.models.regression import regression_path
 from lib.models.untrained import make_folder, make_model
-from lib.network import esm2
+from lib.network import elementwise
 from lib.settings import load_settings
 from schema.parquet import FOOTER_KEY, VectorColumn
 from schema.tables import Run
@@ -369,7 +369,7 @@ def test_a_mistake_of_the_reader_is_found(
         for reader in (FairEsmFile, HuggingFaceFolder):
             monkeypatch.setattr(reader, "read", swapping(reader.read))
     else:
-        monkeypatch.setattr(esm2, "_NORM_EPS", 1e-2)
+        monkeypatch.setattr(elementwise, "_NORM_EPS", 1e-2)
     embedded = script(
         "embed", "--esm-model", model, "--input", SOME_PROTEINS, *KEPT, *SHORT, *flags
     )
