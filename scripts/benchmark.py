@@ -43,6 +43,7 @@ from lib.catalog import RELEASED
 from lib.console.arguments import arguments
 from lib.console.output import note, print_json, print_line, print_table
 from lib.console.program import run_script
+from lib.errors import SettingsError
 from lib.models.detection import detect
 from lib.models.untrained import make_folder, make_model
 from lib.network.device import choose_device, choose_pack, device_name
@@ -67,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", default=[], choices=_ON_CPU_ONLY, metavar="PEER")
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
     parsed = parser.parse_args(argv)
+    if not parsed.to.is_dir():
+        raise SettingsError(f"--to {parsed.to}: no such folder")
     settings = load_settings(parsed.config)
     device, _ = choose_device(settings.compute)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{device_name(device)}, {os.cpu_count()} cores",
         "weights": "untrained",
@@ -78,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         | {"esm-cpp": esm_cpp.installed_version()},
         "repeats": parsed.repeats,
         "tokens_per_pack": choose_pack(settings.compute, device)[0],
-        "cases": [measure_case(case, parsed, device) for case in parsed.cases],
+        "cases": [],
     }
     machine = "".join(c if c.isalnum() else "-" for c in str(result["machine"]).lower())
     stem = parsed.to / f"{result['date']}-{machine.replace('--', '-')}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    for case in parsed.cases:
+        result["cases"].append(measure_case(case, parsed, device))
+        # After each, as the next may not fit into memory.
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     draw(result, stem.with_suffix(".png"))
     if parsed.json:
         print_json(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
-from lib.errors import MachineError
+from lib.errors import MachineError, SettingsError
 from lib.jobs.embedding import Job, work
 from lib.ledger.history import query
 from lib.models.detection import Detection, detect
 from lib.network.esm2 import Network
 from lib.settings import load_settings
+from scripts import benchmark
 from scripts.benchmark import rival, table_rows
 from tests.conftest import Place
 
@@ -226,3 +228,20 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
     assert other[5:9] == ledger[5:9] == [2.0, "disagrees", 4.0, 5.0]
     assert half[5:9] == [2.0, 3.0, 4.0, "disagrees"]
     assert share[4] == 0.97
+
+
+def test_what_was_measured_is_kept_though_the_next_case_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(case: str, *_: object) -> dict[str, str]:
+        if case == "second":
+            raise MachineError("out of memory")
+        return {"case": case}
+
+    monkeypatch.setattr(benchmark, "measure_case", measured)
+    with pytest.raises(SettingsError, match=r"nowhere: no such folder$"):
+        benchmark.main(["--cases", "first", "--to", str(tmp_path / "nowhere")])
+    with pytest.raises(MachineError):
+        benchmark.main(["--cases", "first", "second", "--to", str(tmp_path)])
+    (figures,) = tmp_path.iterdir()
+    assert json.loads(figures.read_text())["cases"] == [{"case": "first"}]
