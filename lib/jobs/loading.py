@@ -209,7 +209,7 @@ def _compile(network: Network) -> None:
     try:
         list(_finite_layers(network, _AS_A_PACK, [network.shape.num_layers]))
     except (RuntimeError, OSError) as error:  # no compiler, no Triton, or no place for its cache
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split()).partition(" Set TORCH")[0][:300]  # then comes advice
         raise MachineError(f"compute.compile: {type(error).__name__}: {why}") from None
 
 
