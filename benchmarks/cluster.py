@@ -33,6 +33,7 @@ from unittest import mock
 
 import numpy as np
 
+from benchmarks.processes import peak_bytes
 from benchmarks.sleeping import SLEEP, Sleep, SleepingActor
 from benchmarks.workload import sequences
 from lib.catalog import RELEASED
@@ -297,13 +298,6 @@ def processor_seconds() -> float:
         if not more:
             return sum(spent[one] for one in family) / os.sysconf("SC_CLK_TCK")
         family |= more
-
-
-def peak_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return 1024 * int(kilobytes)
 
 
 def seconds(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -36,7 +36,14 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contenders import Embed, fair_esm, ours, transformers_sdpa
-from benchmarks.measure import AGREES, agreement, end_to_end_seconds, in_turn, roof
+from benchmarks.measure import (
+    AGREES,
+    agreement,
+    end_to_end_seconds,
+    figures_stem,
+    in_turn,
+    roof,
+)
 from benchmarks.workload import sequences, useful_flops
 from lib.catalog import RELEASED
 from lib.console.arguments import arguments
@@ -118,6 +125,16 @@ def missing_package(name: str) -> str | None:
     return needed if needed and find_spec(needed) is None else None
 
 
+@dataclass
+class _Work:
+    """A case made ready: its model, its sequences, and what fair-esm found for a tenth of them."""
+
+    case: Case
+    found: Detection
+    sequences: list[bytes]
+    truth: npt.NDArray[np.float32] | None = None
+
+
 class Measurement:
     """What is measured on a device, and the file that has the figures measured so far.
 
@@ -128,8 +145,7 @@ class Measurement:
         self, device: torch.device, config: Path, to: Path, repeats: int, until: float
     ) -> None:
         self.device, self.config, self.repeats, self.until = device, config, repeats, until
-        machine = "".join(c if c.isalnum() else "-" for c in device_name(device).lower())
-        self.path = to / f"cuda-{machine}.json"
+        self.path = figures_stem(to, f"cuda-{device_name(device)}").with_suffix(".json")
         self.tokens_per_pack = choose_pack(load_settings(config).compute, device)[0]
         self.result: dict[str, Any] = {
             "machine": device_name(device),
@@ -162,53 +178,36 @@ class Measurement:
                     kind: round(roof(getattr(torch, kind), self.device) / 1e9) for kind in _HALVES
                 },
             }
-            truth = None
+            work = _Work(case, found, workload)
             # The others are compared with its vectors, which are in no file.
             for name in dict.fromkeys([FAIR_ESM, *left]):
                 if time.monotonic() >= self.until:
                     return False
-                figures, vectors = self._measured(name, found, case, workload, truth)
-                truth = vectors if name == FAIR_ESM else truth
-                known["contenders"][name] = figures
+                known["contenders"][name] = self._measured(name, work)
                 self._write()
         return True
 
-    def _measured(
-        self,
-        name: str,
-        found: Detection,
-        case: Case,
-        workload: Sequence[bytes],
-        truth: npt.NDArray[np.float32] | None,
-    ) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
-        """Return the figures of one contender or why there are none, and its vectors."""
-        note(f"{case.name}: {name}")
+    def _measured(self, name: str, work: _Work) -> dict[str, Any]:
+        """Return the figures of one contender, or why there are none."""
+        note(f"{work.case.name}: {name}")
         if missing_package(name):
-            return {"missing": f"no package {missing_package(name)}"}, None
+            return {"missing": f"no package {missing_package(name)}"}
         _forget(self.device)
         try:
-            if name in RUNS:
-                return self._to_commit(name, found, workload), None
-            return self._embedded(name, found, case, workload, truth)
+            return self._to_commit(name, work) if name in RUNS else self._embedded(name, work)
         # Whatever it is, what others need the GPU for is not lost by it.
         except Exception as error:
             why = " ".join(str(error).split())[:300]
-            note(f"{case.name}: {name}: {type(error).__name__}: {why}")
-            return {"failed": f"{type(error).__name__}: {why}"}, None
+            note(f"{work.case.name}: {name}: {type(error).__name__}: {why}")
+            return {"failed": f"{type(error).__name__}: {why}"}
 
-    def _embedded(
-        self,
-        name: str,
-        found: Detection,
-        case: Case,
-        workload: Sequence[bytes],
-        truth: npt.NDArray[np.float32] | None,
-    ) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
-        mine = workload[_OF_FAIR_ESM] if name == FAIR_ESM else workload
+    def _embedded(self, name: str, work: _Work) -> dict[str, Any]:
+        """Return the figures of a contender that embeds; keep the vectors that are the truth."""
+        mine = work.sequences[_OF_FAIR_ESM] if name == FAIR_ESM else work.sequences
         lengths = [len(one) for one in mine]
         tokens = sum(lengths) + 2 * len(lengths)
         begun = time.perf_counter()
-        embed = CONTENDERS[name](found, self.device, self.tokens_per_pack)
+        embed = CONTENDERS[name](work.found, self.device, self.tokens_per_pack)
         start = time.perf_counter() - begun
         _forget(self.device)  # what loading took
         measured = in_turn({name: embed}, mine, self.repeats)[name]
@@ -221,31 +220,33 @@ class Measurement:
             "peak_gb": _peak_gb(self.device),
         }
         if kind in _HALVES:
-            top = 1e9 * self.result["cases"][case.name]["roof_gflops"][kind]
-            flops = useful_flops(lengths, case.shape.num_layers, case.shape.hidden_dim)
+            top = 1e9 * self.result["cases"][work.case.name]["roof_gflops"][kind]
+            flops = useful_flops(lengths, work.case.shape.num_layers, work.case.shape.hidden_dim)
             figures["share_of_roof"] = round(flops / typical / top, 3)
-        if truth is not None:
-            cosine, error = agreement(measured.vectors[_OF_FAIR_ESM], truth)
+        if name == FAIR_ESM:
+            work.truth = measured.vectors
+        elif work.truth is not None:
+            cosine, error = agreement(measured.vectors[_OF_FAIR_ESM], work.truth)
             figures |= {"cosine": round(cosine, 7), "error": float(f"{error:.1e}")}
             figures["agrees"] = cosine >= AGREES[kind]
-        return figures, measured.vectors
+        return figures
 
-    def _to_commit(self, name: str, found: Detection, workload: Sequence[bytes]) -> dict[str, Any]:
+    def _to_commit(self, name: str, work: _Work) -> dict[str, Any]:
         """Return the rates of the network alone and of the whole way from FASTA to commit."""
         said = {
-            "model.esm_model": str(found.require_weights().path),
+            "model.esm_model": str(work.found.require_weights().path),
             "compute.device": str(self.device),
             "compute.precision": name.split()[-1],
             "compute.compile": str("compiled" in name),
         }
         settings = override(load_settings(self.config), said)
-        pairs = end_to_end_seconds(settings, found, workload, self.repeats)
-        tokens = sum(len(one) + 2 for one in workload)
+        pairs = end_to_end_seconds(settings, work.found, work.sequences, self.repeats)
+        tokens = sum(len(one) + 2 for one in work.sequences)
         forward, whole = (statistics.median(one) for one in zip(*pairs, strict=True))
         return {
             "seconds": [round(one, 3) for _, one in pairs],
             "tokens_per_second": round(tokens / whole, 1),
-            "records_per_second": round(len(workload) / whole, 1),
+            "records_per_second": round(len(work.sequences) / whole, 1),
             "forward_tokens_per_second": round(tokens / forward, 1),
             "peak_gb": _peak_gb(self.device),
         }

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contenders import Embed
+from lib.errors import SettingsError
 from lib.jobs.embedding import Job, ThisProcess, work
 from lib.jobs.interruption import Interruption
 from lib.jobs.loading import load_model
@@ -34,6 +35,7 @@ __all__ = [
     "agreement",
     "end_to_end_seconds",
     "end_to_end_share",
+    "figures_stem",
     "in_turn",
     "roof",
 ]
@@ -163,6 +165,17 @@ def end_to_end_seconds(
         for _ in range(repeats):
             pairs.append((_seconds(forward), _seconds(whole)))
     return pairs
+
+
+def figures_stem(to: Path, words: str) -> Path:
+    """Return where figures are written, without the suffix; raises SettingsError for no folder.
+
+    To be asked for before anything is measured. words: what they are of, with any letters.
+    """
+    if not to.is_dir():
+        raise SettingsError(f"--to {to}: no such folder")
+    letters = "".join(c if c.isalnum() else "-" for c in words.lower())
+    return to / letters.replace("--", "-")
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import esm_cpp
-from benchmarks.measure import AGREES, agreement, end_to_end_share, in_turn, roof
+from benchmarks.measure import AGREES, agreement, end_to_end_share, figures_stem, in_turn, roof
 from benchmarks.plot import draw
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import sequences, useful_flops
@@ -43,7 +43,6 @@ from lib.catalog import RELEASED
 from lib.console.arguments import arguments
 from lib.console.output import note, print_json, print_line, print_table
 from lib.console.program import run_script
-from lib.errors import SettingsError
 from lib.models.detection import detect
 from lib.models.untrained import make_folder, make_model
 from lib.network.device import choose_device, choose_pack, device_name
@@ -68,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", default=[], choices=_ON_CPU_ONLY, metavar="PEER")
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
     parsed = parser.parse_args(argv)
-    if not parsed.to.is_dir():
-        raise SettingsError(f"--to {parsed.to}: no such folder")
     settings = load_settings(parsed.config)
     device, _ = choose_device(settings.compute)
+    date = datetime.now(UTC).date().isoformat()
+    machine = f"{device_name(device)}, {os.cpu_count()} cores"
+    stem = figures_stem(parsed.to, f"{date}-{machine}")
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{device_name(device)}, {os.cpu_count()} cores",
+        "date": date,
+        "machine": machine,
         "weights": "untrained",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "fair-esm", "transformers", "openvino")}
@@ -83,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokens_per_pack": choose_pack(settings.compute, device)[0],
         "cases": [],
     }
-    machine = "".join(c if c.isalnum() else "-" for c in str(result["machine"]).lower())
-    stem = parsed.to / f"{result['date']}-{machine.replace('--', '-')}"
     for case in parsed.cases:
         result["cases"].append(measure_case(case, parsed, device))
         # After each, as the next may not fit into memory.

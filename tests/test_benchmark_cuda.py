@@ -14,6 +14,7 @@ from benchmarks import cuda
 from benchmarks.contenders import Embed, ours
 from benchmarks.cuda import CONTENDERS, FAIR_ESM, PARTS, RUNS, Case, Measurement, main, table_rows
 from lib.console.program import guarded
+from lib.errors import SettingsError
 from lib.models.detection import Detection
 from lib.network.elementwise import PLAIN
 from schema.esm2_config import ModelShape
@@ -58,6 +59,11 @@ def measurement(place: Place, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     monkeypatch.setattr(cuda, "roof", lambda *_: 1e12)
     monkeypatch.setattr("benchmarks.cuda.time.monotonic", lambda: 0)
     return Measurement(CPU, place.config, place.folder, 1, until=1)
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(place: Place) -> None:
+    with pytest.raises(SettingsError, match=r"^--to \S+/nowhere: no such folder$"):
+        Measurement(CPU, place.config, place.folder / "nowhere", 1, until=1)
 
 
 def test_every_figure_is_written_and_none_is_measured_twice(

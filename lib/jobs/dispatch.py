@@ -239,10 +239,8 @@ class _Dispatch:
             if not sees:
                 self._crew.say(f"{member}: does not see {nonce.parent}, its files are sent")
         finally:
-            for path in (nonce, copy):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
-                self._unnamed.discard(path)
+            _remove((nonce, copy))
+            self._unnamed -= {nonce, copy}
 
     def _assign(self) -> None:
         """Give every worker its next stretch: first to those that have none."""
