@@ -39,7 +39,7 @@ class SleepingActor(Actor):
         """Import what an order is made of, and be ready."""
         importlib.import_module("lib.jobs.worker")
         self._sleep = Sleep(**json.loads(os.environ[SLEEP]))
-        return Readiness("cpu", "sleep", 1, settings.model.esm_model, self._sleep.config)
+        return Readiness("cpu", "sleep", "none", 1, settings.model.esm_model, self._sleep.config)
 
     def compute(self, order: Any, packs: Any) -> Any:  # noqa: ANN401
         """Sleep for as long as the packs cost, and write vectors of zeros."""

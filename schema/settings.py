@@ -79,6 +79,7 @@ class ComputeSettings:
     precision: str
     tokens_per_pack: int
     threads: int
+    fused_attention: bool
     compile: bool
 
 
@@ -180,6 +181,7 @@ class ComputeSchema(Schema):
         ],
     )
     threads = fields.Integer(load_default=0, validate=validate.Range(min=0, max=4096))
+    fused_attention = fields.Boolean(load_default=True)
     compile = fields.Boolean(load_default=False)
 
 

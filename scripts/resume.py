@@ -29,7 +29,7 @@ from lib.console.arguments import (
     overrides,
     settings_arguments,
 )
-from lib.console.display import describe_start
+from lib.console.display import describe_change, describe_start
 from lib.console.embedding import embed_under_bar, show_input, show_model, show_result
 from lib.console.output import note
 from lib.console.program import run_script
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         note(describe_start(model))
+        if change := describe_change(run, model.facts):
+            note(change)
 
         # ---- Back on the record
         for line in drop_files(run, damaged):

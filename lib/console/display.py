@@ -11,6 +11,7 @@ from lib.catalog import shown_name
 from lib.jobs.estimate import Estimate
 from lib.jobs.loading import KnownModel
 from lib.jobs.validation import RunAudit, Validation
+from lib.ledger.runs import AttemptFacts
 from lib.models.detection import Detection
 from lib.models.download import Offer
 from lib.models.released import Proof
@@ -21,6 +22,7 @@ from schema.tables import Run
 
 __all__ = [
     "describe_audit",
+    "describe_change",
     "describe_detection",
     "describe_estimate",
     "describe_input",
@@ -114,11 +116,21 @@ def describe_start(model: KnownModel) -> str:
     """Return one line with the device, precision and pack size, and why each was chosen."""
     facts, (device_reason, precision_reason, pack_reason) = model.facts, model.reasons
     compiled = ", compiled" if model.settings.compute.compile else ""
+    attention = f"; attention {facts.attention}" if facts.attention else ""
     return (
         f"device {facts.device} ({device_reason}): {facts.device_name}, {facts.threads} threads; "
         f"precision {model.settings.compute.precision} ({precision_reason}){compiled}; "
-        f"{facts.tokens_per_pack} tokens per pack ({pack_reason})"
+        f"{facts.tokens_per_pack} tokens per pack ({pack_reason}){attention}"
     )
+
+
+def describe_change(run: Run, facts: AttemptFacts) -> str | None:
+    """Return one line if an earlier attempt at a run computed attention in another way."""
+    known = {attempt.versions.get("attention", "") for attempt in run.attempts}
+    before = sorted(known - {"", facts.attention})
+    if not facts.attention or not before:
+        return None
+    return f"attention was {before[-1]} before, is {facts.attention} now: last bits may differ"
 
 
 def describe_run(run: Run) -> str:

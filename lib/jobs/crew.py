@@ -151,11 +151,11 @@ def crew(
     made = Crew(theirs, config, interruption, say)
     try:
         if later:
-            name, count = NO_WORKER, threads
+            name, count, attention = NO_WORKER, threads, ""
         else:
             made.wait_for_one()
-            name, count = made.device
-        facts = AttemptFacts(weights.path, kind, name, count, tokens)
+            (name, count), attention = made.device, made.attention
+        facts = AttemptFacts(weights.path, kind, name, count, tokens, attention)
         reasons = f"{device_reason}, {where}", precision_reason, pack_reason
         yield KnownModel(made.config, facts, replace(settings, compute=chosen), reasons), made
     finally:
@@ -213,6 +213,13 @@ class Crew:
         first = self.admitted[0].readiness
         assert first is not None
         return first.device_name, first.threads
+
+    @property
+    def attention(self) -> str:
+        """How the workers compute attention, in words."""
+        first = self.admitted[0].readiness
+        assert first is not None
+        return first.attention
 
     def wait_for_one(self) -> None:
         """Return when a worker is admitted; raises what keeps all of them from it."""
@@ -407,6 +414,11 @@ class Crew:
         if said.device.partition(":")[0] != self._settings.compute.device:
             self.refuse(member, MachineError(f"its device is {said.device}"))
             return
+        first = next((one.readiness for one in self.admitted if one.readiness), said)
+        if said.attention != first.attention:
+            fact = f"attention is {said.attention} there, {first.attention} at the first worker"
+            self.refuse(member, MachineError(fact))
+            return
         self._compare_devices(member)
         member.admitted = True
         self._lost_at_start = 0
@@ -511,6 +523,7 @@ def _facts(member: Member) -> WorkerFacts:
         return facts
     return replace(
         facts,
+        versions={**greeting.versions, "attention": ready.attention},
         device=ready.device,
         device_name=ready.device_name,
         threads=ready.threads,

@@ -23,6 +23,7 @@ from lib.network.device import (
 )
 from lib.network.elementwise import compiled
 from lib.network.esm2 import Network, load_network
+from lib.network.fused import BY_TORCH, FusedAttention, fused_attention
 from lib.network.memory import ran_out
 from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
@@ -146,15 +147,11 @@ class _Place:
     """Where and how this process computes, as KnownModel has it."""
 
     device: torch.device
+    dtype: torch.dtype  # of matrix products
+    fused: FusedAttention | None
     facts: AttemptFacts
     settings: Settings
     reasons: tuple[str, str, str]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of matrix products."""
-        found: torch.dtype = getattr(torch, self.settings.compute.precision)
-        return found
 
 
 def _choose(settings: Settings, detection: Detection) -> _Place:
@@ -167,15 +164,18 @@ def _choose(settings: Settings, detection: Detection) -> _Place:
     threads = use_threads(chosen)
     if "contacts" in settings.output.include and detection.regression is None:
         raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
+    dtype = getattr(torch, precision)
+    fused = fused_attention(device, dtype) if settings.compute.fused_attention else None
     facts = AttemptFacts(
         weights_path=weights.path,
         device=str(device),
         device_name=device_name(device),
         threads=threads,
         tokens_per_pack=tokens,
+        attention=str(fused or BY_TORCH),
     )
     reasons = device_reason, precision_reason, pack_reason
-    return _Place(device, facts, replace(settings, compute=chosen), reasons)
+    return _Place(device, dtype, fused, facts, replace(settings, compute=chosen), reasons)
 
 
 def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2Config, Network]:
@@ -198,6 +198,7 @@ def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2
         ) from None
     except OSError as error:
         raise MachineError(f"{weights.path}: {error.strerror or error}") from None
+    network.fused = place.fused
     if place.settings.compute.compile:
         _compile(network)
     return config, network

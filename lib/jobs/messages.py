@@ -34,10 +34,14 @@ class Greeting:
 
 @dataclass(frozen=True)
 class Readiness:
-    """A worker that has loaded its weights; config: the snapshot of an ESM2Config."""
+    """A worker that has loaded its weights; config: the snapshot of an ESM2Config.
+
+    attention: how it is computed, in words.
+    """
 
     device: str
     device_name: str
+    attention: str
     threads: int
     weights_path: str
     config: Mapping[str, Any]
@@ -85,7 +89,10 @@ def own_versions(packages: Sequence[str] = ("torch", "numpy", "pyarrow")) -> dic
 
     `source` is a digest of this program's own modules: a checkout may differ from its version.
     """
-    modules = [path for room in ("lib", "schema") for path in (_ROOT / room).rglob("*.py")]
+    kinds = ("*.py", "*.cpp")
+    modules = [
+        path for room in ("lib", "schema") for kind in kinds for path in (_ROOT / room).rglob(kind)
+    ]
     source = listing_sha256(
         (file_sha256(path), str(path.relative_to(_ROOT))) for path in sorted(modules)
     )

@@ -48,6 +48,7 @@ class Worker:
         self.readiness = Readiness(
             device=facts.device,
             device_name=facts.device_name,
+            attention=facts.attention,
             threads=facts.threads,
             weights_path=str(facts.weights_path),
             config=model.config.snapshot(),

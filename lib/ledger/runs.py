@@ -67,13 +67,17 @@ _LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
 
 @dataclass(frozen=True)
 class AttemptFacts:
-    """What is recorded of a process: everything that may differ between attempts at a run."""
+    """What is recorded of a process: everything that may differ between attempts at a run.
+
+    attention: how it is computed, in words; empty if this process computes nothing.
+    """
 
     weights_path: Path
     device: str
     device_name: str
     threads: int
     tokens_per_pack: int
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -441,7 +445,7 @@ def _attempt(run_id: int, facts: AttemptFacts, database: Path) -> Attempt:
         device_name=facts.device_name,
         threads=facts.threads,
         tokens_per_pack=facts.tokens_per_pack,
-        versions=_versions(),
+        versions=_versions() | ({"attention": facts.attention} if facts.attention else {}),
         started_at=now,
         heartbeat_at=now,
     )

@@ -14,8 +14,10 @@ __all__ = [
     "choose_device",
     "choose_pack",
     "choose_precision",
+    "cpu_flags",
     "device_name",
     "packs_at_once",
+    "sent",
     "use_threads",
 ]
 
@@ -75,6 +77,12 @@ def device_name(device: torch.device) -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+def sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on the device; CUDA fetches it while the host goes on."""
+    pinned = host.pin_memory() if device.type == "cuda" else host
+    return pinned.to(device, non_blocking=True)
+
+
 def use_threads(compute: ComputeSettings) -> int:
     """Set the number of torch's CPU threads if the settings give one; return the number in use."""
     if compute.threads:
@@ -82,9 +90,13 @@ def use_threads(compute: ComputeSettings) -> int:
     return torch.get_num_threads()
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return what the processor can do, by the names of Linux's /proc/cpuinfo."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
 def _has_bfloat16_units() -> bool:
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _cpuinfo(key: str) -> str:

@@ -24,9 +24,12 @@ from lib.models.detection import Detection
 from lib.models.regression import Regression
 from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
+from lib.network.device import sent
 from lib.network.elementwise import PLAIN, Elementwise
+from lib.network.fused import FusedAttention
 from lib.network.groups import Group, group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from lib.network.rotary import turns_by_position, turns_by_token
 from schema.esm2_config import ModelShape
 
 __all__ = ["Network", "load_network"]
@@ -60,14 +63,29 @@ _FIELDS = {
 }
 
 
+@dataclass(frozen=True)
+class _Positions:
+    """Where the tokens of a pack stand: what attention takes beside queries, keys and values.
+
+    rotary: by token, for `attend` and for contact maps; turns: by position, for the fused kernel.
+    """
+
+    groups: Sequence[Group]
+    bounds: torch.Tensor
+    rotary: torch.Tensor | None
+    turns: torch.Tensor | None
+
+
 class Network:
     """An ESM-2 trunk whose weights are in memory; made by `load_network`.
 
     `dtype` is the type of matrix products, `regression` what contacts are predicted with,
-    `elementwise` what computes between the products, None if it is not compiled.
+    `elementwise` what computes between the products, None if it is not compiled, `fused` what
+    computes attention, None if torch's operations do.
     """
 
     elementwise: Elementwise | None = None
+    fused: FusedAttention | None = None
 
     def __init__(
         self,
@@ -104,16 +122,16 @@ class Network:
         """
         wanted = set(repr_layers)
         groups = group_equal_lengths(lengths)
-        x = F.embedding(self._sent(tokens).long(), self._embedding)
+        x = F.embedding(sent(tokens, self.device).long(), self._embedding)
         if self.shape.token_dropout:
             x *= _UNMASKED
         if 0 in wanted:
             yield 0, x
-        rotary, bounds = self._rotary(groups), self._sent(sequence_bounds(groups))
+        where = self._positions(groups, maps is not None)
         last = max(wanted) if maps is None else self.shape.num_layers
         ready = None  # the next layer norm, where it came with the addition before it
         for number, layer in enumerate(self._layers[:last], start=1):
-            attended = self._attention(layer, x, ready, groups, rotary, bounds, maps)
+            attended = self._attention(layer, x, ready, where, maps)
             x, ready = self._added(x, attended, layer.out, layer.ffn_norm)
             del attended
             inner = self._gelu(self._normed(x, ready, layer.ffn_norm), layer.fc1)
@@ -126,32 +144,20 @@ class Network:
             if number in wanted:
                 yield number, x
 
-    def _rotary(self, groups: Sequence[Group]) -> torch.Tensor:
-        """Return the turn of every token's position, (T, 2, 1, head_dim / 2) complex64.
-
-        The queries' carries their scale, head_dim ** -0.5.
-        """
-        longest = max(group.tokens for group in groups)
-        positions = torch.arange(longest, device=self.device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inv_freq)
-        turns = torch.polar(torch.ones_like(angles), angles)
-        scale = (2 * len(self._inv_freq)) ** -0.5
-        rows = torch.cat([torch.arange(group.tokens).repeat(group.count) for group in groups])
-        return torch.stack((turns * scale, turns), dim=1)[self._sent(rows)].unsqueeze(2)
-
-    def _sent(self, host: torch.Tensor) -> torch.Tensor:
-        """Return a copy on the device; CUDA fetches it while the host goes on."""
-        pinned = host.pin_memory() if self.device.type == "cuda" else host
-        return pinned.to(self.device, non_blocking=True)
+    def _positions(self, groups: Sequence[Group], for_maps: bool) -> _Positions:
+        """Return where the tokens of a pack stand, on the device."""
+        bounds = sent(sequence_bounds(groups), self.device)
+        is_fused = self.fused is not None
+        turns = turns_by_position(groups, self._inv_freq) if is_fused else None
+        rotary = turns_by_token(groups, self._inv_freq) if for_maps or not is_fused else None
+        return _Positions(groups, bounds, rotary, turns)
 
     def _attention(
         self,
         layer: _Layer,
         x: torch.Tensor,
         ready: torch.Tensor | None,
-        groups: Sequence[Group],
-        rotary: torch.Tensor,
-        bounds: torch.Tensor,
+        where: _Positions,
         maps: ContactMaps | None,
     ) -> torch.Tensor:
         tokens, width = x.shape
@@ -159,8 +165,14 @@ class Network:
         qkv = linear(self._normed(x, ready, layer.attention_norm), layer.qkv)
         qkv = qkv.view(tokens, 3, heads, width // heads)
         if maps is not None:
-            maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), rotary))
-        return attend(qkv, rotary, groups, bounds, self.elementwise).view(tokens, width)
+            assert where.rotary is not None
+            maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), where.rotary))
+        if self.fused is not None:
+            assert where.turns is not None
+            return self.fused(qkv, where.turns, where.bounds).view(tokens, width)
+        assert where.rotary is not None
+        attended = attend(qkv, where.rotary, where.groups, where.bounds, self.elementwise)
+        return attended.view(tokens, width)
 
     def _normed(
         self,

@@ -17,6 +17,7 @@ from lib.network.elementwise import PLAIN, compiled
 from lib.network.esm2 import Network
 from lib.network.groups import group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from lib.network.rotary import turns_by_token
 from lib.sequences.alphabet import tokenise
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.network.test_network import (
@@ -79,7 +80,7 @@ def by_its_kernels(network: Network, pack: list[str]) -> torch.Tensor:
 
     groups = group_equal_lengths([len(sequence) for sequence in pack])
     tokens = torch.from_numpy(tokenise([sequence.encode() for sequence in pack])).long()
-    rotary, bounds = network._rotary(groups), sequence_bounds(groups)
+    rotary, bounds = turns_by_token(groups, network._inv_freq), sequence_bounds(groups)
     x = F.embedding(tokens, network._embedding) * 0.88
     heads = network.shape.attention_heads
     for layer in network._layers:
@@ -114,6 +115,7 @@ def test_a_compiled_run_is_only_resumed_compiled(
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
     # One thread: torch compiles anew for each number of threads.
     compile_it = ["--set", "compute.compile=yes", "--set", "compute.threads=1"]
+    compile_it += ["--set", "compute.fused_attention=no"]  # else nothing is turned apart
     answer = script("embed", *flags, *compile_it)
     assert answer.status == 0, answer.err
     assert ", compiled; " in answer.err
