@@ -119,7 +119,7 @@ def _loaded() -> bool:
     if not cpu_flags() >= _NEEDED or not _library().exists():
         return False
     try:
-        torch.ops.load_library(_library())
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except OSError:  # made on another system; torch computes the same
         return False
     return True
