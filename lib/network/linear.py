@@ -24,10 +24,9 @@ def linear(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
 
 def linear_gelu(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
     """Return the exact GELU (by erf) of `linear`."""
-    # In bfloat16, oneDNN's own GELU takes longer than torch's and a pass over the memory.
-    if _is_fused(x) and x.dtype is torch.float32:
+    if _is_fused(x):
         return _pointwise(x, weight_bias, "gelu", "none")
-    return F.gelu(linear(x, weight_bias))
+    return F.gelu(F.linear(x, *weight_bias))
 
 
 def linear_add(x: torch.Tensor, weight_bias: Affine, residual: torch.Tensor) -> torch.Tensor:
