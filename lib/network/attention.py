@@ -26,15 +26,16 @@ def attend(
     rotary: torch.Tensor,
     groups: Sequence[Group],
     bounds: torch.Tensor,
+    rows: int,
     elementwise: Elementwise | None = None,
 ) -> torch.Tensor:
-    """Return the attended values, (T, heads, head_dim), in the dtype of `qkv`.
+    """Return the attended values, (rows, heads, head_dim), in the dtype of `qkv`.
 
     qkv: (T, 3, heads, head_dim), which this may overwrite; in queries and keys, the two numbers
     that turn together are neighbours. rotary: (T, 2, 1, head_dim / 2) complex64, the turn of each
     token's query, which includes the scale of the scores, and of its key. bounds:
-    `sequence_bounds` of the groups, on the device. elementwise: turns a copy of the whole pack,
-    instead of what is the fastest uncompiled.
+    `sequence_bounds` of the groups, on the device. rows: T, or more on a CPU; those after T are
+    zeros. elementwise: turns a copy of the whole pack, instead of what is the fastest uncompiled.
     """
     v = qkv[:, 2]
     is_varlen = v.device.type == "cuda" and v.dtype is not torch.float32
@@ -47,7 +48,8 @@ def attend(
     if is_varlen:
         assert whole is not None
         return _varlen(whole, v, groups, bounds)
-    mixed = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    mixed = torch.empty((rows, *v.shape[1:]), dtype=v.dtype, device=v.device)
+    mixed[len(v) :] = 0
     for group in groups:
         part = slice(group.start, group.stop)
         # Turned by group and not by pack, so that the products find it in the cache.

@@ -28,7 +28,7 @@ from lib.network.device import sent
 from lib.network.elementwise import PLAIN, Elementwise
 from lib.network.fused import FusedAttention
 from lib.network.groups import Group, group_equal_lengths
-from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from lib.network.linear import Affine, linear, linear_add, linear_gelu, rows_of
 from lib.network.rotary import turns_by_position, turns_by_token
 from schema.esm2_config import ModelShape
 
@@ -127,6 +127,8 @@ class Network:
             x *= _UNMASKED
         if 0 in wanted:
             yield 0, x
+        count = len(x)
+        x = F.pad(x, (0, 0, 0, rows_of(count, self.device) - count))
         where = self._positions(groups, maps is not None)
         last = max(wanted) if maps is None else self.shape.num_layers
         ready = None  # the next layer norm, where it came with the addition before it
@@ -142,7 +144,7 @@ class Network:
                 x, ready = self._added(x, inner, layer.fc2, self._final_norm, torch.float32)
                 x = self._normed(x, ready, self._final_norm, torch.float32)
             if number in wanted:
-                yield number, x
+                yield number, x[:count]
 
     def _positions(self, groups: Sequence[Group], for_maps: bool) -> _Positions:
         """Return where the tokens of a pack stand, on the device."""
@@ -160,19 +162,19 @@ class Network:
         where: _Positions,
         maps: ContactMaps | None,
     ) -> torch.Tensor:
-        tokens, width = x.shape
-        heads = self.shape.attention_heads
-        qkv = linear(self._normed(x, ready, layer.attention_norm), layer.qkv)
+        rows, width = x.shape
+        heads, tokens = self.shape.attention_heads, where.groups[-1].stop
+        qkv = linear(self._normed(x, ready, layer.attention_norm), layer.qkv)[:tokens]
         qkv = qkv.view(tokens, 3, heads, width // heads)
         if maps is not None:
             assert where.rotary is not None
             maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), where.rotary))
         if self.fused is not None:
             assert where.turns is not None
-            return self.fused(qkv, where.turns, where.bounds).view(tokens, width)
+            return self.fused(qkv, where.turns, where.bounds, rows).view(rows, width)
         assert where.rotary is not None
-        attended = attend(qkv, where.rotary, where.groups, where.bounds, self.elementwise)
-        return attended.view(tokens, width)
+        attended = attend(qkv, where.rotary, where.groups, where.bounds, rows, self.elementwise)
+        return attended.view(rows, width)
 
     def _normed(
         self,

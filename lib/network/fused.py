@@ -42,15 +42,16 @@ class FusedAttention:
     tiles: bool
 
     def __call__(
-        self, qkv: torch.Tensor, turns: torch.Tensor, bounds: torch.Tensor
+        self, qkv: torch.Tensor, turns: torch.Tensor, bounds: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """Return the attended values, (T, heads, head_dim), in the dtype of `qkv`.
+        """Return the attended values, (rows, heads, head_dim), in the dtype of `qkv`.
 
         qkv: (T, 3, heads, head_dim) float32 or bfloat16; in queries and keys, the two numbers that
         turn together are neighbours. turns: (2, longest, head_dim), `lib.network.rotary`. bounds:
-        (N + 1,) int32, the first token of each sequence, and the end.
+        (N + 1,) int32, the first token of each sequence, and the end. rows: T or more; those
+        after T are zeros.
         """
-        attended: torch.Tensor = torch.ops.esm_ledger.attend(qkv, turns, bounds, self.tiles)
+        attended: torch.Tensor = torch.ops.esm_ledger.attend(qkv, turns, bounds, rows, self.tiles)
         return attended
 
     def __str__(self) -> str:

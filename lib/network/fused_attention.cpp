@@ -5,8 +5,8 @@
 // Built by lib/network/fused.py for processors with AVX-512; AMX, if there is any, computes the
 // products of bfloat16. What a sequence gives does not depend on its neighbours or on threads.
 //
-// Shapes: T tokens of a pack; n of a sequence; d, head_dim, even; `width`, d rounded up to what
-// the products take at once. Keys stand transposed, in panels of COLS: (width, COLS) each.
+// Shapes: T tokens of a pack; n of a sequence; d, head_dim, even; width, d rounded up to what the
+// products take at once. Keys stand transposed, in panels of (width, COLS).
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -26,10 +27,9 @@
 
 namespace {
 
-constexpr int64_t ROWS = 32;   // queries of a block
-constexpr int64_t COLS = 128;  // keys of a block: its scores stay in the first cache
-constexpr int64_t STEP = 32;   // the last block of keys is a multiple of this
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = 16, ROWS = 32;  // numbers of a vector; queries of a block
+constexpr int64_t COLS = 128;             // keys of a block: its scores stay in the first cache
+constexpr int64_t STEP = 32;              // the last block of keys is a multiple of this
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -46,16 +46,12 @@ INLINE void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 INLINE __mmask16 first_lanes(int64_t count) {
   return count >= LANES ? 0xffff : static_cast<__mmask16>((1 << count) - 1);
 }
-INLINE Floats load(const float* from, __mmask16 lanes) {
-  return (Floats)_mm512_maskz_loadu_ps(lanes, from);
-}
+INLINE Floats load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 INLINE Floats load(const Half* from, __mmask16 lanes) {
-  return (Floats)_mm512_slli_epi32(
-      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16);
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, from);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
 }
-INLINE void store(float* to, Floats x, __mmask16 lanes) {
-  _mm512_mask_storeu_ps(to, lanes, (__m512)x);
-}
+INLINE void store(float* to, Floats x, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, x); }
 INLINE void store(Half* to, Floats x, __mmask16 lanes) {  // rounds to nearest, ties to even
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -196,10 +192,7 @@ struct Amx {  // bfloat16 products by tiles; values stand by pairs of tokens, as
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
-  static void begin() {
-    const Config config;
-    _tile_loadconfig(&config);
-  }
+  static void begin() { const Config config; _tile_loadconfig(&config); }
   static void end() { _tile_release(); }
 
   static INLINE void lay_keys(const Half* turned, int64_t n, int64_t width, Half* keys) {
@@ -361,30 +354,32 @@ void attend_pack(const at::Tensor& qkv, const at::Tensor& turns, const at::Tenso
 }
 
 // qkv: (T, 3, heads, d) float32 or bfloat16; turns: (2, longest, d) float32, cosines and signed
-// sines by position; bounds: (N + 1,) int32, first tokens and the end. Returns (T, heads, d).
+// sines by position; bounds: (N + 1,) int32, first tokens and the end. Returns (rows, heads, d),
+// zeros after T.
 at::Tensor attend(const at::Tensor& qkv, const at::Tensor& turns, const at::Tensor& bounds,
-                  bool tiles) {
-  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0, "qkv: ", qkv.sizes());
-  TORCH_CHECK(qkv.scalar_type() == at::kFloat || qkv.scalar_type() == at::kBFloat16, "type");
+                  int64_t rows, bool tiles) {
+  TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) % 2 == 0 &&
+              (qkv.scalar_type() == at::kFloat || qkv.scalar_type() == at::kBFloat16), "qkv");
   TORCH_CHECK(turns.dim() == 3 && turns.size(0) == 2 && turns.size(2) == qkv.size(3) &&
-              turns.scalar_type() == at::kFloat, "turns: ", turns.sizes());
-  TORCH_CHECK(bounds.dim() == 1 && bounds.scalar_type() == at::kInt, "bounds: ", bounds.sizes());
+              turns.scalar_type() == at::kFloat, "turns");
+  TORCH_CHECK(bounds.dim() == 1 && bounds.scalar_type() == at::kInt, "bounds");
   TORCH_CHECK(qkv.is_contiguous() && turns.is_contiguous() && bounds.is_contiguous(), "strides");
   const int32_t* bound = bounds.const_data_ptr<int32_t>();
-  TORCH_CHECK(bound[0] == 0 && bound[bounds.size(0) - 1] == qkv.size(0), "bounds");
+  TORCH_CHECK(bound[0] == 0 && bound[bounds.size(0) - 1] == qkv.size(0) &&
+              rows >= qkv.size(0), "bounds");
   for (int64_t i = 1; i < bounds.size(0); ++i)
-    TORCH_CHECK(bound[i] > bound[i - 1] && bound[i] - bound[i - 1] <= turns.size(1), "bounds");
-  at::Tensor out = at::empty({qkv.size(0), qkv.size(2), qkv.size(3)}, qkv.options());
-  if (qkv.scalar_type() == at::kFloat)
-    attend_pack<Fma<float>, float>(qkv, turns, bounds, out);
-  else if (tiles)
-    attend_pack<Amx, Half>(qkv, turns, bounds, out);
-  else
-    attend_pack<Fma<Half>, Half>(qkv, turns, bounds, out);
+    TORCH_CHECK(bound[i] > bound[i - 1] && bound[i] - bound[i - 1] <= turns.size(1), "lengths");
+  at::Tensor out = at::empty({rows, qkv.size(2), qkv.size(3)}, qkv.options());
+  const size_t filled = qkv.size(0) * qkv.size(2) * qkv.size(3) * qkv.element_size();
+  std::memset(static_cast<char*>(out.mutable_data_ptr()) + filled, 0, out.nbytes() - filled);
+  const auto attend_all = qkv.scalar_type() == at::kFloat ? attend_pack<Fma<float>, float>
+                          : tiles                         ? attend_pack<Amx, Half>
+                                                          : attend_pack<Fma<Half>, Half>;
+  attend_all(qkv, turns, bounds, out);
   return out;
 }
 
-// Return whether the processor has AMX for bfloat16 and the system lets this process use it.
+// Whether the processor has AMX for bfloat16 and the system lets this process use it.
 bool may_use_tiles() {
   unsigned int a, b, c, d;
   constexpr unsigned int BF16 = 1 << 22, TILE = 1 << 24, AVX512_BF16 = 1 << 5;
@@ -398,6 +393,7 @@ bool may_use_tiles() {
 }  // namespace
 
 TORCH_LIBRARY(esm_ledger, library) {
-  library.def("attend(Tensor qkv, Tensor turns, Tensor bounds, bool tiles) -> Tensor", &attend);
+  library.def(
+      "attend(Tensor qkv, Tensor turns, Tensor bounds, int rows, bool tiles) -> Tensor", &attend);
   library.def("may_use_tiles() -> bool", &may_use_tiles);
 }

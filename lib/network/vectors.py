@@ -16,6 +16,7 @@ from lib.network import pooling
 from lib.network.contacts import ContactMaps
 from lib.network.esm2 import Network
 from lib.network.groups import group_equal_lengths
+from lib.network.linear import rows_of
 from lib.network.memory import available_bytes, contact_bytes, pack_bytes
 from lib.sequences.alphabet import tokenise
 from lib.sequences.windows import Sequence as FastaSequence
@@ -100,7 +101,7 @@ def needed_bytes(
 ) -> int:
     """Return an upper estimate of the memory that a pack takes beside the weights."""
     lengths = [len(sequence.residues) for sequence in sequences]
-    tokens = sum(lengths) + 2 * len(lengths)
+    tokens = rows_of(sum(lengths) + 2 * len(lengths), network.device)
     kept_layers = sum(column.kind == "per_tok" for column in columns)
     maps = contact_bytes(lengths) if _CONTACT_MAPS in columns else 0
     return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps

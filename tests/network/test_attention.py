@@ -48,7 +48,7 @@ def test_a_token_attends_to_its_own_sequence_only(
     monkeypatch.setattr(attention, "_SCORE_BYTES", score_bytes)
     qkv, rotary, groups = pack(dtype)
     expected = by_hand(qkv, rotary)
-    found = attend(qkv, rotary, groups, sequence_bounds(groups)).double()
+    found = attend(qkv, rotary, groups, sequence_bounds(groups), len(qkv)).double()
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
 
 
@@ -58,7 +58,7 @@ def test_long_sequences_go_through_the_kernel_that_holds_no_scores(
     monkeypatch.setattr(attention, "_BLOCKED_TOKENS", 50)
     qkv, rotary, groups = pack(torch.bfloat16)
     expected = by_hand(qkv, rotary)
-    found = attend(qkv, rotary, groups, sequence_bounds(groups)).double()
+    found = attend(qkv, rotary, groups, sequence_bounds(groups), len(qkv)).double()
     torch.testing.assert_close(found, expected, atol=3e-2, rtol=3e-2)
 
 

@@ -16,7 +16,7 @@ from lib.network.attention import attend, sequence_bounds
 from lib.network.elementwise import PLAIN, compiled
 from lib.network.esm2 import Network
 from lib.network.groups import group_equal_lengths
-from lib.network.linear import Affine, linear, linear_add, linear_gelu
+from lib.network.linear import Affine, linear, linear_add, linear_gelu, rows_of
 from lib.network.rotary import turns_by_token
 from lib.sequences.alphabet import tokenise
 from tests.conftest import SOME_PROTEINS, Place, Script
@@ -82,14 +82,16 @@ def by_its_kernels(network: Network, pack: list[str]) -> torch.Tensor:
     tokens = torch.from_numpy(tokenise([sequence.encode() for sequence in pack])).long()
     rotary, bounds = turns_by_token(groups, network._inv_freq), sequence_bounds(groups)
     x = F.embedding(tokens, network._embedding) * 0.88
+    rows = rows_of(len(x), x.device)
+    x = F.pad(x, (0, 0, 0, rows - len(x)))
     heads = network.shape.attention_heads
     for layer in network._layers:
         qkv = linear(norm(x, layer.attention_norm).to(network.dtype), layer.qkv)
-        qkv = qkv.view(len(x), 3, heads, -1)
-        x = linear_add(attend(qkv, rotary, groups, bounds).view(x.shape), layer.out, x)
+        qkv = qkv[: len(tokens)].view(len(tokens), 3, heads, -1)
+        x = linear_add(attend(qkv, rotary, groups, bounds, rows).view(x.shape), layer.out, x)
         inner = linear_gelu(norm(x, layer.ffn_norm).to(network.dtype), layer.fc1)
         x = linear_add(inner, layer.fc2, x)
-    return norm(x, network._final_norm)
+    return norm(x, network._final_norm)[: len(tokens)]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)

@@ -86,7 +86,7 @@ def by_definition(qkv: torch.Tensor, tokens: list[int]) -> torch.Tensor:
 def attended(attention: FusedAttention, qkv: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     groups = group_equal_lengths([length - 2 for length in tokens])
     turns = turns_by_position(groups, inverse_frequencies(qkv.shape[-1]))
-    return attention(qkv, turns, sequence_bounds(groups))
+    return attention(qkv, turns, sequence_bounds(groups), len(qkv))
 
 
 @pytest.mark.parametrize("head_dim", [2, 16, 20, 24, 32, 64, 80, 128])
@@ -178,7 +178,7 @@ def test_tensors_that_do_not_belong_together_are_refused(
 ) -> None:
     attention = kernel(torch.float32, tiles=False)
     with pytest.raises(RuntimeError):
-        attention(qkv, turns, torch.tensor(bounds, dtype=torch.int32))
+        attention(qkv, turns, torch.tensor(bounds, dtype=torch.int32), len(qkv))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *IN_HALF_PRECISION], ids=str)
