@@ -31,10 +31,11 @@ def _run_once() -> None:
         model, config = folder / "esm2_small.pt", folder / "config.ini"
         make_model(model, 2, 64, 4)
         config.write_text(DEFAULT_CONFIG.read_text())
-        flags = ["--input", SOME_PROTEINS, "--esm-model", model, "--set", "compute.threads=1"]
+        flags = ["--input", str(SOME_PROTEINS), "--esm-model", str(model)]
+        flags += ["--set", "compute.threads=1"]
         for script, argv in [("embed", flags), ("validate", ["--run", "1"]), ("history", [])]:
             main = import_module(f"scripts.{script}").main
-            assert main([*map(str, argv), "--config", str(config)]) == 0
+            assert main([*argv, "--config", str(config)]) == 0
 
 
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
