@@ -1,18 +1,46 @@
-"""What processes of tests/processes.py find imported: scripts, and what those import late."""
+"""What processes of tests/processes.py find imported and done: a fork begins after a first run.
+
+A program does much only once: SQLAlchemy looks at the tables, torch makes its kernels, modules are
+imported late. All of that would be done again in each fork.
+"""
 
 from __future__ import annotations
 
+import gc
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import pyarrow as pa
-import torch  # noqa: F401
-from sqlalchemy.orm import configure_mappers
-
-from tests.conftest import ROOT
+from lib.models.untrained import make_model
+from lib.settings import DEFAULT_CONFIG
+from tests.conftest import ROOT, SOME_PROTEINS
 
 __all__: list[str] = []
 
-pa.array([1.0])
-configure_mappers()
+
+def _run_once() -> None:
+    """Embed and read the history: with one thread, since a fork must find none to wait for."""
+    with (
+        TemporaryDirectory() as name,
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+    ):
+        folder = Path(name)
+        model, config = folder / "esm2_small.pt", folder / "config.ini"
+        make_model(model, 2, 64, 4)
+        config.write_text(DEFAULT_CONFIG.read_text())
+        flags = ["--input", str(SOME_PROTEINS), "--esm-model", str(model)]
+        flags += ["--set", "compute.threads=1"]
+        for script, argv in [("embed", flags), ("validate", ["--run", "1"]), ("history", [])]:
+            main = import_module(f"scripts.{script}").main
+            assert main([*argv, "--config", str(config)]) == 0
+
+
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
     import_module(f"scripts.{_path.stem}")
+_run_once()
+# A fork's garbage collection would touch, and so copy, all that is there.
+gc.collect()
+gc.freeze()

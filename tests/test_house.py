@@ -9,6 +9,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -48,16 +49,17 @@ def statements(tree: ast.AST, *, at_start: bool) -> Iterator[ast.AST]:
         yield from statements(node, at_start=at_start)
 
 
-def imports(path: Path, *, at_start: bool = False) -> set[str]:
+@cache
+def imports(path: Path, *, at_start: bool = False) -> frozenset[str]:
     """Return the dotted names that a file imports, everywhere or when it is imported itself."""
-    found = set()
+    found: set[str] = set()
     for node in statements(ast.parse(path.read_text()), at_start=at_start):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             found |= {f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-    return found
+    return frozenset(found)
 
 
 def module_of(name: str) -> str | None:

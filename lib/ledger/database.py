@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, insert
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 _PAUSE_SECONDS = 0.01
+# What SQLAlchemy makes of a statement, by statement: a notebook opens its database for each run.
+_COMPILED: dict[Any, Any] = {}
 
 
 def utc_now() -> str:
@@ -87,9 +91,7 @@ def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
 
     references: whether a row may only refer to rows that are there.
     """
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_SECONDS}
-    )
+    engine = _engine(path, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -110,12 +112,28 @@ def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
         engine.dispose()
 
 
+def _engine(path: Path, **how: Any) -> Engine:  # noqa: ANN401
+    """Return an engine that compiles no statement that an earlier one of this process did."""
+    place = URL.create("sqlite", database=str(path))
+    engine = create_engine(place, execution_options={"compiled_cache": _COMPILED}, **how)
+    engine.dialect = _dialect()
+    return engine
+
+
+@cache
+def _dialect() -> Dialect:
+    """Return the dialect of every engine: what is compiled belongs to one."""
+    engine = create_engine("sqlite://")
+    engine.connect().close()  # which tells the dialect what this SQLite can do
+    engine.dispose()
+    return engine.dialect
+
+
 def open_for_reading(url: str) -> Engine:
     """Open the run database read-only; raises SettingsError if there is none."""
     path = database_path(url)
     connect_read_only(path).close()
-    place = URL.create("sqlite", database=str(path))
-    return create_engine(place, creator=lambda: connect_read_only(path), poolclass=NullPool)
+    return _engine(path, creator=lambda: connect_read_only(path), poolclass=NullPool)
 
 
 @contextmanager
@@ -190,7 +208,7 @@ def make_views(connection: Connection) -> None:
 
 def _create(connection: Connection) -> None:
     connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
-    Base.metadata.create_all(connection)
+    Base.metadata.create_all(connection, checkfirst=False)
     make_views(connection)
     version = {"version": SCHEMA_VERSION, "created_at": utc_now(), "writer": WRITER}
     connection.execute(insert(SchemaVersion), version)

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
 from lib.errors import MachineError, SettingsError
+from lib.ledger import database
 from lib.ledger.database import open_for_reading, open_for_writing, transaction
-from schema.tables import Base
+from schema.tables import Base, SchemaVersion
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
@@ -60,6 +61,16 @@ def test_every_column_has_a_comment_that_schema_shows(fresh_db: Path) -> None:
 def test_every_view_answers_on_an_empty_database(fresh_db: Path) -> None:
     for view in VIEWS:
         assert ask(fresh_db, f"SELECT * FROM {view}") == []
+
+
+def test_what_is_compiled_for_a_database_serves_the_next(tmp_path: Path) -> None:
+    compiled = []
+    for name in ("one", "other"):
+        with open_for_writing(str(tmp_path / name)) as engine, transaction(engine) as session:
+            assert session.scalars(select(SchemaVersion.version)).all() == [SCHEMA_VERSION]
+        compiled.append(dict(database._COMPILED))
+    assert any("schema_version.version" in str(one) for one in compiled[0].values())
+    assert compiled[0] == compiled[1]
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from torch._dynamo.utils import counters
 
 from lib.jobs import loading
 from lib.network.attention import attend, sequence_bounds
@@ -37,10 +36,10 @@ LAYERS = range(3)
 def nothing_compiled() -> Iterator[None]:
     """Forget what torch has compiled and counted in this process, before and after."""
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
 
 
 def test_the_plain_steps_are_within_the_bounds_of_fair_esm_in_every_precision(
@@ -61,10 +60,10 @@ def test_packs_of_any_size_are_computed_by_one_graph_of_each_step_as_by_the_plai
     packs = [MIXED_PACK, MIXED_PACK[3:], ["M"]]
     found = [hidden(network, MIXED_PACK, LAYERS)]
     # The layer norm after the last layer is float32, so that `added` has two.
-    assert counters["stats"]["unique_graphs"] == 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     found += [hidden(network, pack, LAYERS) for pack in packs[1:]]
-    assert counters["stats"]["unique_graphs"] == 5
-    assert not counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    assert not torch._dynamo.utils.counters["graph_break"]
     network.elementwise = PLAIN
     for pack, layers in zip(packs, found, strict=True):
         for layer, parts in hidden(network, pack, LAYERS).items():
@@ -121,7 +120,7 @@ def test_a_compiled_run_is_only_resumed_compiled(
     answer = script("embed", *flags, *compile_it)
     assert answer.status == 0, answer.err
     assert ", compiled; " in answer.err
-    assert counters["stats"]["unique_graphs"] == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     answer = script("resume", "--run", "1", "--set", "compute.compile=no")
     assert answer.status == 3
     assert answer.error == "run 1: compile is True in the run, False in its settings"

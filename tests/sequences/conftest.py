@@ -49,6 +49,8 @@ def rules(path: Path, **options: object) -> InputSettings:
 
 
 def read(path: Path, content: str | bytes, **options: object) -> list[Record]:
+    # A file that is emptied and written again is on the disk when it is closed, a new one is not.
+    path.unlink(missing_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return list(read_records(rules(path, **options)))
 
