@@ -68,7 +68,7 @@ help: ## print every target
 .PHONY: setup
 setup: $(installed) $(cluster) ## install what the scripts need, pinned, into .venv; with RAY= also Ray
 
-$(installed): pyproject.toml constraints.txt lib/network/fused.py lib/network/fused_attention.cpp
+$(installed): pyproject.toml constraints.txt $(wildcard lib/network/fused*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]}: 3.11 to 3.13 is needed (make PYTHON=python3.12)")'
 	@echo "$(venv): a Python with the packages of pyproject.toml at the versions of constraints.txt."
 	@echo "With torch's CPU build these are 1.2 GB on disk, with CUDA more; pip shows the size of each."

@@ -138,6 +138,7 @@ def test_setup_says_what_it_installs_and_lets_pip_show_how_far_it_is(tmp_path: P
     python.write_text(
         '#!/bin/sh\necho "$*"\n'
         'if [ "$2" = venv ]; then mkdir -p $3/bin && cp $0 $3/bin/python; fi\n'
+        '[ "$1" != scripts/kernel.py ]\n'  # no C++ compiler
     )
     python.chmod(0o755)
     done = make("setup", f"PYTHON={python}", folder=tmp_path)
@@ -146,6 +147,7 @@ def test_setup_says_what_it_installs_and_lets_pip_show_how_far_it_is(tmp_path: P
     assert "1.2 GB on disk" in done.stdout
     (pip,) = re.findall(r"^-m pip install (.*)$", done.stdout, re.MULTILINE)
     assert "quiet" not in pip
+    assert "scripts/kernel.py\nattention is computed by torch's operations instead." in done.stdout
     assert done.stdout.splitlines()[-1].endswith("\t.venv")
 
 
