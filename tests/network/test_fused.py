@@ -1,4 +1,7 @@
-"""Fused attention: if this fails, the fast path gives other vectors than fair-esm, or none."""
+"""Fused attention: if this fails, the fast path gives other vectors than fair-esm, or none.
+
+Networks that it is part of are compared with fair-esm in tests/network/test_network.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import pytest
 import torch
 
 from lib.errors import MachineError
-from lib.models.untrained import make_model
 from lib.network import fused
 from lib.network.attention import sequence_bounds
 from lib.network.device import cpu_flags
@@ -20,16 +22,7 @@ from lib.network.fused import FusedAttention, build, fused_attention
 from lib.network.groups import group_equal_lengths
 from lib.network.rotary import turns_by_position
 from tests.conftest import SOME_PROTEINS, Place, Script
-from tests.network.test_network import (
-    IN_HALF_PRECISION,
-    MIXED_PACK,
-    SHAPES,
-    assert_contacts_within_bounds,
-    assert_within_bounds,
-    load,
-    truth_of,
-)
-from tests.reference import Reference, read_run
+from tests.reference import read_run
 
 CPU = torch.device("cpu")
 # How products are computed, and the bound of a value of about 1 that bfloat16 rounds on the way:
@@ -179,31 +172,6 @@ def test_tensors_that_do_not_belong_together_are_refused(
     attention = kernel(torch.float32, tiles=False)
     with pytest.raises(RuntimeError):
         attention(qkv, turns, torch.tensor(bounds, dtype=torch.int32), len(qkv))
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, *IN_HALF_PRECISION], ids=str)
-def test_every_layer_of_a_mixed_pack_is_within_its_bounds_of_fair_esm(
-    tmp_path: Path, shape: tuple[int, int, int]
-) -> None:
-    path = tmp_path / "esm2_made.pt"
-    make_model(path, *shape)
-    truth = truth_of(path, MIXED_PACK)
-    dtypes = [torch.float32, torch.bfloat16] if shape in IN_HALF_PRECISION else [torch.float32]
-    for dtype in dtypes:
-        network = load(path, dtype)
-        found = fused_attention(CPU, dtype)
-        for network.fused in {found, kernel(dtype, tiles=False)}:
-            assert_within_bounds(network, MIXED_PACK, truth)
-
-
-def test_contacts_are_those_of_attention_by_torch(tmp_path: Path) -> None:
-    path = tmp_path / "esm2_made.pt"
-    make_model(path, 4, 384, 16)
-    reference = Reference(path)
-    truth = [reference.tokens_and_contacts(sequence, [4])[1] for sequence in MIXED_PACK]
-    network = load(path)
-    network.fused = kernel(torch.float32, tiles=False)
-    assert_contacts_within_bounds(network, MIXED_PACK, truth)
 
 
 def test_what_it_cannot_compute_is_left_to_torch() -> None:

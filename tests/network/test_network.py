@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network.esm2 import Network, load_network
+from lib.network.fused import FusedAttention, fused_attention
 from lib.network.vectors import launch
 from lib.sequences.alphabet import LETTERS, tokenise
 from lib.sequences.records import Owner
@@ -99,6 +100,14 @@ def assert_contacts_within_bounds(
         assert np.abs(one - expected).max() <= bound, (sequence[:20], network.dtype)
 
 
+def by_every_kernel(network: Network) -> Iterator[Network]:
+    """Yield the network with attention by torch, and by each kernel that this machine has."""
+    yield network
+    kernel = fused_attention(network.device, network.dtype)
+    for network.fused in {kernel, kernel and FusedAttention(tiles=False)} - {None}:
+        yield network
+
+
 Truth = list[dict[int, Array]]
 
 
@@ -133,8 +142,8 @@ def test_every_layer_and_the_contacts_of_a_mixed_pack_are_within_their_bounds_of
     layers = range(reference.num_layers + 1)
     both = [reference.tokens_and_contacts(sequence, layers) for sequence in MIXED_PACK]
     truth, contacts = [list(of_all) for of_all in zip(*both, strict=True)]
-    network = load(path)
-    assert_within_bounds(network, MIXED_PACK, truth)
+    for network in by_every_kernel(load(path)):
+        assert_within_bounds(network, MIXED_PACK, truth)
     assert_contacts_within_bounds(network, MIXED_PACK, contacts)
     if shape in CONTACTS_IN_HALF_PRECISION:
         for dtype in (torch.bfloat16, torch.float16):
@@ -148,8 +157,9 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
     path = tmp_path / "esm2_made.pt"
     make_model(path, *shape)
     truth = truth_of(path, MIXED_PACK)
-    assert_within_bounds(load(path), MIXED_PACK, truth)
-    assert_within_bounds(load(path, torch.bfloat16), MIXED_PACK, truth)
+    for dtype in (torch.float32, torch.bfloat16):
+        for network in by_every_kernel(load(path, dtype)):
+            assert_within_bounds(network, MIXED_PACK, truth)
     # float16 is a GPU's, and a CPU is slow at it: without the two longest where it is much.
     start = 2 if shape[0] * shape[1] > 5_000 else 0
     assert_within_bounds(load(path, torch.float16), MIXED_PACK[start:], truth[start:])
