@@ -198,7 +198,7 @@ def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2
         ) from None
     except OSError as error:
         raise MachineError(f"{weights.path}: {error.strerror or error}") from None
-    network.fused = place.fused
+    network.fused = place.fused  # the settings may say no
     if place.settings.compute.compile:
         _compile(network)
     return config, network

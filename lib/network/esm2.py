@@ -26,7 +26,7 @@ from lib.network.attention import attend, sequence_bounds, turned
 from lib.network.contacts import ContactMaps
 from lib.network.device import sent
 from lib.network.elementwise import PLAIN, Elementwise
-from lib.network.fused import FusedAttention
+from lib.network.fused import FusedAttention, fused_attention
 from lib.network.groups import Group, group_equal_lengths
 from lib.network.linear import Affine, linear, linear_add, linear_gelu, rows_of
 from lib.network.rotary import turns_by_position, turns_by_token
@@ -215,6 +215,7 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
 
     Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
     first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
+    Attention is fused if it can be.
     Raises WeightsError for rotary frequencies that differ by layer.
     """
     weights = detection.require_weights()
@@ -248,7 +249,9 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     final = tensors["emb_layer_norm_after.weight"], tensors["emb_layer_norm_after.bias"]
     inv_freq = _inverse_frequencies(frequencies, shape.head_dim, weights.path).to(device)
     embedding = tensors["embed_tokens.weight"]
-    return Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
+    network = Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
+    network.fused = fused_attention(device, dtype)
+    return network
 
 
 def _mappings(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:

@@ -48,7 +48,7 @@ def test_the_plain_steps_are_within_the_bounds_of_fair_esm_in_every_precision(
     truth = truth_of(small_model, MIXED_PACK)
     for dtype in BOUNDS:
         network = load(small_model, dtype)
-        network.elementwise = PLAIN
+        network.elementwise, network.fused = PLAIN, None
         assert_within_bounds(network, MIXED_PACK, truth)
 
 
@@ -56,7 +56,7 @@ def test_packs_of_any_size_are_computed_by_one_graph_of_each_step_as_by_the_plai
     small_model: Path, nothing_compiled: None
 ) -> None:
     network = load(small_model, torch.bfloat16)
-    network.elementwise = compiled("aot_eager")
+    network.elementwise, network.fused = compiled("aot_eager"), None
     packs = [MIXED_PACK, MIXED_PACK[3:], ["M"]]
     found = [hidden(network, MIXED_PACK, LAYERS)]
     # The layer norm after the last layer is float32, so that `added` has two.
@@ -98,6 +98,7 @@ def test_uncompiled_bits_are_those_of_the_kernels_for_a_cpu(
     small_model: Path, dtype: torch.dtype
 ) -> None:
     network = load(small_model, dtype)
+    network.fused = None
     assert network.elementwise is None
     with torch.inference_mode():
         expected = by_its_kernels(network, MIXED_PACK)

@@ -39,6 +39,7 @@ def print_peak(
     settings = load_settings(overrides={"model.esm_model": str(path)})
     found = detect(settings.model, contacts=VectorColumn("contacts") in columns)
     network = load_network(found, torch.device("cpu"), getattr(torch, precision))
+    network.fused = None  # attention by torch takes more memory
 
     def peak(packs: range, residues: int) -> int:
         owner = [Owner(0, "a", "", residues, "")]

@@ -12,7 +12,7 @@ import torch
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network.esm2 import Network, load_network
-from lib.network.fused import FusedAttention, fused_attention
+from lib.network.fused import FusedAttention
 from lib.network.vectors import launch
 from lib.sequences.alphabet import LETTERS, tokenise
 from lib.sequences.records import Owner
@@ -102,9 +102,8 @@ def assert_contacts_within_bounds(
 
 def by_every_kernel(network: Network) -> Iterator[Network]:
     """Yield the network with attention by torch, and by each kernel that this machine has."""
-    yield network
-    kernel = fused_attention(network.device, network.dtype)
-    for network.fused in {kernel, kernel and FusedAttention(tiles=False)} - {None}:
+    kernel = network.fused
+    for network.fused in {None, kernel, kernel and FusedAttention(tiles=False)}:
         yield network
 
 
