@@ -187,6 +187,7 @@ class _Crate:
                 softwareVersion=version,
             )
             for name, version in computed_with(self._run).items()
+            if name != "attention"  # is no software
         ]
         return program
 

@@ -82,7 +82,10 @@ def facts_to_publish(run: RunEmbeddings, columns: Sequence[VectorColumn]) -> dic
 
 
 def computed_with(run: RunEmbeddings) -> dict[str, str]:
-    """Return the versions of Python and the libraries by name, several if attempts differ."""
+    """Return the versions of Python and the libraries by name, several if attempts differ.
+
+    With them is how attention was computed, where that is known.
+    """
     found: dict[str, list[str]] = {}
     for attempt in run.attempts:
         for name, number in attempt["versions"].items():

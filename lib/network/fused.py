@@ -76,7 +76,11 @@ def build() -> Path:
     library = _library()
     if library.exists():
         return library
-    command = shlex.split(os.environ.get("CXX", "c++"))
+    wanted = os.environ.get("CXX", "c++")
+    try:
+        command = shlex.split(wanted)
+    except ValueError as error:
+        raise MachineError(f"CXX = {wanted}: {error}") from None
     if not command or shutil.which(command[0]) is None:
         raise MachineError(f"no C++ compiler: {command[0] if command else 'CXX is empty'}")
     torch_folder = Path(torch.__file__).parent

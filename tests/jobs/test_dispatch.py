@@ -439,6 +439,22 @@ def test_a_folder_that_a_worker_does_not_see_has_its_files_sent_or_the_worker_re
     assert "refused: the run's folder is not shared: " in answer.err
 
 
+def test_a_worker_that_computes_attention_in_another_way_is_refused(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    def another(actor: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
+        ready = true(settings)
+        return replace(ready, attention="by hand") if actor is ray.actors[0] else ready
+
+    ray.hooks["load"] = another
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    (ways,) = re.findall(r"refused: attention is (.*) at the first worker", answer.err)
+    assert "by hand" in ways.split(" there, ")
+    how = "SELECT DISTINCT versions ->> 'attention' FROM workers WHERE outcome = 'finished'"
+    assert runs.rows(how) == runs.rows("SELECT versions ->> 'attention' FROM attempts WHERE id = 2")
+
+
 def test_workers_that_are_lost_before_they_are_ready_end_in_one_line(
     runs: Runs, ray: InProcessRay
 ) -> None:

@@ -262,6 +262,8 @@ def test_no_compiler_is_one_line(
     assert (answer.status, answer.error) == (4, "no C++ compiler: no-such-compiler")
     monkeypatch.setenv("CXX", " ")
     assert script("kernel").error == "no C++ compiler: CXX is empty"
+    monkeypatch.setenv("CXX", "g++ '")
+    assert script("kernel").error == "CXX = g++ ': No closing quotation"
 
 
 def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(
