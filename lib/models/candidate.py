@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.models.held_file import HeldFile
-from lib.models.torch_archive import look_into
+from lib.models.torch_archive import load_archive
 
 __all__ = ["Candidate"]
 
@@ -26,4 +26,4 @@ class Candidate:
     @cached_property
     def archive(self) -> dict[str, Any]:
         """The dictionary that torch.save wrote; raises WeightsError for anything else."""
-        return look_into(self.file)
+        return load_archive(self.file)

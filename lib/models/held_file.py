@@ -59,9 +59,8 @@ class HeldFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
         return self._sha256
 
-    @property
-    def has_changed(self) -> bool:
-        """Whether the file was written to, or `path` leads to another one.
+    def refuse_if_changed(self) -> None:
+        """Raise WeightsError if the file was written to, or if `path` leads to another one.
 
         Device, inode, size and the times of the last write and of the last change of the inode
         are compared.
@@ -69,12 +68,8 @@ class HeldFile:
         try:
             now = _stamp(os.fstat(self._descriptor)), _stamp(self.path.stat())
         except OSError:
-            return True
-        return now != (self._stamp, self._stamp)
-
-    def refuse_if_changed(self) -> None:
-        """Raise WeightsError if the file `has_changed`."""
-        if self.has_changed:
+            now = None
+        if now != (self._stamp, self._stamp):
             raise WeightsError(f"{self.path}: changed while it was being read")
 
 

@@ -18,7 +18,7 @@ from lib.models.held_file import HeldFile
 from lib.models.pickle_program import RefusedPickleError, check_pickle
 from lib.models.weights import TensorInfo
 
-__all__ = ["load_archive", "look_into", "refuse_inflated", "tensor_info"]
+__all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # The head that may share its memory with the embedding, by fair-esm's and transformers' names; the
@@ -27,15 +27,6 @@ _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
 # A file is loaded again for every few tensors; its pickle is followed once.
 _FOLLOWED: weakref.WeakSet[HeldFile] = weakref.WeakSet()
-# What was mapped for its metadata, until its tensors are read.
-_LOOKED_INTO: weakref.WeakKeyDictionary[HeldFile, dict[str, Any]] = weakref.WeakKeyDictionary()
-
-
-def look_into(file: HeldFile) -> dict[str, Any]:
-    """Do what `load_archive` does, whose next call gets the same mapping instead of another."""
-    archive = load_archive(file)
-    _LOOKED_INTO[file] = archive
-    return archive
 
 
 def load_archive(file: HeldFile) -> dict[str, Any]:
@@ -44,10 +35,6 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     Raises WeightsError if the file holds anything else, and if its pickle asks for any name other
     than argparse.Namespace and those of tensors.
     """
-    archive = _LOOKED_INTO.pop(file, None)
-    # What is mapped of a file that was cut since then would end the process.
-    if archive is not None and not file.has_changed:
-        return archive
     path, opened = file.path, file.open_path
     try:
         if not zipfile.is_zipfile(opened):

@@ -324,27 +324,6 @@ def test_what_a_configuration_may_hold_is_read(tmp_path: Path, small_model: Path
     assert found(tmp_path / "m.pt").shape == found(small_model).shape
 
 
-def read_what_was_cut(path: Path) -> None:
-    """Print the line that refuses weights that were cut between their detection and their use."""
-    weights = found(path).require_weights()
-    os.truncate(path, path.stat().st_size // 2)
-    try:
-        print(sum(tensor.sum() for _, tensor in weights.read(weights.tensors)))
-    except WeightsError as error:
-        print(error)
-
-
-def test_weights_that_are_cut_after_a_look_into_them_end_no_process(
-    tmp_path: Path, small_model: Path
-) -> None:
-    """A mapping of a file reaches no further than the file does now: what is beyond is a signal."""
-    path = Path(shutil.copy(small_model, tmp_path / "m.pt"))
-    done = run_function(partial(read_what_was_cut, path))
-    assert done.status == 0, done.err
-    fact = "truncated, or not a torch.save archive (no zip directory)"
-    assert done.out == f"{path}: {fact}\n"
-
-
 def test_compressed_archives_are_refused_before_they_are_inflated(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
