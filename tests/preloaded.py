@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tqdm import tqdm
+
 from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
 from tests.conftest import ROOT, SOME_PROTEINS
@@ -40,7 +42,10 @@ def _run_once() -> None:
 
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
     import_module(f"scripts.{_path.stem}")
+# tqdm's thread watches all bars now and then, and a fork may find its lock held.
+interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
 _run_once()
+tqdm.monitor_interval = interval
 # A fork's garbage collection would touch, and so copy, all that is there.
 gc.collect()
 gc.freeze()

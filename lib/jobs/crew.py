@@ -151,11 +151,13 @@ def crew(
     made = Crew(theirs, config, interruption, say)
     try:
         if later:
-            name, count, attention = NO_WORKER, threads, ""
+            facts = AttemptFacts(weights.path, kind, NO_WORKER, threads, tokens)
         else:
             made.wait_for_one()
-            (name, count), attention = made.device, made.attention
-        facts = AttemptFacts(weights.path, kind, name, count, tokens, attention)
+            first = made.first
+            facts = AttemptFacts(
+                weights.path, kind, first.device_name, first.threads, tokens, first.attention
+            )
         reasons = f"{device_reason}, {where}", precision_reason, pack_reason
         yield KnownModel(made.config, facts, replace(settings, compute=chosen), reasons), made
     finally:
@@ -208,18 +210,11 @@ class Crew:
         return [one for one in self.members if one.admitted and not (one.hung or one.gone)]
 
     @property
-    def device(self) -> tuple[str, int]:
-        """The name of the first worker's device, and its threads."""
+    def first(self) -> Readiness:
+        """What the first worker that may be given work has answered."""
         first = self.admitted[0].readiness
         assert first is not None
-        return first.device_name, first.threads
-
-    @property
-    def attention(self) -> str:
-        """How the workers compute attention, in words."""
-        first = self.admitted[0].readiness
-        assert first is not None
-        return first.attention
+        return first
 
     def wait_for_one(self) -> None:
         """Return when a worker is admitted; raises what keeps all of them from it."""
@@ -414,12 +409,13 @@ class Crew:
         if said.device.partition(":")[0] != self._settings.compute.device:
             self.refuse(member, MachineError(f"its device is {said.device}"))
             return
-        first = next((one.readiness for one in self.admitted if one.readiness), said)
-        if said.attention != first.attention:
-            fact = f"attention is {said.attention} there, {first.attention} at the first worker"
-            self.refuse(member, MachineError(fact))
-            return
-        self._compare_devices(member)
+        if self.admitted:
+            theirs, ours = said.attention, self.first.attention
+            if theirs != ours:
+                fact = f"attention is {theirs} there, {ours} at the first worker"
+                self.refuse(member, MachineError(fact))
+                return
+            self._compare_devices(member)
         member.admitted = True
         self._lost_at_start = 0
         self._write(member)
@@ -441,14 +437,10 @@ class Crew:
 
     def _compare_devices(self, member: Member) -> None:
         """Say that a worker has another device than the first, whose last bits may differ."""
-        first = next((one for one in self.admitted if one.readiness), None)
-        if first is None:
-            return
-        assert first.readiness is not None
         assert member.readiness is not None
-        ours, theirs = first.readiness.device_name, member.readiness.device_name
+        ours, theirs = self.first.device_name, member.readiness.device_name
         if ours != theirs:
-            self.say(f"{member}: its device is {theirs}, that of {first} is {ours}")
+            self.say(f"{member}: its device is {theirs}, that of {self.admitted[0]} is {ours}")
 
     def _all_refused(self, refused: list[Member]) -> LedgerError:
         """Return what ends a run that has no worker; a difference in identity outranks others."""
@@ -476,7 +468,7 @@ class Crew:
             facts = _facts(member)
             member.row = add_worker(engine, attempt_id, facts, member.started_at, outcome, error)
             if not member.gone:
-                name_device(engine, attempt_id, *self.device)
+                name_device(engine, attempt_id, self.first.device_name, self.first.threads)
         elif outcome is not None:
             end_worker(engine, member.row, outcome, error)
 

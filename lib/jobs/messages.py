@@ -89,10 +89,8 @@ def own_versions(packages: Sequence[str] = ("torch", "numpy", "pyarrow")) -> dic
 
     `source` is a digest of this program's own modules: a checkout may differ from its version.
     """
-    kinds = ("*.py", "*.cpp")
-    modules = [
-        path for room in ("lib", "schema") for kind in kinds for path in (_ROOT / room).rglob(kind)
-    ]
+    files = (path for room in ("lib", "schema") for path in (_ROOT / room).rglob("*.*"))
+    modules = [path for path in files if path.suffix in (".py", ".cpp")]
     source = listing_sha256(
         (file_sha256(path), str(path.relative_to(_ROOT))) for path in sorted(modules)
     )

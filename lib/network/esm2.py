@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,15 +66,21 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class _Positions:
-    """Where the tokens of a pack stand: what attention takes beside queries, keys and values.
-
-    rotary: by token, for `attend` and for contact maps; turns: by position, for the fused kernel.
-    """
+    """Where the tokens of a pack stand: what attention takes beside queries, keys and values."""
 
     groups: Sequence[Group]
     bounds: torch.Tensor
-    rotary: torch.Tensor | None
-    turns: torch.Tensor | None
+    inv_freq: torch.Tensor
+
+    @cached_property
+    def rotary(self) -> torch.Tensor:
+        """The turns by token, for `attend` and for contact maps."""
+        return turns_by_token(self.groups, self.inv_freq)
+
+    @cached_property
+    def turns(self) -> torch.Tensor:
+        """The turns by position, for the fused kernel."""
+        return turns_by_position(self.groups, self.inv_freq)
 
 
 class Network:
@@ -129,7 +136,8 @@ class Network:
             yield 0, x
         count = len(x)
         x = F.pad(x, (0, 0, 0, rows_of(count, self.device) - count))
-        where = self._positions(groups, maps is not None)
+        bounds = sent(sequence_bounds(groups), self.device)
+        where = _Positions(groups, bounds, self._inv_freq)
         last = max(wanted) if maps is None else self.shape.num_layers
         ready = None  # the next layer norm, where it came with the addition before it
         for number, layer in enumerate(self._layers[:last], start=1):
@@ -146,14 +154,6 @@ class Network:
             if number in wanted:
                 yield number, x[:count]
 
-    def _positions(self, groups: Sequence[Group], for_maps: bool) -> _Positions:
-        """Return where the tokens of a pack stand, on the device."""
-        bounds = sent(sequence_bounds(groups), self.device)
-        is_fused = self.fused is not None
-        turns = turns_by_position(groups, self._inv_freq) if is_fused else None
-        rotary = turns_by_token(groups, self._inv_freq) if for_maps or not is_fused else None
-        return _Positions(groups, bounds, rotary, turns)
-
     def _attention(
         self,
         layer: _Layer,
@@ -167,12 +167,9 @@ class Network:
         qkv = linear(self._normed(x, ready, layer.attention_norm), layer.qkv)[:tokens]
         qkv = qkv.view(tokens, 3, heads, width // heads)
         if maps is not None:
-            assert where.rotary is not None
             maps.add(turned(qkv[:, :2].to(torch.float32, copy=True), where.rotary))
         if self.fused is not None:
-            assert where.turns is not None
             return self.fused(qkv, where.turns, where.bounds, rows).view(rows, width)
-        assert where.rotary is not None
         attended = attend(qkv, where.rotary, where.groups, where.bounds, rows, self.elementwise)
         return attended.view(rows, width)
 
@@ -215,8 +212,8 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
 
     Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
     first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
-    Attention is fused if it can be.
-    Raises WeightsError for rotary frequencies that differ by layer.
+    Attention is fused if it can be. Raises WeightsError for rotary frequencies that differ by
+    layer.
     """
     weights = detection.require_weights()
     shape = detection.shape

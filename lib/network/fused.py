@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import MachineError
+from lib.files import disk_errors, new_path
 from lib.network.device import cpu_flags
 
 __all__ = ["BY_TORCH", "FusedAttention", "build", "fused_attention"]
@@ -83,25 +85,27 @@ def build() -> Path:
         raise MachineError(f"CXX = {wanted}: {error}") from None
     if not command or shutil.which(command[0]) is None:
         raise MachineError(f"no C++ compiler: {command[0] if command else 'CXX is empty'}")
-    torch_folder = Path(torch.__file__).parent
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    try:
+    with disk_errors(library.parent):
         library.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may have built the same meanwhile.
+    with new_path(library, folder=False, replaceable=Path.is_file) as unfinished:
+        _compile(command, unfinished)
+    return library
+
+
+def _compile(command: Sequence[str], to: Path) -> None:
+    """Compile the kernel by a compiler and its options; raises MachineError if that fails."""
+    torch_folder = Path(torch.__file__).parent
+    with disk_errors(Path(command[0])):
         done = subprocess.run(
-            [*command, *_FLAGS, str(_SOURCE), "-o", str(unfinished),
+            [*command, *_FLAGS, str(_SOURCE), "-o", str(to),
              "-isystem", str(torch_folder / "include"),
              "-isystem", str(torch_folder / "include/torch/csrc/api/include"),
              f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"],
             capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
-        if done.returncode:
-            raise MachineError(f"{command[0]}: exit status {done.returncode}: {_fact(done.stderr)}")
-        unfinished.replace(library)
-    except OSError as error:
-        raise MachineError(f"{error.filename or library}: {error.strerror}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return library
+    if done.returncode:
+        raise MachineError(f"{command[0]}: exit status {done.returncode}: {_fact(done.stderr)}")
 
 
 def _fact(output: str) -> str:

@@ -101,9 +101,12 @@ def assert_contacts_within_bounds(
 
 
 def by_every_kernel(network: Network) -> Iterator[Network]:
-    """Yield the network with attention by torch, and by each kernel that this machine has."""
+    """Yield the network with attention by torch, and by each kernel that this machine has.
+
+    It stays with the last of them.
+    """
     kernel = network.fused
-    for network.fused in {None, kernel, kernel and FusedAttention(tiles=False)}:
+    for network.fused in dict.fromkeys([None, kernel and FusedAttention(tiles=False), kernel]):
         yield network
 
 
