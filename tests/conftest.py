@@ -16,11 +16,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
 from lib.console.program import guarded
 from lib.ledger.sqlite_file import connect_read_only
-from lib.models.untrained import make_model
 from lib.settings import DEFAULT_CONFIG
 from tests import processes
 from tests.interpreter import interpreter
@@ -88,6 +86,8 @@ def run_program(folder: Path, program: str) -> str:
 @pytest.fixture(autouse=True)
 def threads_of_torch() -> Iterator[None]:
     """Undo `compute.threads` of scripts that ran in this process: more threads wait for others."""
+    import torch
+
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -192,22 +192,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers, 64 wide, 4 heads; untrained."""
-    path = tmp_path_factory.mktemp("models") / "esm2_small.pt"
-    make_model(path, 2, 64, 4)
-    return path
+    return _made(tmp_path_factory.mktemp("models") / "esm2_small.pt", 2, 64, 4)
 
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shape of small_model, other weights: as a fine-tune would be."""
-    path = tmp_path_factory.mktemp("other") / "esm2_small.pt"
-    make_model(path, 2, 64, 4, seed=1)
-    return path
+    return _made(tmp_path_factory.mktemp("other") / "esm2_small.pt", 2, 64, 4, seed=1)
 
 
 @pytest.fixture(scope="session")
 def tall_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, 96 wide: another shape."""
-    path = tmp_path_factory.mktemp("tall") / "esm2_tall.pt"
-    make_model(path, 3, 96, 6)
+    return _made(tmp_path_factory.mktemp("tall") / "esm2_tall.pt", 3, 96, 6)
+
+
+def _made(path: Path, *shape: int, seed: int = 0) -> Path:
+    # Imported here, as the process that hands the tests out needs no torch.
+    from lib.models.untrained import make_model
+
+    make_model(path, *shape, seed=seed)
     return path

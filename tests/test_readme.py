@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, quick_python: Path) -> Path
     proteins = fasta(EXAMPLES)
     longest = max(len(sequence) for _, sequence in proteins)
     brief = [
-        (header, sequence if len(sequence) == longest else sequence[:100])
+        (header, sequence if len(sequence) == longest else sequence[:40])
         for header, sequence in proteins
     ]
     write_fasta(path / EXAMPLES.relative_to(ROOT), brief)

@@ -222,7 +222,7 @@ class Crew:
             if self._interruption.insisted:
                 raise self._interruption.error("interrupted")
             self.tend()
-            self.mail.handle_next(1.0)
+            self.mail.handle_next(_BETWEEN_LOOKS / 2)
 
     def tend(self) -> None:
         """Start workers where there is room for more; raise an error if there is no hope of one.

@@ -40,8 +40,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
         monkeypatch.delenv(name, raising=False)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "0")
-    monkeypatch.setattr("lib.jobs.crew._BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("lib.jobs.crew._BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.02)
     return installed(monkeypatch.setitem)
 
 

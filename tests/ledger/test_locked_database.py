@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,19 @@ def embed(script: Script, model: Path, *flags: str | Path) -> Answer:
 def test_a_lock_is_waited_for_longer_than_sqlite_does_by_itself(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = 6  # Python's sqlite3 gives up after five
     assert embed(script, small_model).status == 0
+    # Python's sqlite3 gives up after five seconds; here after a moment, if nobody says how long.
+    for module in (sqlite3, sqlite3.dbapi2):
+        monkeypatch.setattr(module, "connect", partial(sqlite3.connect, timeout=0.2))
+    seconds = 1
     holders: list[subprocess.Popen[str]] = []
     true_open = database.open_for_writing
 
     def open_while_locked(url: str, **named: Any) -> AbstractContextManager[Engine]:  # noqa: ANN401
         holders.append(held(place.database, seconds))
+        by_itself = closing(sqlite3.connect(place.database))
+        with by_itself as connection, pytest.raises(sqlite3.OperationalError, match="is locked"):
+            connection.execute("BEGIN IMMEDIATE")
         return true_open(url, **named)
 
     monkeypatch.setattr("scripts.embed.open_for_writing", open_while_locked)
@@ -51,8 +58,8 @@ def test_a_lock_for_ever_is_one_line_in_bounded_time_and_no_work_is_lost(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert embed(script, small_model).status == 0
-    monkeypatch.setattr(database, "BUSY_SECONDS", 1)
-    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 1)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.5)
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.5)
     true_add = commit.add_checkpoint
     holders: list[subprocess.Popen[str]] = []
 
