@@ -62,6 +62,17 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collections_of_garbage() -> Iterator[None]:
+    """Collect a module's garbage at its end, so that what it left open is its failure.
+
+    What is left is imported, or kept for the session: no later collection looks at it again.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def run_program(folder: Path, program: str) -> str:
     """Run a program as a page prints it, in a folder; return what it prints."""
     done = subprocess.run(
