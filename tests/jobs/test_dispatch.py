@@ -507,7 +507,7 @@ def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InPro
     def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
         if ray.placed.index("1") == ray.actors.index(actor):
             raise ActorError("gone")
-        time.sleep(0.3)  # until there is another look for room
+        time.sleep(0.1)  # until there is another look for room
         return true(order, packs)
 
     ray.hooks |= {"load": stranger, "compute": slow_and_lost_once}
