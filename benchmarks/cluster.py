@@ -142,7 +142,7 @@ def embed_seconds(folder: Path, flags: Sequence[str], megabytes: int = 256) -> d
 
 def driver(parsed: argparse.Namespace) -> Any:  # noqa: ANN401
     """Time what the driver does for each residue, and tell how many GPUs it can feed."""
-    count, rows, found = 50_000, [], dict[str, Any]()
+    count, rows, found = min(50_000, parsed.records), [], dict[str, Any]()
     with workplace("esm2_t6_8M_UR50D", sequences("uniref", count)) as (folder, _flags):
         config = {"model.esm_model": str(folder / "model.pt"), "input.fasta": str(folder / "in.fa")}
         rules = load_settings(DEFAULT_CONFIG, config).input

@@ -35,7 +35,7 @@ class Handle:
     """An actor: a thread that runs its methods one after another, and one for those aside."""
 
     def __init__(self, ray: InProcessRay, made: type) -> None:
-        self._ray, self._self = ray, made()
+        self._ray, self.made = ray, made()
         self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[Future[Any]] = []
         self.killed = False
@@ -66,7 +66,7 @@ class Handle:
 
     def _run(self, name: str, arguments: tuple[Any, ...], futures: list[Future[Any]]) -> None:
         try:
-            true = getattr(self._self, name)
+            true = getattr(self.made, name)
             hook = self._ray.hooks.get(name)
             # What torch.load may load is said for a whole process, which actors do not share.
             with _LOADING if name == "load" else nullcontext():
