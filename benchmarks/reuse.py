@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,10 @@ def copied(copying):
 
 computing.plan_reuse, jobs.copied_stretches = found, copied
 start, processor = time.perf_counter(), time.process_time()
-status = script.main(sys.argv[1:])
+if status := script.main(sys.argv[1:]):
+    sys.exit(status)
 spent |= {"whole": time.perf_counter() - start, "processor": time.process_time() - processor}
-print(json.dumps({"status": status, "peak": peak_bytes(), **spent}))
+print(json.dumps({"peak": peak_bytes(), **spent}))
 """
 
 
@@ -106,7 +107,7 @@ def shares(
             shutil.rmtree(folder / "embeddings" / "run-000002")
         yield {
             "share": share,
-            **{key: [round(row[key], 3) for row in rows] for key in rows[0] if key != "status"},
+            **{key: [round(row[key], 3) for row in rows] for key in rows[0]},
         }
 
 
@@ -132,7 +133,7 @@ def benchmark(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the figures if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,7 +147,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--to", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(argv)
     result = benchmark(parsed)
     if parsed.to is not None:
         parsed.to.write_text(json.dumps(result, indent=2) + "\n")
