@@ -67,6 +67,17 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cuts() -> Iterator[None]:
+    """Let SQLite not wait for the disk in this process: only a power cut would tell.
+
+    Processes that tests start wait for it, and tests/ledger/test_checkpoints.py sees that.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.ledger.database._SYNCHRONOUS", "OFF")
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def collections_of_garbage() -> Iterator[None]:
     """Collect a module's garbage at its end, so that what it left open is its failure.

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 _PAUSE_SECONDS = 0.01
+_SYNCHRONOUS = "FULL"  # what is committed survives a power cut
 # What SQLAlchemy makes of a statement, by statement: a notebook opens its database for each run.
 _COMPILED: dict[Any, Any] = {}
 
@@ -98,7 +99,7 @@ def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
         # pysqlite would begin transactions of its own accord, and only before writes.
         connection.isolation_level = None
         connection.execute(f"PRAGMA foreign_keys = {'ON' if references else 'OFF'}")
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA synchronous = {_SYNCHRONOUS}")
         # Each commit moves the log into the one file, so that a copy of it after a kill is whole.
         connection.execute("PRAGMA wal_autocheckpoint = 1")
 
