@@ -20,6 +20,7 @@ import torch
 from lib.errors import MachineError
 from lib.jobs.loading import LoadedModel
 from lib.jobs.progress import computing_cost
+from lib.ledger.checkpoints import ROW_GROUP_BYTES
 from lib.network.device import packs_at_once
 from lib.network.pipeline import computed
 from lib.network.vectors import needed_bytes
@@ -50,7 +51,7 @@ _SMALL = 254  # residues of the sequence that warms up, and tells what larger pa
 # Beside the weights and the packs: what libraries keep prepared for shapes that the trial had not
 # (0.2 to 0.5 GB were measured), the rows that wait for a file, and the records of a window.
 _PREPARED_BYTES = 400_000_000
-_HELD_BYTES = 2 * (32 << 20)
+_HELD_BYTES = 2 * ROW_GROUP_BYTES
 _RECORD_BYTES = 1_000
 _REUSE_BYTES = 66  # digests and the search for them, for each different sequence
 

@@ -22,6 +22,7 @@ from lib.models.adapted import AdaptedWeights
 from lib.models.detection import Detection
 from lib.models.weights import Weights
 from lib.network.memory import available_bytes, ran_out
+from lib.units import size
 from schema.esm2_config import ModelShape
 
 __all__ = ["ChosenReference", "choose_reference"]
@@ -129,7 +130,7 @@ def _memory_errors(path: Path, shape: ModelShape) -> Iterator[None]:
     if available is not None and needed > available:
         raise MachineError(
             f"{path}: {shape.parameters} parameters in float32 need "
-            f"{needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available"
+            f"{size(needed)} of memory, {size(available)} are available"
         )
     try:
         yield

@@ -24,6 +24,7 @@ from lib.network.device import use_threads
 from lib.network.memory import available_bytes, ran_out
 from lib.sequences.windows import read_windows
 from lib.settings import Overrides
+from lib.units import size
 from schema.parquet import VectorColumn, vector_columns
 from schema.tables import Run
 
@@ -215,8 +216,7 @@ def _too_large(
             del records[record.number]
             yield (
                 f"record {record.number} ({record.id}): {residues} residues need "
-                f"{needed / 1e9:.1f} GB of memory in {libraries}, {available / 1e9:.1f} GB are "
-                "available"
+                f"{size(needed)} of memory in {libraries}, {size(available)} are available"
             )
 
 

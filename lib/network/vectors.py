@@ -20,6 +20,7 @@ from lib.network.linear import rows_of
 from lib.network.memory import available_bytes, contact_bytes, pack_bytes
 from lib.sequences.alphabet import tokenise
 from lib.sequences.windows import Sequence as FastaSequence
+from lib.units import size
 from schema.parquet import CONTACTS, VectorColumn
 
 __all__ = ["Launched", "NonFiniteError", "launch", "needed_bytes"]
@@ -86,9 +87,10 @@ def launch(
             raise
     if len(sequences) == 1:
         owner, length = sequences[0].owners[0], len(sequences[0].residues)
+        there = "" if available is None else f", {size(available)} are available"
         raise MachineError(
-            f"record {owner.number} ({owner.id}): {length} residues need {_gigabytes(needed)} of "
-            f"memory, {_gigabytes(available)} are available on {network.device}"
+            f"record {owner.number} ({owner.id}): {length} residues need {size(needed)} of "
+            f"memory{there} on {network.device}"
         )
     middle = len(sequences) // 2
     halves = sequences[:middle], sequences[middle:]
@@ -180,7 +182,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     # torch reports failed CPU allocations as plain RuntimeErrors.
     kinds = MemoryError | torch.OutOfMemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _gigabytes(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 1e9:.1f} GB"

@@ -103,8 +103,8 @@ def test_copying_holds_a_row_group_to_write_and_a_part_of_one_to_read(tmp_path: 
     write_source(large, records, [MEAN])
     answer = run_function(partial(print_growth, small, large, records))
     assert answer.status == 0, answer.err
-    # Of 43 MB, a row group to write is 34. It was 212 MB when Arrow read row groups as a whole.
-    assert int(answer.out) <= 85e6
+    # It is 43 MB, was 72 to 87 with row groups of 34 MB, and 212 when Arrow read them as a whole.
+    assert int(answer.out) <= 55e6
 
 
 def test_rows_of_several_parts_are_the_ones_that_were_chosen(tmp_path: Path) -> None:

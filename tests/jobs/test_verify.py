@@ -490,8 +490,8 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
     answer = script("verify", *ALL)
     assert answer.status == 0
     assert (
-        "left out: record 0 (long): 50 residues need 0.0 GB of memory in fair-esm 2.0.0"
-        in answer.err
+        "left out: record 0 (long): 50 residues need 688.9 kB of memory in fair-esm 2.0.0, "
+        "688.9 kB are available" in answer.err
     )
     assert "1 of 2 records computed again" in answer.out
     monkeypatch.setattr(verification, "available_bytes", lambda _: 1)
@@ -501,7 +501,7 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
     monkeypatch.setattr(references, "available_bytes", lambda _: 1)
     answer = script("verify", *ALL)
     assert answer.status == 4
-    assert "parameters in float32 need 0.0 GB of memory" in answer.error
+    assert " parameters in float32 need 408.8 kB of memory, 1 B are available" in answer.error
 
 
 def print_peaks(path: Path) -> None:

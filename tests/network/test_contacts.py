@@ -266,7 +266,7 @@ def test_a_sequence_that_many_records_share_is_written_in_parts(
     flags = ["--esm-model", small_model, "--input", source, "--include", "contacts", "mean"]
     assert script("embed", *flags).status == 0
     # Contacts of 10 residues and a mean of 64 numbers are 656 bytes.
-    monkeypatch.setattr(checkpoints, "_ROW_GROUP_BYTES", 3 * 656)
+    monkeypatch.setattr(checkpoints, "ROW_GROUP_BYTES", 3 * 656)
     assert script("embed", *flags).status == 0
     assert_same_bits(place.output / "run-000002", place.output / "run-000001")
     (file,) = (place.output / "run-000002").glob("*.parquet")

@@ -157,7 +157,7 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     answer = script("embed", *flags)
     assert answer.status == 4
     assert answer.error == (
-        "record 0 (titin): 12000 residues need 0.1 GB of memory, 0.0 GB are available on cpu"
+        "record 0 (titin): 12000 residues need 89.0 MB of memory, 10.0 MB are available on cpu"
     )
     monkeypatch.undo()
     assert script("resume", "--run", "1", "--config", place.config).status == 0
