@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -50,9 +50,25 @@ _ROOM_SECONDS = 60.0
 _BETWEEN_LOOKS = 2.0
 # Workers in a row that may be lost while they load their weights.
 _LOST_AT_START = 3
-# How long no worker is started after one was lost that had not even greeted, as on a machine that
-# Ray does not know to be dead, or where this program is missing. It doubles each time.
+# How long no worker is started on a machine after one was lost there that had not even greeted, as
+# where Ray does not know the machine to be dead, or this program is missing. It doubles each time.
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
+
+
+class _Pause:
+    """When workers may be started again on a machine."""
+
+    def __init__(self) -> None:
+        self._seconds, self._until = _FIRST_PAUSE, 0.0
+
+    def begin(self) -> None:
+        """Start none from now on, for twice as long as the last time."""
+        self._until = time.monotonic() + self._seconds
+        self._seconds = min(2 * self._seconds, _LONGEST_PAUSE)
+
+    @property
+    def lasts(self) -> bool:
+        return time.monotonic() < self._until
 
 
 @dataclass(eq=False)
@@ -187,7 +203,7 @@ class Crew:
         self._interruption = interruption
         self._versions = own_versions()
         self._lost_at_start = 0
-        self._pause, self._not_before = _FIRST_PAUSE, 0.0
+        self._pauses = defaultdict[str, _Pause](_Pause)
         self._record: tuple[Engine, int] | None = None
         self._looked = -_BETWEEN_LOOKS
         self._alone_since: float | None = None  # no worker was asked for
@@ -273,8 +289,7 @@ class Crew:
         if member.gone:
             return
         if member.greeting is None:
-            self._not_before = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pauses[member.node].begin()
         elif not member.admitted:
             self._lost_at_start += 1
         self._let_go(member, "lost", fact)
@@ -336,8 +351,8 @@ class Crew:
 
         Nor where one hung, as long as there are others.
         """
-        places = self._free()
-        if self._lost_at_start >= _LOST_AT_START or time.monotonic() < self._not_before:
+        places = [node for node in self._free() if not self._pauses[node].lasts]
+        if self._lost_at_start >= _LOST_AT_START:
             return
         limit = self._settings.cluster.workers or len(self.members) + len(places)
         alive = sum(not one.gone for one in self.members)
@@ -384,7 +399,7 @@ class Crew:
         if (greeting := self._result(member, done)) is None:
             return
         member.greeting = greeting
-        self._pause = _FIRST_PAUSE
+        self._pauses.pop(member.node, None)
         difference = _version_difference(self._versions, greeting.versions)
         if difference:
             name, ours, theirs = difference

@@ -518,6 +518,31 @@ def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InPro
     runs.check()
 
 
+def test_a_machine_that_answers_nothing_keeps_no_worker_from_the_others(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.jobs.crew._FIRST_PAUSE", 60.0)
+    ray.machines = [{"CPU": 1.0}] * 3
+
+    def dead(actor: Handle, true: Any) -> Any:  # noqa: ANN401
+        if ray.placed[ray.actors.index(actor)] == "0":
+            raise ActorError("no such machine")
+        return true()
+
+    def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if ray.placed.index("1") == ray.actors.index(actor):
+            raise ActorError("gone")
+        time.sleep(0.1)  # until there is another look for room
+        return true(order, packs)
+
+    ray.hooks |= {"greet": dead, "compute": slow_and_lost_once}
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert ray.placed.count("0") == 1
+    assert ray.placed.count("1") == 2
+    runs.check()
+
+
 def test_a_cluster_without_what_a_worker_needs_is_told_in_a_line(
     runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
