@@ -227,4 +227,4 @@ benchmark-cuda: $(venv)/.installed-benchmark ## measure on a GPU, 8M to 3B, in t
 
 .PHONY: benchmark-loading
 benchmark-loading: $(installed) ## time and memory of loading, beside fair-esm's loader (untrained 650M)
-	@$(python) benchmarks/loading.py $(ARGS)
+	@$(python) -m benchmarks.loading $(ARGS)

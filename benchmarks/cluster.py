@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(PARTS), action="append")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--records", type=int, default=500_000)
+    parser.add_argument(
+        "--records", type=int, default=500_000, help="of the simulation; the driver's are fewer"
+    )
     parser.add_argument("--seconds", type=float, default=240.0, help="of the simulation, at best")
     parser.add_argument("--to", type=Path, metavar="FILE", help="write all figures as JSON")
     parsed = parser.parse_args(argv)

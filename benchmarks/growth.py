@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.reuse import write_records
+from benchmarks.figures import figures_of, this_machine
+from benchmarks.reuse import make_workplace, write_records
 from lib.console.output import note, print_line, print_table
-from lib.models.untrained import make_model
-from lib.network.device import device_name
 
 _MEASURE = """
 import json, sys, time
@@ -50,35 +43,19 @@ print(json.dumps(figures))
 """
 
 
-def embed(folder: Path, fasta: Path) -> dict[str, float]:
-    """Embed a FASTA file in a process of its own; return seconds and bytes."""
-    argv = ["--config", str(folder / "config.ini"), "--input", str(fasta)]
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *argv], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def benchmark(parsed: argparse.Namespace) -> dict[str, Any]:
     """Measure every input; returns facts and figures."""
     rows = []
     for records in parsed.records:
         with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
-            folder = Path(name)
-            make_model(folder / "model.pt", parsed.layers, parsed.width, parsed.width // 16)
-            config = "[model]\nesm_model = model.pt\n[output]\nfolder = embeddings\n"
-            (folder / "config.ini").write_text(f"{config}[database]\nurl = runs.sqlite\n")
-            write_records(folder / "in.fasta", 0, records, parsed.residues)
+            config, fasta = Path(name, "config.ini"), Path(name, "in.fasta")
+            make_workplace(Path(name), parsed.layers, parsed.width)
+            write_records(fasta, 0, records, parsed.residues)
             note(f"embedding {records} records")
-            rows.append({"records": records, **embed(folder, folder / "in.fasta")})
+            argv = ["--config", str(config), "--input", str(fasta)]
+            rows.append({"records": records, **figures_of(_MEASURE, *argv)})
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **this_machine(),
         "residues": parsed.residues,
         "weights": f"untrained, {parsed.layers} layers, {parsed.width} wide",
         "inputs": rows,
@@ -102,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if parsed.to is not None:
         parsed.to.write_text(json.dumps(result, indent=2) + "\n")
     print_line(f"{result['weights']}; {result['machine']}")
-    columns = ["records", "records/s", "work, records/s", "peak (GB)", "peak (bytes/record)"]
+    columns = ["records", "records/s", "work, records/s", "peak (GB)"]
     print_table(
         columns,
         [
@@ -111,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 round(row["records"] / row["whole_s"]),
                 round(row["records"] / row["work_s"]),
                 round(row["peak_bytes"] / 1e9, 3),
-                round((row["peak_bytes"] - result["inputs"][0]["peak_bytes"]) / row["records"]),
             ]
             for row in result["inputs"]
         ],

@@ -1,7 +1,7 @@
 """Time and peak memory of loading, beside fair-esm's own loader, in one run.
 
-    python benchmarks/loading.py
-    python benchmarks/loading.py --like esm2_t12_35M_UR50D --repeats 5 --to loading.json
+    python -m benchmarks.loading
+    python -m benchmarks.loading --like esm2_t12_35M_UR50D --repeats 5 --to loading.json
 
 Writes an untrained model in a temporary folder, then loads it in fresh processes, ours and
 fair-esm's in turn; ours takes the weights' SHA-256 meanwhile, as `embed` does, or is told it, as
@@ -15,21 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.figures import figures_of, this_machine
 from lib.catalog import RELEASED
 from lib.console.output import print_json, print_line, print_table
 from lib.models.untrained import make_model
-from lib.network.device import device_name
 
 _MEASURE = """
 import json, sys, time
@@ -65,15 +60,7 @@ def measure(loader: str, path: Path) -> dict[str, float]:
     code = _MEASURE.format(imports=imports, load=load)
     # fair-esm runs as it ships: what lib sets for this process is not handed down.
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return figures_of(code, str(path), environment=environment)
 
 
 def benchmark(like: str, repeats: int) -> dict[str, Any]:
@@ -105,10 +92,7 @@ def benchmark(like: str, repeats: int) -> dict[str, Any]:
         for loader, rows in figures.items()
     }
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **this_machine(),
         "weights": f"untrained, shape of {like}, float32",
         "model_gb": round(model_bytes / 1e9, 3),
         "peak_bound_gb": round((1.15 * model_bytes + 0.7e9) / 1e9, 3),

@@ -1,7 +1,7 @@
 """Time and peak memory of a run, by the share of its input that an earlier run embedded.
 
-    python benchmarks/reuse.py
-    python benchmarks/reuse.py --records 1000000 --shares 99.9 --to reuse.json
+    python -m benchmarks.reuse
+    python -m benchmarks.reuse --records 1000000 --shares 99.9 --to reuse.json
 
 Writes an untrained model in a temporary folder and embeds random sequences with it: the run that is
 known. Then each share is measured in a process of its own, on a database that has that run only.
@@ -13,24 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.figures import figures_of, this_machine
 from lib.console.output import note, print_json, print_line, print_table
 from lib.models.untrained import make_model
-from lib.network.device import device_name
 
 _LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 _MEASURE = """
@@ -61,6 +55,13 @@ print(json.dumps({"peak": peak_bytes(), **spent}))
 """
 
 
+def make_workplace(folder: Path, layers: int, width: int) -> None:
+    """Make an untrained model in a folder, and a config.ini that keeps all else there."""
+    make_model(folder / "model.pt", layers, width, width // 16)
+    config = "[model]\nesm_model = model.pt\n[output]\nfolder = embeddings\n"
+    (folder / "config.ini").write_text(f"{config}[database]\nurl = runs.sqlite\n")
+
+
 def write_records(path: Path, first: int, records: int, residues: int) -> None:
     """Append random sequences of `residues` on average; `first` numbers them and seeds them."""
     chance = random.Random(first)
@@ -74,13 +75,7 @@ def write_records(path: Path, first: int, records: int, residues: int) -> None:
 def embed(folder: Path, fasta: Path, *flags: str) -> dict[str, float]:
     """Embed a FASTA file in a process of its own; return seconds and bytes."""
     argv = ["--config", str(folder / "config.ini"), "--input", str(fasta), *flags]
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *argv], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return figures_of(_MEASURE, *argv)
 
 
 def shares(
@@ -115,17 +110,12 @@ def benchmark(parsed: argparse.Namespace) -> dict[str, Any]:
     """Measure every share; returns facts and figures."""
     with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
         folder = Path(name)
-        make_model(folder / "model.pt", parsed.layers, parsed.width, parsed.width // 16)
-        config = "[model]\nesm_model = model.pt\n[output]\nfolder = embeddings\n"
-        (folder / "config.ini").write_text(f"{config}[database]\nurl = runs.sqlite\n")
+        make_workplace(folder, parsed.layers, parsed.width)
         figures = list(
             shares(folder, parsed.records, parsed.residues, parsed.shares, parsed.repeats)
         )
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **this_machine(),
         "records": parsed.records,
         "residues": parsed.residues,
         "weights": f"untrained, {parsed.layers} layers, {parsed.width} wide",

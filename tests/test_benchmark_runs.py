@@ -16,7 +16,7 @@ from benchmarks import growth, reuse
 from tests.processes import run_function
 
 
-def run_program(program: str) -> None:
+def execute(program: str) -> None:
     """Do what `python -c` does."""
     exec(program, {"__name__": "__main__"})
 
@@ -25,14 +25,13 @@ def in_a_fork(command: Sequence[object], **_: object) -> subprocess.CompletedPro
     """Run what `subprocess.run` would start with a Python of its own."""
     python, dash, program, *argv = map(str, command)
     assert (python, dash) == (sys.executable, "-c")
-    done = run_function(partial(run_program, program), *argv)
+    done = run_function(partial(execute, program), *argv)
     return subprocess.CompletedProcess([], done.status, done.out, done.err)
 
 
 @pytest.fixture(autouse=True)
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (growth, reuse):
-        monkeypatch.setattr(module.subprocess, "run", in_a_fork)
+    monkeypatch.setattr("benchmarks.figures.subprocess.run", in_a_fork)
 
 
 def test_what_grows_is_measured_by_records(
@@ -54,9 +53,9 @@ def test_what_is_known_is_copied_and_timed(tmp_path: Path) -> None:
     flags = ["--records", "40", "--shares", "0", "50", "100", "--width", "32"]
     to = tmp_path / "reuse.json"
     assert reuse.main([*flags, "--repeats", "2", "--to", str(to)]) == 0
-    figures: list[dict[str, Any]] = json.loads(to.read_text())["shares"]
-    assert [one["share"] for one in figures] == [0, 50, 100]
-    for one in figures:
+    found: list[dict[str, Any]] = json.loads(to.read_text())["shares"]
+    assert [one["share"] for one in found] == [0, 50, 100]
+    for one in found:
         for whole, finding, copying in zip(
             one["whole"], one["finding"], one["copying"], strict=True
         ):

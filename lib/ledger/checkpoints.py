@@ -39,8 +39,8 @@ __all__ = [
     "temporary_name",
 ]
 
-# Rows are held back until they are worth a row group of this many bytes, thrice of which is what
-# writing takes at its peak. Readers are no slower than with four times as many.
+# Rows are held back until they are worth a row group of this many bytes; writing one takes as much
+# again. Readers are no slower than with groups that are four times as large.
 ROW_GROUP_BYTES = 8 << 20
 _NAME = re.compile(r"checkpoint-(\d{6,})\.parquet")
 # The second form is that of versions before the attempt was part of the name.
