@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
+
 Hook = Callable[..., Any]
 _LOADING = threading.Lock()
 
@@ -164,8 +166,14 @@ class InProcessRay(ModuleType):
         return make
 
 
-def installed(set_module: Callable[[dict[str, ModuleType], str, ModuleType], None]) -> InProcessRay:
-    """Have `import ray` give this; set_module: pytest's monkeypatch.setitem."""
+def installed(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
+    """Have `import ray` give this, whatever the environment says of Ray, and wait little for it."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "0")
+    for module in ("crew", "dispatch"):
+        monkeypatch.setattr(f"lib.jobs.{module}._BETWEEN_LOOKS", 0.02)
     ray = InProcessRay()
-    set_module(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray", ray)
     return ray

@@ -24,9 +24,6 @@ SMALL = ModelShape(2, 64, 4, token_dropout=True)
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
     """Ray and the fresh processes in this one, small models, and few sequences."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setattr("lib.jobs.crew._BETWEEN_LOOKS", 0.02)
-    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.02)
 
     def in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:  # noqa: ANN401
         return function(*arguments)
@@ -35,7 +32,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
     monkeypatch.setattr(cluster, "sequences", lambda mix, count: sequences(mix, min(count, 60)))
     small = {name: replace(one, shape=SMALL) for name, one in RELEASED.items()}
     monkeypatch.setattr(cluster, "RELEASED", small)
-    return installed(monkeypatch.setitem)
+    return installed(monkeypatch)
 
 
 def test_every_figure_is_taken(

@@ -24,7 +24,7 @@ from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.reuse import LostSourceError, SourceFiles
 from tests.conftest import UNIPROT_PART, Place, Script
-from tests.in_process_ray import ActorError, Handle, InProcessRay, installed
+from tests.in_process_ray import ActorError, Handle, Hook, InProcessRay, installed
 from tests.processes import Answer as Ended
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 
@@ -36,13 +36,7 @@ QUICK += ["--set", "output.reuse=no"]
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
     """Ray in this process, on two machines with a CPU each."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setattr("lib.jobs.crew._BETWEEN_LOOKS", 0.02)
-    monkeypatch.setattr("lib.jobs.dispatch._BETWEEN_LOOKS", 0.02)
-    return installed(monkeypatch.setitem)
+    return installed(monkeypatch)
 
 
 class Runs:
@@ -495,6 +489,18 @@ def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessR
     assert answer.error.endswith(": device cuda: torch sees 0 CUDA devices")
 
 
+def lost_once_on(ray: InProcessRay, machine: str) -> Hook:
+    """Return a `compute` that loses the first worker of a machine, and is slow on the others."""
+
+    def compute(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if ray.placed.index(machine) == ray.actors.index(actor):
+            raise ActorError("gone")
+        time.sleep(0.1)  # until there is another look for room
+        return true(order, packs)
+
+    return compute
+
+
 def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InProcessRay) -> None:
     ray.machines = [{"CPU": 1.0}] * 3
 
@@ -504,13 +510,7 @@ def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InPro
             return ready
         return replace(ready, config={**ready.config, "sha256": "0" * 64})
 
-    def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
-        if ray.placed.index("1") == ray.actors.index(actor):
-            raise ActorError("gone")
-        time.sleep(0.1)  # until there is another look for room
-        return true(order, packs)
-
-    ray.hooks |= {"load": stranger, "compute": slow_and_lost_once}
+    ray.hooks |= {"load": stranger, "compute": lost_once_on(ray, "1")}
     answer = runs.embed()
     assert answer.status == 0, answer.err
     assert ray.placed.count("0") == 1
@@ -529,13 +529,7 @@ def test_a_machine_that_answers_nothing_keeps_no_worker_from_the_others(
             raise ActorError("no such machine")
         return true()
 
-    def slow_and_lost_once(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
-        if ray.placed.index("1") == ray.actors.index(actor):
-            raise ActorError("gone")
-        time.sleep(0.1)  # until there is another look for room
-        return true(order, packs)
-
-    ray.hooks |= {"greet": dead, "compute": slow_and_lost_once}
+    ray.hooks |= {"greet": dead, "compute": lost_once_on(ray, "1")}
     answer = runs.embed()
     assert answer.status == 0, answer.err
     assert ray.placed.count("0") == 1
