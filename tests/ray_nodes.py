@@ -19,6 +19,9 @@ from typing import Any
 from tests.processes import ROOT
 
 NODE_BYTES = 100 << 20  # Ray refuses a smaller object store
+# How often the head asks whether a node lives. Until it knows that one is dead, a worker that is
+# started there can hold up those that are started elsewhere, for 10 s at Ray's own pace.
+LOOKS = {"RAY_health_check_initial_delay_ms": "200", "RAY_health_check_period_ms": "300"}
 
 
 class Nodes:
@@ -39,7 +42,7 @@ class Nodes:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **LOOKS, **self.environment},
         )
         self.address = self._answer()
 
