@@ -6,7 +6,8 @@
 // products of bfloat16. What a sequence gives does not depend on its neighbours or on threads.
 //
 // Shapes: T tokens of a pack; n of a sequence; d, head_dim, even; width, d rounded up to what the
-// products take at once. Keys stand transposed, in panels of (width, COLS).
+// products take at once. Scores are (keys, queries), and what is mixed is (d, queries): a query has
+// a lane of its own, so that softmax needs nothing from other lanes.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -19,7 +20,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -27,9 +27,8 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, ROWS = 32;  // numbers of a vector; queries of a block
-constexpr int64_t COLS = 128;             // keys of a block: its scores stay in the first cache
-constexpr int64_t STEP = 32;              // the last block of keys is a multiple of this
+constexpr int64_t LANES = 16, QUERIES = 32;  // numbers of a vector; queries of a block
+constexpr int64_t KEYS = 128;                // keys of a block: its scores stay in the first cache
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -58,20 +57,30 @@ INLINE void store(Half* to, Floats x, __mmask16 lanes) {  // rounds to nearest, 
   _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16((__m512i)rounded));
 }
 
-template <int step>
-INLINE Floats swapped(Floats x) {  // lane i gets lane i ^ step
-  Ints order;
-  for (int i = 0; i < LANES; ++i) order[i] = i ^ step;
-  return (Floats)_mm512_permutexvar_ps((__m512i)order, (__m512)x);
+INLINE void store16(Half* to, Words bits) {  // the lower half of each
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)bits));
 }
+
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-INLINE Floats largest(Floats x) {  // in every lane
-  x = larger(x, swapped<8>(x)), x = larger(x, swapped<4>(x)), x = larger(x, swapped<2>(x));
-  return larger(x, swapped<1>(x));
-}
-INLINE float total(Floats x) {
-  x += swapped<8>(x), x += swapped<4>(x), x += swapped<2>(x), x += swapped<1>(x);
-  return x[0];
+// Lane i gets lane i ^ 1.
+INLINE Floats neighbours(Floats x) { return (Floats)_mm512_permute_ps((__m512)x, 0b10110001); }
+INLINE void transpose(Floats (&x)[LANES]) {
+#pragma GCC unroll 4
+  for (int bit = 0; bit < 4; ++bit) {
+    const int step = 1 << bit;
+    Ints low, high;
+    for (int i = 0; i < LANES; ++i) {
+      low[i] = i & step ? LANES + (i ^ step) : i;
+      high[i] = i & step ? LANES + i : i ^ step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & step)) {
+        const __m512 a = (__m512)x[i], b = (__m512)x[i + step];
+        x[i] = (Floats)_mm512_permutex2var_ps(a, (__m512i)low, b);
+        x[i + step] = (Floats)_mm512_permutex2var_ps(a, (__m512i)high, b);
+      }
+  }
 }
 
 // 2 to the power of x <= 0. The polynomials are minimax on [-0.5, 0.5] (Remez), with relative
@@ -81,23 +90,12 @@ INLINE Floats exp2(Floats x) {
   x = x < -126.f ? Floats{} - 126.f : x;  // NaN stays NaN
   const Floats shifted = x + 12582912.f;  // 1.5 * 2^23: the whole part stands in the low bits
   const Floats f = x - (shifted - 12582912.f);
-  Floats p;
-  if constexpr (rough) {
-    p = 0.055171669f * f + 0.242611125f;
-    p = p * f + 0.693260968f;
-    p = p * f + 0.999928057f;
-  } else {
-    p = 1.534581242e-4f * f + 1.339993090e-3f;
-    p = p * f + 9.618489072e-3f;
-    p = p * f + 5.550328642e-2f;
-    p = p * f + 2.402264625e-1f;
-    p = p * f + 6.931471825e-1f;
-    p = p * f + 1.0f;
-  }
+  const Floats head = 1.534581242e-4f * f + 1.339993090e-3f;
+  const Floats p = rough ? ((0.055171669f * f + 0.242611125f) * f + 0.693260968f) * f + 0.999928057f
+                         : ((((head * f + 9.618489072e-3f) * f + 5.550328642e-2f) * f +
+                             2.402264625e-1f) * f + 6.931471825e-1f) * f + 1.0f;
   return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
-
-// Layouts.
 
 // Turn n rows of d by their positions: cos and sin are (n, d), the sign of sin included. Queries
 // and keys have the two numbers that turn together as neighbours.
@@ -108,85 +106,86 @@ INLINE void turn(const T* in, int64_t stride, const float* cos, const float* sin
     for (int64_t i = 0; i < d; i += LANES) {
       const __mmask16 lanes = first_lanes(d - i);
       const Floats x = load(in + i, lanes) * scale;
-      store(out + i, x * load(cos + i, lanes) + swapped<1>(x) * load(sin + i, lanes), lanes);
+      store(out + i, x * load(cos + i, lanes) + neighbours(x) * load(sin + i, lanes), lanes);
     }
 }
 
-// (n, units) to panels of (units, COLS), with zeros for the keys that there are not.
-template <typename Unit>
-INLINE void transpose(const Unit* in, int64_t n, int64_t units, Unit* out) {
-  for (int64_t start = 0; start < n; start += COLS, in += COLS * units)
-    for (int64_t i = 0; i < units; ++i, out += COLS) {
-      const int64_t count = std::min(COLS, n - start);
-      for (int64_t t = 0; t < count; ++t) out[t] = in[t * units + i];
-      std::fill(out + count, out + COLS, Unit{});
+// Call put(row, column, x) with the LANES numbers of each column of (rows, columns) that begin at
+// each row that is a multiple of LANES and below `padded`; those after `rows` are zeros.
+template <typename Put>
+INLINE void by_columns(const float* in, int64_t stride, int64_t rows, int64_t padded,
+                       int64_t columns, Put put) {
+  for (int64_t row = 0; row < padded; row += LANES)
+    for (int64_t column = 0; column < columns; column += LANES) {
+      const __mmask16 lanes = first_lanes(columns - column);
+      Floats x[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i)
+        x[i] = row + i < rows ? load(in + (row + i) * stride + column, lanes) : Floats{};
+      transpose(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i)
+        if (column + i < columns) put(row, column + i, x[i]);
     }
 }
 
-// Products, of ROWS queries. `scores`, (ROWS, COLS) float32, holds the weights after `put`.
+// Products. `scores`, (KEYS, QUERIES) float32, holds the weights after `put`.
 
 template <typename T>
 struct Fma {  // float32 products by vector instructions
   using Element = float;
-  static constexpr int64_t WIDTH = LANES;
+  static constexpr int64_t WIDTH = 8, STEP = 8;  // width and number of keys are multiples of these
   static void begin() {}
   static void end() {}
 
-  static INLINE void lay_keys(const float* turned, int64_t n, int64_t width, float* keys) {
-    transpose(turned, n, width, keys);
-  }
   static INLINE void lay_values(const T* v, int64_t stride, int64_t n, int64_t d, int64_t width,
                                 float* values) {
-    for (int64_t t = 0; t < up(n, STEP); ++t, v += stride, values += width)
+    for (int64_t t = 0; t < n; ++t, v += stride, values += width)
       for (int64_t i = 0; i < d; i += LANES) {
         const __mmask16 lanes = first_lanes(d - i);
-        store(values + i, t < n ? load(v + i, lanes) : Floats{}, lanes);
+        store(values + i, load(v + i, lanes), lanes);
       }
   }
-  // c (8, vectors * LANES) = a (8, k) times b (k, vectors * LANES), added to c if `add`.
+  // c (8, QUERIES) = a (8, k) times b (k, QUERIES), added to c if `add`, in the first vectors.
   template <int vectors>
-  static INLINE void block(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                           int64_t k, float* c, int64_t c_stride, bool add) {
+  static INLINE void block(const float* a, int64_t a_row, int64_t a_column, const float* b,
+                           int64_t k, float* c, bool add) {
     Floats sums[8][vectors];
-#pragma GCC unroll 8
     for (int r = 0; r < 8; ++r)
       for (int v = 0; v < vectors; ++v)
-        sums[r][v] = add ? load(c + r * c_stride + v * LANES) : Floats{};
-    for (int64_t i = 0; i < k; ++i, b += b_stride) {
+        sums[r][v] = add ? load(c + r * QUERIES + v * LANES) : Floats{};
+    for (int64_t i = 0; i < k; ++i, a += a_column, b += QUERIES) {
       Floats right[vectors];
       for (int v = 0; v < vectors; ++v) right[v] = load(b + v * LANES);
 #pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * a_stride + i] * right[v];
+      for (int r = 0; r < 8; ++r) {
+        const Floats left = (Floats)_mm512_set1_ps(a[r * a_row]);
+        for (int v = 0; v < vectors; ++v) sums[r][v] += left * right[v];
+      }
     }
-#pragma GCC unroll 8
     for (int r = 0; r < 8; ++r)
-      for (int v = 0; v < vectors; ++v) store(c + r * c_stride + v * LANES, sums[r][v]);
+      for (int v = 0; v < vectors; ++v) store(c + r * QUERIES + v * LANES, sums[r][v]);
   }
-  static INLINE void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                             int64_t columns, int64_t k, float* c, int64_t c_stride, bool add) {
-    for (int64_t r = 0; r < ROWS; r += 8, a += 8 * a_stride, c += 8 * c_stride) {
-      int64_t j = 0;
-      for (; j + 2 * LANES <= columns; j += 2 * LANES)
-        block<2>(a, a_stride, b + j, b_stride, k, c + j, c_stride, add);
-      if (j < columns) block<1>(a, a_stride, b + j, b_stride, k, c + j, c_stride, add);
-    }
+  template <int vectors>
+  static INLINE void score(const float* keys, int64_t count, const float* queries, int64_t d,
+                           int64_t width, float* scores) {
+    for (int64_t t = 0; t < count; t += 8)
+      block<vectors>(keys + t * width, width, 1, queries, d, scores + t * QUERIES, false);
   }
-  static INLINE void score(const float* q, int64_t width, const float* keys, int64_t columns,
-                           float* scores) {
-    product(q, width, keys, COLS, columns, width, scores, COLS, false);
+  static INLINE void put(float* scores, Floats even, Floats odd) {
+    store(scores, even), store(scores + QUERIES, odd);
   }
-  static INLINE void put(float* row, int64_t i, Floats weights) { store(row + i, weights); }
-  static INLINE void mix(const float* weights, int64_t columns, const float* values, int64_t width,
+  template <int vectors>
+  static INLINE void mix(const float* values, int64_t count, const float* weights, int64_t width,
                          float* mixed, bool add) {
-    product(weights, COLS, values, width, width, columns, mixed, width, add);
+    for (int64_t i = 0; i < width; i += 8)
+      block<vectors>(values + i, 1, width, weights, count, mixed + i * QUERIES, add);
   }
 };
 
-struct Amx {  // bfloat16 products by tiles; values stand by pairs of tokens, as the tiles take them
+struct Amx {  // bfloat16 products by tiles; queries and weights stand by pairs, as tiles take them
   using Element = Half;
-  static constexpr int64_t WIDTH = 32;
+  static constexpr int64_t WIDTH = 32, STEP = 32, ROW = 4 * QUERIES;  // bytes of a row of scores
   struct Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -195,17 +194,14 @@ struct Amx {  // bfloat16 products by tiles; values stand by pairs of tokens, as
   static void begin() { const Config config; _tile_loadconfig(&config); }
   static void end() { _tile_release(); }
 
-  static INLINE void lay_keys(const Half* turned, int64_t n, int64_t width, Half* keys) {
-    transpose(reinterpret_cast<const uint32_t*>(turned), n, width / 2,
-              reinterpret_cast<uint32_t*>(keys));
-  }
+  // To panels of (width, KEYS), by words of two numbers of a token.
   static INLINE void lay_values(const Half* v, int64_t stride, int64_t n, int64_t d, int64_t width,
                                 Half* values) {
-    for (int64_t t = 0; t < up(n, STEP); t += 2, v += 2 * stride, values += 2 * width)
-      for (int64_t i = 0; i < d; ++i) {
-        values[2 * i] = t < n ? v[i] : 0;
-        values[2 * i + 1] = t + 1 < n ? v[stride + i] : 0;
-      }
+    by_columns(reinterpret_cast<const float*>(v), stride / 2, n, up(n, STEP), d / 2,
+               [=](int64_t t, int64_t i, Floats x) {
+                 Half* to = values + t / KEYS * KEYS * width + 2 * i * KEYS + t % KEYS;
+                 store16(to, (Words)x), store16(to + KEYS, (Words)x >> 16);
+               });
   }
   // Tiles 0 to 3 += (32, 32) of a times (32, 32) of b, in pairs.
   static INLINE void tiles(const Half* a, int64_t a_bytes, const Half* b, int64_t b_bytes) {
@@ -214,78 +210,93 @@ struct Amx {  // bfloat16 products by tiles; values stand by pairs of tokens, as
     _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
   }
-  static INLINE void begin_tiles(const float* c, int64_t bytes, bool add) {
-    if (add) {
-      _tile_loadd(0, c, bytes); _tile_loadd(1, c + 16, bytes);
-      _tile_loadd(2, c + 4 * bytes, bytes); _tile_loadd(3, c + 4 * bytes + 16, bytes);
-    } else {
-      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
+  static INLINE void begin_tiles(const float* c, bool add) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    if (!add) return;
+    _tile_loadd(0, c, ROW); _tile_loadd(1, c + 16, ROW);
+    _tile_loadd(2, c + 4 * ROW, ROW); _tile_loadd(3, c + 4 * ROW + 16, ROW);
   }
-  static INLINE void end_tiles(float* c, int64_t bytes) {
-    _tile_stored(0, c, bytes); _tile_stored(1, c + 16, bytes);
-    _tile_stored(2, c + 4 * bytes, bytes); _tile_stored(3, c + 4 * bytes + 16, bytes);
+  static INLINE void end_tiles(float* c) {
+    _tile_stored(0, c, ROW); _tile_stored(1, c + 16, ROW);
+    _tile_stored(2, c + 4 * ROW, ROW); _tile_stored(3, c + 4 * ROW + 16, ROW);
   }
-  static INLINE void score(const Half* q, int64_t width, const Half* keys, int64_t columns,
-                           float* scores) {
-    for (int64_t j = 0; j < columns; j += 32) {
-      begin_tiles(nullptr, 0, false);
+  template <int>
+  static INLINE void score(const Half* keys, int64_t count, const Half* queries, int64_t,
+                           int64_t width, float* scores) {
+    for (int64_t t = 0; t < up(count, STEP); t += 32) {
+      begin_tiles(nullptr, false);
       for (int64_t k = 0; k < width; k += 32)
-        tiles(q + k, 2 * width, keys + k * COLS + 2 * j, 4 * COLS);
-      end_tiles(scores + j, 4 * COLS);
+        tiles(keys + t * width + k, 2 * width, queries + k * QUERIES, ROW);
+      end_tiles(scores + t * QUERIES);
     }
   }
-  static INLINE void put(float* row, int64_t i, Floats weights) {  // over scores already read
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<Half*>(row) + i),
-                        (__m256i)_mm512_cvtneps_pbh((__m512)weights));
+  static INLINE void put(float* scores, Floats even, Floats odd) {  // over scores already read
+    const Words low = (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+    const Words high = (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+    store(scores, (Floats)(low | high << 16));
   }
-  static INLINE void mix(const Half* weights, int64_t columns, const Half* values, int64_t width,
+  template <int>
+  static INLINE void mix(const Half* values, int64_t count, const Half* weights, int64_t width,
                          float* mixed, bool add) {
-    for (int64_t j = 0; j < width; j += 32) {
-      begin_tiles(mixed + j, 4 * width, add);
-      for (int64_t k = 0; k < columns; k += 32)
-        tiles(weights + k, 4 * COLS, values + k * width + 2 * j, 4 * width);
-      end_tiles(mixed + j, 4 * width);
+    for (int64_t i = 0; i < width; i += 32) {
+      begin_tiles(mixed + i * QUERIES, add);
+      for (int64_t t = 0; t < count; t += 32)
+        tiles(values + i * KEYS + t, 2 * KEYS, weights + 2 * t * QUERIES, 2 * ROW);
+      end_tiles(mixed + i * QUERIES);
     }
   }
 };
 
 // Attention.
 
-// Make weights of `vectors` * LANES scores of each row; `tops` and `sums` are those of all blocks
-// before, and with a larger top, `sums` and `mixed` are scaled to it.
+// Make weights of the scores; `tops` and `sums` are those of all blocks before, and with a larger
+// top, `sums` and `mixed` are scaled to it.
 template <typename Kernel, bool rough, int vectors>
-INLINE void weigh(float* row, int64_t rows, bool first, int64_t width, Floats* tops, Floats* sums,
+INLINE void weigh(float* scores, int64_t keys, bool first, int64_t d, Floats* tops, Floats* sums,
                   float* mixed) {
-  for (int64_t t = 0; t < rows; ++t, row += COLS, mixed += width) {
-    Floats scores[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) scores[v] = load(row + v * LANES);
-    Floats top = scores[0];
-#pragma GCC unroll 8
-    for (int v = 1; v < vectors; ++v) top = larger(top, scores[v]);
-    top = largest(top);
-    Floats sum{};
+  for (int v = 0; v < vectors; ++v, scores += LANES, mixed += LANES) {
+    Floats largest[8];
+    for (int r = 0; r < 8; ++r) largest[r] = load(scores + r * QUERIES);
+    for (int64_t t = 8; t < keys; t += 8)
+      for (int r = 0; r < 8; ++r)
+        largest[r] = larger(largest[r], load(scores + (t + r) * QUERIES));
+    Floats top = largest[0], sum{};
+    for (int r = 1; r < 8; ++r) top = larger(top, largest[r]);
     if (!first) {
-      const Floats before = tops[t];
-      sum = sums[t];
-      if (top[0] > before[0]) {
-        const Floats factor = exp2<false>(before - top);
-        sum *= factor;
-        for (int64_t i = 0; i < width; i += LANES) store(mixed + i, load(mixed + i) * factor);
-      } else {
-        top = before;
-      }
+      top = larger(top, tops[v]);
+      const Floats factor = exp2<false>(tops[v] - top);
+      sum = sums[v] * factor;
+      for (int64_t i = 0; i < d; ++i)
+        store(mixed + i * QUERIES, load(mixed + i * QUERIES) * factor);
     }
-    tops[t] = top;
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      const Floats weights = exp2<rough>(scores[v] - top);
-      sum += weights;
-      Kernel::put(row, v * LANES, weights);
+    for (int64_t t = 0; t < keys; t += 2) {
+      const Floats even = exp2<rough>(load(scores + t * QUERIES) - top);
+      const Floats odd = exp2<rough>(load(scores + (t + 1) * QUERIES) - top);
+      sum += even + odd;
+      Kernel::put(scores + t * QUERIES, even, odd);
     }
-    sums[t] = sum;
+    tops[v] = top, sums[v] = sum;
   }
+}
+
+// Attend for a block of queries, and leave (d, QUERIES) in `mixed`.
+template <typename Kernel, bool rough, int vectors, typename Element = typename Kernel::Element>
+INLINE void attend_block(const Element* keys, const Element* values, const Element* queries,
+                         int64_t n, int64_t d, int64_t width, float* scores, float* mixed) {
+  Floats tops[vectors], sums[vectors];
+  for (int64_t start = 0; start < n; start += KEYS) {
+    const int64_t count = std::min(KEYS, n - start), padded = up(count, Kernel::STEP);
+    Kernel::template score<vectors>(keys + start * width, count, queries, d, width, scores);
+    std::fill_n(scores + count * QUERIES, (padded - count) * QUERIES, -INFINITY);
+    weigh<Kernel, rough, vectors>(scores, padded, start == 0, d, tops, sums, mixed);
+    Kernel::template mix<vectors>(values + start * width, count,
+                                  reinterpret_cast<const Element*>(scores), width, mixed, start > 0);
+  }
+  for (int64_t i = 0; i < d; ++i)
+    for (int v = 0; v < vectors; ++v) {
+      float* to = mixed + i * QUERIES + v * LANES;
+      store(to, load(to) / sums[v]);
+    }
 }
 
 template <typename Kernel, typename T>
@@ -295,47 +306,36 @@ void attend_heads(const T* qkv, const float* cos, const float* sin, const int32_
   constexpr bool rough = !std::is_same_v<T, float>;
   const int64_t stride = 3 * heads * d, width = up(d, Kernel::WIDTH);
   const float scale = 1.442695041f / std::sqrt(static_cast<float>(d));  // log2(e) / sqrt(d)
-  std::vector<Element> keys(width * longest), values(width * longest), turned(width * longest);
-  std::vector<float> scores(ROWS * COLS), mixed(ROWS * width);
-  Floats tops[ROWS], sums[ROWS];
+  std::vector<Element> keys(width * longest), values(width * longest);
+  std::vector<Element> turned(width * QUERIES), queries(width * QUERIES);
+  std::vector<float> scores(KEYS * QUERIES), mixed(width * QUERIES);
+  const int64_t units = width * sizeof(Element) / 4;  // two bfloat16 stay together
+  float* words = reinterpret_cast<float*>(queries.data());
   Kernel::begin();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item % heads, start = bounds[item / heads];
     const int64_t n = bounds[item / heads + 1] - start;
     const T *q = qkv + start * stride + head * d, *k = q + heads * d, *v = k + heads * d;
-    turn(k, stride, cos, sin, 1, n, d, width, turned.data());
-    Kernel::lay_keys(turned.data(), n, width, keys.data());
+    turn(k, stride, cos, sin, 1, n, d, width, keys.data());
     Kernel::lay_values(v, stride, n, d, width, values.data());
-    turn(q, stride, cos, sin, scale, n, d, width, turned.data());
-    for (int64_t row = 0; row < n; row += ROWS) {
-      const int64_t rows = std::min(ROWS, n - row);
+    for (int64_t row = 0; row < n; row += QUERIES) {
+      const int64_t rows = std::min(QUERIES, n - row);
       if (head + 1 < heads)  // the next head's, while this one computes
         for (int64_t t = row; t < row + rows; ++t)
-          for (const T* next : {q + t * stride + d, k + t * stride + d, v + t * stride + d}) {
-            __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + d - 1, 0, 2);
-          }
-      for (int64_t column = 0; column < n; column += COLS) {
-        const int64_t left = std::min(COLS, n - column), columns = up(left, STEP);
-        Kernel::score(turned.data() + row * width, width, keys.data() + column * width, columns,
-                      scores.data());
-        for (int64_t t = 0; left < columns && t < rows; ++t)
-          std::fill_n(scores.data() + t * COLS + left, columns - left,
-                      -std::numeric_limits<float>::infinity());
-        const auto weigh_columns = columns == 32   ? weigh<Kernel, rough, 2>
-                                   : columns == 64 ? weigh<Kernel, rough, 4>
-                                   : columns == 96 ? weigh<Kernel, rough, 6>
-                                                   : weigh<Kernel, rough, 8>;
-        weigh_columns(scores.data(), rows, column == 0, width, tops, sums, mixed.data());
-        Kernel::mix(reinterpret_cast<const Element*>(scores.data()), columns,
-                    values.data() + column * width, width, mixed.data(), column > 0);
-      }
-      for (int64_t t = 0; t < rows; ++t) {
-        const float inverse = 1 / total(sums[t]);
-        T* to = out + ((start + row + t) * heads + head) * d;
-        for (int64_t i = 0; i < d; i += LANES)
-          store(to + i, load(mixed.data() + t * width + i) * inverse, first_lanes(d - i));
-      }
+          for (const T* next : {q + t * stride + d, k + t * stride + d, v + t * stride + d})
+            __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + d - 1, 0, 2);
+      turn(q + row * stride, stride, cos + row * d, sin + row * d, scale, rows, d, width,
+           turned.data());
+      by_columns(reinterpret_cast<const float*>(turned.data()), units, rows, rows, units,
+                 [=](int64_t t, int64_t i, Floats x) { store(words + i * QUERIES + t, x); });
+      const auto attend_queries = rows > LANES ? attend_block<Kernel, rough, 2>
+                                               : attend_block<Kernel, rough, 1>;
+      attend_queries(keys.data(), values.data(), queries.data(), n, d, width, scores.data(),
+                     mixed.data());
+      T* to = out + ((start + row) * heads + head) * d;
+      by_columns(mixed.data(), QUERIES, d, d, rows, [=](int64_t i, int64_t t, Floats x) {
+        store(to + t * heads * d + i, x, first_lanes(d - i));
+      });
     }
   }
   Kernel::end();
@@ -344,7 +344,7 @@ void attend_heads(const T* qkv, const float* cos, const float* sin, const int32_
 template <typename Kernel, typename T>
 void attend_pack(const at::Tensor& qkv, const at::Tensor& turns, const at::Tensor& bounds,
                  at::Tensor& out) {
-  const int64_t heads = qkv.size(2), d = qkv.size(3), longest = up(turns.size(1), COLS);
+  const int64_t heads = qkv.size(2), d = qkv.size(3), longest = up(turns.size(1), KEYS);
   const float *cos = turns.const_data_ptr<float>(), *sin = cos + turns.size(1) * d;
   at::parallel_for(0, (bounds.size(0) - 1) * heads, 1, [&](int64_t begin, int64_t end) {
     attend_heads<Kernel, T>(static_cast<const T*>(qkv.const_data_ptr()), cos, sin,
@@ -382,8 +382,7 @@ at::Tensor attend(const at::Tensor& qkv, const at::Tensor& turns, const at::Tens
 // Whether the processor has AMX for bfloat16 and the system lets this process use it.
 bool may_use_tiles() {
   unsigned int a, b, c, d;
-  constexpr unsigned int BF16 = 1 << 22, TILE = 1 << 24, AVX512_BF16 = 1 << 5;
-  constexpr unsigned int AMX = BF16 | TILE;
+  constexpr unsigned int BF16 = 1 << 22, TILE = 1 << 24, AVX512_BF16 = 1 << 5, AMX = BF16 | TILE;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX) != AMX) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & AVX512_BF16)) return false;
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // asm/prctl.h
