@@ -24,6 +24,7 @@ from lib.network.device import (
 from lib.network.elementwise import compiled
 from lib.network.esm2 import Network, load_network
 from lib.network.fused import BY_TORCH, FusedAttention, fused_attention
+from lib.network.linear import refuse_rounding
 from lib.network.memory import ran_out
 from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
@@ -181,10 +182,12 @@ def _choose(settings: Settings, detection: Detection) -> _Place:
 def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2Config, Network]:
     """Read detected weights into memory, and compile the network if the settings say so.
 
-    Raises WeightsError if the weights change meanwhile, MachineError if torch cannot compile.
+    Raises WeightsError if the weights change meanwhile, MachineError if float32 is rounded
+    here or torch cannot compile.
     """
     device = place.device
     weights = detection.require_weights()
+    refuse_rounding(device)
     try:
         config_known = begin_config(detection, sha256)
         network = load_network(detection, device, place.dtype)

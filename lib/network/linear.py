@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-__all__ = ["linear", "linear_add", "linear_gelu", "rows_of"]
+from lib.errors import MachineError
+
+__all__ = ["linear", "linear_add", "linear_gelu", "refuse_rounding", "rows_of"]
 
 # oneDNN prepares a product anew for every number of rows that it meets, which without padding is
 # that of every pack: the 8M shape spent a quarter of its time on it in bfloat16.
@@ -15,6 +19,9 @@ _ROWS = 64
 # not public API; where it is missing, two steps compute the same.
 _FUSED = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _FUSED_BFLOAT16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+# What can have operands of float32 products rounded to bfloat16 or TF32.
+_ROUNDING = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,6 +52,20 @@ def linear_add(x: torch.Tensor, weight_bias: Affine, residual: torch.Tensor) -> 
         assert isinstance(fused, torch.Tensor)
         return fused
     return residual.add_(linear(x, weight_bias))
+
+
+def refuse_rounding(device: torch.device) -> None:
+    """Raise MachineError if products of float32 take less than float32 of their operands.
+
+    Environment variables and torch's settings can ask for that, and no result would tell.
+    """
+    # The product is `odd` itself; bfloat16 and TF32 have no place for its last bit.
+    odd = torch.full((_ROWS, 256), 4097.0, device=device)
+    ones = torch.eye(256, device=device), torch.zeros(256, device=device)
+    if not torch.equal(linear(odd, ones), odd):
+        said = [f"{name} = {os.environ[name]}" for name in _ROUNDING if name in os.environ]
+        said.append(f"torch.get_float32_matmul_precision() = {torch.get_float32_matmul_precision()}")
+        raise MachineError(f"{device}: operands of float32 products are rounded: {', '.join(said)}")
 
 
 def _is_fused(x: torch.Tensor) -> bool:

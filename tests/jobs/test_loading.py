@@ -58,6 +58,30 @@ def test_weights_that_change_between_detection_and_loading_are_refused(
     assert script("history", "--json").json == []
 
 
+# oneDNN rounds float32 for those who ask for it only where the processor computes bfloat16.
+ROUNDS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_what_torch_was_told_to_round_is_refused(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    fact = "cpu: operands of float32 products are rounded: "
+    expected = f"{fact}torch.get_float32_matmul_precision() = medium"
+    assert (answer.status, answer.error) == ((4, expected) if ROUNDS else (0, ""))
+
+
+def test_what_the_environment_rounds_is_refused(place: Place, small_model: Path) -> None:
+    argv = "embed", "--esm-model", small_model, "--input", SOME_PROTEINS
+    answer = place.run_afresh(*argv, DNNL_DEFAULT_FPMATH_MODE="BF16")
+    assert answer.status == (4 if ROUNDS else 0)
+    assert ("are rounded: DNNL_DEFAULT_FPMATH_MODE = BF16, torch." in answer.err) == ROUNDS
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_non_finite_weights_are_found_at_validation(
     script: Script, place: Place, small_model: Path, value: str
