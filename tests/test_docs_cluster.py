@@ -76,7 +76,7 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
     ) as batch:
         assert batch.stderr is not None
         assert batch.stderr.readline() == "started\n"
-        while len(asked(tmp_path, "ray")) < 3:  # they are started beside
+        while len(asked(tmp_path, "ray")) < 4:  # they are started beside
             time.sleep(0.01)
         batch.send_signal(signal.SIGTERM)
         assert batch.wait(30) == 143
