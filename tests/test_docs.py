@@ -176,6 +176,16 @@ def test_every_link_leads_to_a_file(name: str) -> None:
             assert (ROOT / name).parent.joinpath(link).exists(), link
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_into_a_page_leads_to_a_heading(name: str) -> None:
+    for link, heading in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", PAGES[name]):
+        page = (ROOT / name).parent.joinpath(link) if link else ROOT / name
+        titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+        # As GitHub makes them.
+        anchors = {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in titles}
+        assert heading in anchors, f"{link}#{heading}"
+
+
 # The comparison names files of other programs.
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/compare.md"])
 def test_every_file_that_is_named_exists(name: str) -> None:

@@ -51,6 +51,13 @@ def job(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def failing_ray(tmp_path: Path, job: dict[str, str]) -> None:
+    """Let Ray fail at what $FAILS names; no head means no answer to a health check either."""
+    ray = tmp_path / ".venv" / "bin" / "ray"
+    ray.write_text(ray.read_text() + 'case " $FAILS " in *" $1 "*) exit 1;; esac\n')
+
+
 def asked(tmp_path: Path, name: str) -> list[list[str]]:
     lines = (tmp_path / "log").read_text().splitlines()
     return [shlex.split(line)[1:] for line in lines if line.startswith(f"{name} ")]
@@ -69,7 +76,7 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
     ) as batch:
         assert batch.stderr is not None
         assert batch.stderr.readline() == "started\n"
-        while len(asked(tmp_path, "ray")) < 3:  # they are started beside
+        while len(asked(tmp_path, "ray")) < 4:  # they are started beside
             time.sleep(0.01)
         batch.send_signal(signal.SIGTERM)
         assert batch.wait(30) == 143
@@ -82,6 +89,45 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
     assert not any(word.startswith("--include-dashboard") for word in other)  # Ray refuses it there
     (embed,) = asked(tmp_path, "python")
     assert embed[:3] == ["scripts/embed.py", "--ray", "first:20007"]
+
+
+@pytest.mark.usefixtures("failing_ray")
+@pytest.mark.parametrize(
+    ("fails", "then"),
+    [
+        ("get-auth-token", ["get-auth-token"]),
+        ("start health-check", ["get-auth-token", "health-check", "start"]),
+    ],
+    ids=["no token", "a head that dies"],
+)
+def test_the_batch_file_ends_if_ray_does_not_start(
+    tmp_path: Path, job: dict[str, str], fails: str, then: list[str]
+) -> None:
+    # Without the loop's own pause: the head's end may be seen at the second look only.
+    (tmp_path / ".venv" / "bin" / "sleep").symlink_to("/bin/true")
+    done = subprocess.run(
+        ["bash", "-c", BATCH],
+        cwd=tmp_path,
+        env=job | {"FAILS": fails},
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert sorted({words[0] for words in asked(tmp_path, "ray")}) == then
+    assert not asked(tmp_path, "python")
+
+
+def test_one_machine_is_joined_by_no_other(tmp_path: Path, job: dict[str, str]) -> None:
+    (tmp_path / ".venv" / "bin" / "python").write_text("#!/bin/bash\n")
+    done = subprocess.run(
+        ["bash", "-c", BATCH],
+        cwd=tmp_path,
+        env=job | {"SLURM_NNODES": "1"},
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 0
+    assert len(asked(tmp_path, "srun")) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -39,6 +39,15 @@ def test_every_installed_package_has_the_version_that_is_pinned() -> None:
     assert others == {name: pinned.get(name) for name in others}
 
 
+def test_what_the_pages_tell_to_install_is_pinned() -> None:
+    told = (ROOT / "README.md").read_text() + (ROOT / "docs" / "reading.md").read_text()
+    lines = re.findall(r"pip install -c constraints.txt ([^`]+)`", told)
+    lines += re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "install.md").read_text(), re.M)
+    names = {name for line in lines for name in line.split()}
+    assert {"polars", "peft"} < names
+    assert names - pins().keys() == {"ipykernel"}  # as the page says
+
+
 def test_every_pin_is_of_a_package_that_is_installed() -> None:
     elsewhere = {"duckdb-extension-sqlite-scanner", "setuptools"}  # by platform, by torch's build
     installed = {normalised(one.name) for one in here()}

@@ -1,7 +1,7 @@
 """Pruning: the files of a run are taken off the disk, and its history stays on record.
 
 First the record says that the run is pruned, then its files go one by one: what was killed in the
-middle can be said again. Only a file goes that the database lists and that is what it lists.
+middle can be run again. Only a file goes that the database lists and that is what it lists.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def try_pruning(engine: Engine, run_id: int) -> Pruning:
 
 
 def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning | None:
-    """Record a run as pruned and remove its files; say it again if it was cut short.
+    """Record a run as pruned and remove its files; run it again if it was cut short.
 
     age: None, or do nothing and return None if the last sign of life of the run is not older: it
     may have been continued meanwhile. Raises SettingsError if there is no such run, MachineError

@@ -111,8 +111,8 @@ def rebuild(url: str, output: Path, say: Callable[[str], None]) -> Iterator[Rebu
 
     Every file is read to its end. Nothing that is on record is changed: a run whose uuid or number
     is there is left alone. Each run is one transaction, so that a rebuilding that was cut short can
-    be said again. `say` is told what `open_for_writing` tells. Raises SettingsError if there is no
-    folder with checkpoint files, MachineError if the disk or the database fails.
+    be run again. `say` is called with what `open_for_writing` says. Raises SettingsError if there
+    is no folder with checkpoint files, MachineError if the disk or the database fails.
     """
     folders = _folders(output)
     if not folders:

@@ -154,8 +154,8 @@ def test_validate_takes_several_files(script: Script, small_model: Path, files: 
 ONE, TWO = ">b one\nMKTAY\n>a\nGG\n", ">c\nMKT\n>d\nG\n"
 SECOND: dict[str, str | bytes | None] = {
     "two files, one of them compressed": gzip.compress(TWO.encode()),
-    "an id that stands in both": ">c\nMKT\n>b\nGA\n",
-    "an id that stands twice in the second": ">x\nMKT\n>x\nGA\n",
+    "an id that appears in both": ">c\nMKT\n>b\nGA\n",
+    "an id that appears twice in the second": ">x\nMKT\n>x\nGA\n",
     "a fault in a record of the second": ">c\nMKT\n>d\nG6\n",
     "a second file without records": "\n",
     "a second file that is not FASTA": "MKTAY\n",

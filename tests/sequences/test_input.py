@@ -100,7 +100,7 @@ INPUTS: dict[str, bytes | list[bytes] | Change] = {
     "no `>` at all": b"MKTAY\nGG\n",
     "an empty file": [b"", b"\n\r\n \n", b";\n"],
     "an empty sequence": [b">a\nMK\n>b\n", b">a\nMK\n>b\n\n>c\nMK\n", b">a\nMK\n>b\n*\n"],
-    "an id that stands twice": b">a\nMK\n>a two\nGG\n",
+    "an id that appears twice": b">a\nMK\n>a two\nGG\n",
     "FASTQ": b"@a\nMKTAY\n+\nIIIII\n",
     "a PDF": b"%PDF-1.7\n%\xb5\xed\xae\xfb\n1 0 obj\n",
     "UTF-16": b"\xff\xfe" + GOOD[:2].decode().encode("utf-16-le") + b"\n\0",
