@@ -80,6 +80,10 @@ def joined(cluster: ClusterSettings, interruption: Interruption) -> Iterator[str
         _probe(address)
     try:
         _init(ray, address)
+    except MachineError:
+        if interruption.requested is not None:  # whose exception Ray's own code has swallowed
+            raise interruption.error("interrupted") from None
+        raise
     finally:
         # Ray has put a handler of its own in the place of ours.
         interruption.handle_again()

@@ -9,7 +9,8 @@ import signal
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -479,6 +480,30 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     assert runs.outcomes() == ["finished", "finished"]
     assert runs.script("resume").status == 0
     runs.check()
+
+
+def is_ended() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def loses_the_exception() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+    raise RuntimeError("the raylet has died")
+
+
+def loses_it_and_goes_on() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("start", [is_ended, loses_the_exception, loses_it_and_goes_on])
+def test_a_signal_while_ray_starts_is_no_failure_of_ray(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch, start: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: start())
+    answer = runs.embed()
+    assert (answer.status, answer.error) == (143, "SIGTERM: interrupted")
 
 
 def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessRay) -> None:

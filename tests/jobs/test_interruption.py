@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +102,34 @@ def test_ctrl_c_during_set_up_leaves_no_half_made_run(
         ["interrupted"] if target.endswith("create_run") else []
     )
     assert place.output.exists() == bool(runs)
+
+
+@pytest.mark.parametrize(
+    ("target", "flags"),
+    [
+        ("lib.jobs.admission.detect", ["--run", "1"]),
+        ("lib.jobs.admission.preflight", ["--run", "1"]),
+        ("lib.jobs.validation.load_run", []),
+        ("lib.jobs.admission.check_settings", []),
+    ],
+    ids=["weights", "input", "unfinished runs", "their settings"],
+)
+def test_a_signal_is_no_fact_about_a_run(
+    script: Script, place: Place, small_model: Path, target: str, flags: list[str]
+) -> None:
+    """Before, validate printed the run as damaged by SIGTERM, and went on."""
+    assert script("embed", *embed_flags(place, small_model)).status == 0
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'interrupted'")
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, interrupted)
+        answer = script("validate", "--json", "--esm-model", small_model, *flags)
+    assert (answer.status, answer.error) == (143, "SIGTERM: interrupted")
+    assert answer.out == ""
 
 
 def test_a_second_process_is_refused_while_the_first_lives(
