@@ -69,7 +69,9 @@ def ctrl_c_within() -> Iterator[Callable[[float], bool]]:
     reading, writing = os.pipe()
     # Not KeyboardInterrupt, which is lost if it is raised within a destructor; nor an Event, whose
     # lock the code that the handler interrupts may hold.
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: os.write(writing, b"."))
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda _number, _frame: os.write(writing, b"."))
     try:
         yield lambda seconds: bool(select.select([reading], [], [], seconds)[0])
     finally:

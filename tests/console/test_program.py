@@ -13,7 +13,7 @@ import pytest
 
 from lib.console.program import ctrl_c_within
 from tests import processes
-from tests.conftest import ROOT, SOME_PROTEINS, Place
+from tests.conftest import ROOT, SOME_PROTEINS, Place, handled_by
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 # The tests may run in the background, where SIGINT is ignored.
@@ -122,7 +122,7 @@ def test_a_script_runs_as_a_module_too() -> None:
 
 def test_ctrl_c_may_come_at_any_moment_of_waiting_for_it() -> None:
     """Before, one that came while a lock was held waited for that lock for ever."""
-    with ctrl_c_within() as stopped_within:
+    with handled_by(signal.SIGINT, signal.default_int_handler), ctrl_c_within() as stopped_within:
         assert not stopped_within(0)
         try:
             sys.setprofile(lambda *_: signal.raise_signal(signal.SIGINT))
@@ -131,3 +131,9 @@ def test_ctrl_c_may_come_at_any_moment_of_waiting_for_it() -> None:
             sys.setprofile(None)
         assert stopped
         assert stopped_within(60)
+
+
+def test_ctrl_c_that_is_to_be_ignored_ends_no_waiting_for_it() -> None:
+    with handled_by(signal.SIGINT, signal.SIG_IGN), ctrl_c_within() as stopped_within:
+        signal.raise_signal(signal.SIGINT)
+        assert not stopped_within(0)

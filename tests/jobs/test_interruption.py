@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
 
 from lib.errors import MachineError
+from lib.jobs.interruption import Interruption
+from lib.ledger.runs import Ownership, finish_run
 from tests import processes
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script, handled_by
 from tests.processes import Process
 
 LAUNCH = "lib.network.pipeline.launch"
@@ -130,6 +133,28 @@ def test_a_signal_is_no_fact_about_a_run(
         answer = script("validate", "--json", "--esm-model", small_model, *flags)
     assert (answer.status, answer.error) == (143, "SIGTERM: interrupted")
     assert answer.out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_to_be_ignored_stays_so(
+    script: Script, place: Place, small_model: Path, number: signal.Signals
+) -> None:
+    """Before, `nohup` was of no use: SIGHUP ended the run."""
+
+    def finish(engine: Engine, ownership: Ownership) -> None:
+        signal.raise_signal(number)
+        finish_run(engine, ownership)
+
+    with handled_by(number, signal.SIG_IGN), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.jobs.embedding.finish_run", finish)
+        assert script("embed", *embed_flags(place, small_model)).status == 0
+        interruption = Interruption()
+        with interruption.handled():
+            signal.signal(number, signal.default_int_handler)  # as a library may do
+            interruption.handle_again()
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert interruption.requested is None
 
 
 def test_a_second_process_is_refused_while_the_first_lives(
