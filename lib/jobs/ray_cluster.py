@@ -180,7 +180,7 @@ def _probe(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:  # Ray itself would try for a minute
+    except (OSError, OverflowError, UnicodeError) as error:  # Ray would try for a minute
         raise MachineError(f"{place}: {error}") from None
     try:
         done = subprocess.run(

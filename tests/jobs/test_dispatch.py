@@ -482,6 +482,16 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     runs.check()
 
 
+@pytest.mark.parametrize("address", ["head..cluster:6379", "localhost:99999"])
+def test_an_address_that_cannot_be_is_one_line(
+    script: Script, small_model: Path, ray: InProcessRay, address: str
+) -> None:
+    flags = ["--esm-model", small_model, "--input", UNIPROT_PART]
+    answer = script("embed", *flags, "--ray", address)
+    assert answer.status == 4
+    assert answer.error.startswith(f"Ray cluster {address}: ")
+
+
 def is_ended() -> None:
     signal.raise_signal(signal.SIGTERM)
 
