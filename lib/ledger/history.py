@@ -186,7 +186,8 @@ def _as_it_is(url: str, statement: str, parameters: Sequence[object] = ()) -> Ta
     for row in history.rows:
         shown = list(row)
         shown[folder] = str(folders[row[run]])
-        if row[status] == "running" and not is_held(folders[row[run]]):
+        # Of a folder that this user may not read, it is not known.
+        if row[status] == "running" and is_held(folders[row[run]]) is False:
             shown[status] = "killed"
         rows.append(shown)
     table = Table(columns, rows)
