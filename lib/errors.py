@@ -6,13 +6,14 @@ __all__ = [
     "InterruptedRunError",
     "LedgerError",
     "MachineError",
+    "OneLineError",
     "SettingsError",
     "WeightsError",
 ]
 
 
-class LedgerError(Exception):
-    """Base class of the errors that end a script with one line on stderr."""
+class OneLineError(BaseException):
+    """Base class of what ends a script with one line on stderr: errors, and interruptions."""
 
     exit_status = 2
 
@@ -25,6 +26,10 @@ class LedgerError(Exception):
     def shown(self) -> str:
         """What a script prints; the message is what is recorded."""
         return str(self)
+
+
+class LedgerError(OneLineError, Exception):
+    """Base class of the errors that a user can cause."""
 
 
 def _printable(letter: str) -> str:
@@ -55,8 +60,11 @@ class MachineError(LedgerError):
     exit_status = 4
 
 
-class InterruptedRunError(LedgerError):
+class InterruptedRunError(OneLineError):
     """A signal ended the work; all finished work is committed.
+
+    As KeyboardInterrupt, it is not an Exception, so that no code that takes whatever went wrong for
+    a fault of a file, a network or a library takes a signal for one: not ours, and not theirs.
 
     run_id: the run that can be continued, if there is one.
     """

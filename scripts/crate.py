@@ -17,7 +17,13 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    run_number,
+)
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -27,7 +33,7 @@ from lib.embeddings.crate import NO_LICENSE, write_crate
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the crate of one run and print where it is."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="the run")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument(
         "--license",

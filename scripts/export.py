@@ -19,7 +19,13 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    run_number,
+)
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -31,7 +37,7 @@ from lib.embeddings.selection import Selection
 def main(argv: Sequence[str] | None = None) -> int:
     """Export one run and print where it is."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="the run")
     parser.add_argument("--format", choices=list(FORMATS), required=True, help="what to write")
     parser.add_argument(
         "--to", type=Path, required=True, metavar="PATH", help="a new file or folder"

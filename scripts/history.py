@@ -13,12 +13,13 @@ opened read-only. Exit status: 0 shown, 2 no such database or run.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, run_number
 from lib.console.output import LiveLines, print_fields, print_json, print_table
 from lib.console.program import ctrl_c_within, run_script
 from lib.ledger.history import altered_rows, run_detail, run_history, watch
@@ -38,7 +39,7 @@ from lib.ledger.overview import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the history or one run."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, metavar="N", help="show this run")
+    parser.add_argument("--run", type=run_number, metavar="N", help="show this run")
     parser.add_argument("--watch", action="store_true", help="follow the running runs")
     parser.add_argument(
         "--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often --watch looks"
@@ -107,7 +108,10 @@ def show_run(url: str, run_id: int, *, as_json: bool) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text}: not from 0.1 to 3600")
     return value

@@ -21,10 +21,12 @@ if __name__ == "__main__":
 import torch
 
 from lib.catalog import RELEASED
-from lib.console.arguments import arguments
+from lib.console.arguments import arguments, whole_number
 from lib.console.output import note, print_json
 from lib.console.program import run_script
 from lib.models.untrained import make_folder, make_model
+
+_SEED = whole_number(-(1 << 63), (1 << 64) - 1)  # what torch takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-token-dropout", action="store_true", help="cfg says token_dropout False"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+    parser.add_argument("--seed", type=_SEED, default=0, help="of the random numbers (default 0)")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parsed = parser.parse_args(argv)
     shape = [parsed.num_layers, parsed.hidden_dim, parsed.attention_heads]

@@ -21,7 +21,13 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    run_number,
+)
 from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
@@ -34,9 +40,13 @@ from schema.parquet import VectorColumn
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the query if it is a file, compare, and print where the neighbours are."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="where to look")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="where to look")
     parser.add_argument(
-        "--query", required=True, metavar="N|FASTA", help="a run, or a file to embed first"
+        "--query",
+        type=_run_or_file,
+        required=True,
+        metavar="N|FASTA",
+        help="a run, or a file to embed first",
     )
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE", help="a new .csv or .parquet"
@@ -57,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_target(parsed.to, parsed.neighbours)
     targets = open_run(url, parsed.run, output=folder_of_run(parsed))
     column = targets.column("bos" if parsed.bos else "mean", parsed.layer)
-    is_run = parsed.query.isdecimal()
-    query = int(parsed.query) if is_run else embed_query(parsed, url, column)
+    is_run = isinstance(parsed.query, int)
+    query = parsed.query if is_run else embed_query(parsed, url, column)
     queries = open_run(url, query)
     write_nearest(targets, queries, parsed.to, column, parsed.neighbours)
     untrained = " (untrained weights)" if targets.model["untrained"] else ""
@@ -108,6 +118,10 @@ def embed_query(parsed: Namespace, url: str, column: VectorColumn) -> int:
         computer = ThisProcess(model.device, model.load)
         note(describe_start(model))
         return embed_new_run(engine, model, computer, inventory, interruption, ": the query").id
+
+
+def _run_or_file(text: str) -> int | str:
+    return run_number(text) if text.isdecimal() else text
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from datetime import timedelta
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url
+from lib.console.arguments import arguments, database_url, run_number
 from lib.console.output import note, print_json, print_line
 from lib.console.program import run_script
 from lib.errors import SettingsError
@@ -31,7 +31,7 @@ from lib.ledger.pruning import prunings
 def main(argv: Sequence[str] | None = None) -> int:
     """Prune one run or all that are old, and print what went and what stayed."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, metavar="N", help="the run")
     parser.add_argument(
         "--older-than", type=_age, metavar="AGE", help="every run that was idle for so long: 90d"
     )

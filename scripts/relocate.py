@@ -17,7 +17,7 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, given_path
+from lib.console.arguments import arguments, database_url, given_path, run_number
 from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.ledger.database import open_for_writing
@@ -27,7 +27,7 @@ from lib.ledger.relocation import relocate
 def main(argv: Sequence[str] | None = None) -> int:
     """Record the folder of one run and print what was there before."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="the run")
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="its folder, or the one that it is in"
     )

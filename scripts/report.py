@@ -20,7 +20,13 @@ from pathlib import Path
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, folder_argument, folder_of_run
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    run_number,
+)
 from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.pages.report import default_place, make_report, write_report
@@ -29,7 +35,7 @@ from lib.pages.report import default_place, make_report, write_report
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a report and print where it is."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="the run")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where (default: reports/)")
     folder_argument(parser)
     parsed = parser.parse_args(argv)

@@ -27,6 +27,7 @@ from lib.console.arguments import (
     folder_argument,
     folder_of_run,
     overrides,
+    run_number,
     settings_arguments,
 )
 from lib.console.display import describe_change, describe_start
@@ -46,7 +47,9 @@ from lib.ledger.runs import own, start_attempt
 def main(argv: Sequence[str] | None = None) -> int:
     """Find the run, admit it, compute what is left."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, metavar="N", help="default: the newest unfinished run")
+    parser.add_argument(
+        "--run", type=run_number, metavar="N", help="default: the newest unfinished run"
+    )
     parser.add_argument(
         "--recompute-damaged",
         action="store_true",

@@ -23,6 +23,7 @@ from lib.console.arguments import (
     database_url,
     given_path,
     overrides,
+    run_number,
     settings_arguments,
 )
 from lib.console.display import describe_audit, describe_validation, validation_json
@@ -37,7 +38,7 @@ from lib.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Validate a run, or the model and input of a future run."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, metavar="N", help="audit this run")
+    parser.add_argument("--run", type=run_number, metavar="N", help="audit this run")
     settings_arguments(parser, "esm_model", "input", "output", "include", "repr_layers")
     parsed = parser.parse_args(argv)
     said = overrides(parsed)

@@ -30,6 +30,7 @@ from lib.console.arguments import (
     folder_argument,
     folder_of_run,
     overrides,
+    run_number,
     settings_arguments,
 )
 from lib.console.output import note, print_json, print_line, print_table
@@ -41,7 +42,7 @@ from lib.jobs.verification import COLUMNS, verify_run
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify a run and print its errors beside the bounds."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=int, required=True, metavar="N", help="the run")
+    parser.add_argument("--run", type=run_number, required=True, metavar="N", help="the run")
     parser.add_argument(
         "--sample", type=int, default=20, metavar="N", help="records to draw (default 20)"
     )

@@ -6,6 +6,7 @@ import configparser
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 import hypothesis
 import pytest
@@ -87,6 +89,18 @@ def collections_of_garbage() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def handled_by(
+    number: signal.Signals, handler: Callable[[int, FrameType | None], object] | signal.Handlers
+) -> Iterator[None]:
+    """Let a signal have this handler until the end of the block."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def run_program(folder: Path, program: str) -> str:

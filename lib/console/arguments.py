@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from lib.errors import LedgerError, SettingsError
@@ -17,7 +18,9 @@ __all__ = [
     "folder_of_run",
     "given_path",
     "overrides",
+    "run_number",
     "settings_arguments",
+    "whole_number",
 ]
 
 # Flag to the option of config.ini that it overrides.
@@ -48,6 +51,24 @@ def arguments(documentation: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a type of arguments: whole numbers from `least` to `most`."""
+
+    def number(text: str) -> int:
+        try:
+            value: int | None = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: not a whole number from {least} to {most}")
+        return value
+
+    return number
+
+
+run_number = whole_number(1, (1 << 63) - 1)  # the largest of SQLite
 
 
 def settings_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:

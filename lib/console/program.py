@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lib.console.output import note
-from lib.errors import LedgerError, SettingsError
+from lib.errors import OneLineError, SettingsError
 
 __all__ = ["ctrl_c_within", "guarded", "run_script"]
 
@@ -31,13 +31,13 @@ def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run the main function of a script and return its exit status.
 
-    An error that a user can cause becomes one line on stderr and its status.
+    An error that a user can cause, or an interruption, becomes one line on stderr and its status.
     """
     try:
         _refuse_other_than_utf8(sys.argv[1:] if argv is None else argv)
         status = main(argv)
         sys.stdout.flush()
-    except LedgerError as error:
+    except OneLineError as error:
         note(f"error: {error.shown}")
         return error.exit_status
     except UnicodeEncodeError as error:
@@ -69,7 +69,9 @@ def ctrl_c_within() -> Iterator[Callable[[float], bool]]:
     reading, writing = os.pipe()
     # Not KeyboardInterrupt, which is lost if it is raised within a destructor; nor an Event, whose
     # lock the code that the handler interrupts may hold.
-    before = signal.signal(signal.SIGINT, lambda _number, _frame: os.write(writing, b"."))
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda _number, _frame: os.write(writing, b"."))
     try:
         yield lambda seconds: bool(select.select([reading], [], [], seconds)[0])
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,11 +12,12 @@ from lib.errors import InterruptedRunError
 
 __all__ = ["Interruption"]
 
+_Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interruption:
-    """Turns SIGINT, SIGTERM and SIGHUP into an InterruptedRunError.
+    """Turns SIGINT, SIGTERM and SIGHUP into an InterruptedRunError, unless they are to be ignored.
 
     Within `deferred()` the first signal only sets `requested`; a second one raises at once, and
     sets `insisted` for who calls code in which exceptions are lost.
@@ -26,11 +27,21 @@ class Interruption:
         self.requested: signal.Signals | None = None
         self.insisted = False
         self._deferring = False
+        self._handlers: dict[signal.Signals, _Handler] = {}
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals until the end of the block."""
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        """Handle the signals until the end of the block.
+
+        What this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in the
+        background of a script.
+        """
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._handlers = {
+            number: handler if handler is signal.SIG_IGN else self._receive
+            for number, handler in before.items()
+        }
+        self.handle_again()
         try:
             yield
         finally:
@@ -44,8 +55,8 @@ class Interruption:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
-            signal.signal(number, self._receive)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

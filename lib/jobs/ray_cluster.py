@@ -80,6 +80,10 @@ def joined(cluster: ClusterSettings, interruption: Interruption) -> Iterator[str
         _probe(address)
     try:
         _init(ray, address)
+    except MachineError:
+        if interruption.requested is not None:  # whose exception Ray's own code has swallowed
+            raise interruption.error("interrupted") from None
+        raise
     finally:
         # Ray has put a handler of its own in the place of ours.
         interruption.handle_again()
@@ -176,7 +180,7 @@ def _probe(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:  # Ray itself would try for a minute
+    except (OSError, OverflowError, UnicodeError) as error:  # Ray would try for a minute
         raise MachineError(f"{place}: {error}") from None
     try:
         done = subprocess.run(

@@ -32,6 +32,7 @@ from schema.tables import Base, SchemaVersion
 from schema.version import APPLICATION_ID, SCHEMA_VERSION, WRITER
 
 __all__ = [
+    "database_errors",
     "make_views",
     "open_for_reading",
     "open_for_writing",
@@ -74,7 +75,7 @@ def open_for_writing(
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
     refuse_strangers(path, may_write=True)
     with writing_engine(path) as engine:
-        with _database_errors(path):
+        with database_errors(path):
             mode = _choose_journal(path)
             with engine.begin() as connection:
                 # Under the write lock, so that two first starts make it once.
@@ -153,7 +154,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
     if found != engine.get_execution_options().get("file", found):
         raise MachineError(f"database {path}: another file has taken its place")
     with (
-        _database_errors(path),
+        database_errors(path),
         Session(engine, expire_on_commit=False) as session,
         session.begin(),
     ):
@@ -161,7 +162,8 @@ def transaction(engine: Engine) -> Iterator[Session]:
 
 
 @contextmanager
-def _database_errors(path: Path) -> Iterator[None]:
+def database_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite reports, also by way of SQLAlchemy, into a MachineError of one line."""
     try:
         with sqlite_errors(path):
             yield

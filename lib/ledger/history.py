@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def dictionaries(self) -> list[dict[str, Any]]:
-        """Return one dictionary per row."""
+        """Return one dictionary per row; raises SettingsError if two columns have one name."""
+        for column, count in Counter(self.columns).items():
+            if count > 1:
+                raise SettingsError(f"SQL: {count} columns are named {column}")
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
@@ -182,7 +186,8 @@ def _as_it_is(url: str, statement: str, parameters: Sequence[object] = ()) -> Ta
     for row in history.rows:
         shown = list(row)
         shown[folder] = str(folders[row[run]])
-        if row[status] == "running" and not is_held(folders[row[run]]):
+        # Of a folder that this user may not read, it is not known.
+        if row[status] == "running" and is_held(folders[row[run]]) is False:
             shown[status] = "killed"
         rows.append(shown)
     table = Table(columns, rows)

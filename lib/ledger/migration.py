@@ -5,16 +5,19 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import as_file, files
+from itertools import zip_longest
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, insert
 
-from lib.errors import SettingsError
+from lib.errors import LedgerError, SettingsError
 from lib.files import disk_errors, new_path
-from lib.ledger.database import make_views, utc_now, writing_engine
+from lib.ledger.comments import view_comments
+from lib.ledger.database import database_errors, make_views, utc_now, writing_engine
 from lib.ledger.sqlite_file import (
     BUSY_SECONDS,
     connect_read_only,
@@ -53,8 +56,10 @@ def back_up(url: str, to: Path) -> Path:
 def upgrade(url: str) -> Upgrade:
     """Bring a run database to this program's schema version, after a backup beside it.
 
-    All migrations are one transaction: they happen, or nothing changes. Raises SettingsError for a
-    database that is not ours or newer than this program, MachineError if SQLite or the disk fails.
+    All migrations are one transaction: they happen, or nothing changes. A backup of the same
+    content may be there, as a kill leaves it. Raises SettingsError for a database that is not ours
+    or newer than this program, or for a backup of other content, MachineError if SQLite or the disk
+    fails.
     """
     path = database_path(url)
     if not path.is_file():
@@ -64,15 +69,23 @@ def upgrade(url: str) -> Upgrade:
     if before is None or before == SCHEMA_VERSION:
         return Upgrade(path, SCHEMA_VERSION, None)
     backup = path.with_name(f"{path.name}.version-{before}")
-    _copy(path, backup)
-    with sqlite_errors(path), writing_engine(path) as engine, engine.begin() as connection:
-        _migrate(connection, before)
+    try:
+        with database_errors(path), writing_engine(path) as engine, engine.begin() as connection:
+            # Under the write lock, so that the backup has all that is migrated.
+            _copy(path, backup, replace_same=True)
+            _migrate(connection, before)
+    except BaseException:
+        if _same_content(path, backup):  # nothing has changed, so that nobody needs it
+            backup.unlink()
+        raise
     return Upgrade(path, before, backup)
 
 
-def _copy(path: Path, to: Path) -> None:
+def _copy(path: Path, to: Path, *, replace_same: bool = False) -> None:
+    """Copy a database to a new file; with `replace_same` one of the same content may be there."""
+    replaceable = partial(_same_content, path) if replace_same else None
     with (
-        new_path(to, folder=False) as temporary,
+        new_path(to, folder=False, replaceable=replaceable) as temporary,
         disk_errors(to),
         sqlite_errors(path),
         closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source,
@@ -83,11 +96,23 @@ def _copy(path: Path, to: Path) -> None:
         target.execute("PRAGMA journal_mode = DELETE")
 
 
+def _same_content(path: Path, copy: Path) -> bool:
+    """Return whether two run databases have the same tables, rows and views."""
+    older = range(1, SCHEMA_VERSION + 1)
+    try:
+        with (
+            closing(connect_read_only(path, versions=older)) as one,
+            closing(connect_read_only(copy, versions=older)) as other,
+        ):
+            return all(a == b for a, b in zip_longest(one.iterdump(), other.iterdump()))
+    except (LedgerError, sqlite3.Error):  # not a run database, or not a whole one
+        return False
+
+
 def _migrate(connection: Connection, before: int) -> None:
-    """Run Alembic's migrations, and make the views of this version."""
-    views = connection.exec_driver_sql("SELECT name FROM sqlite_schema WHERE type = 'view'")
-    for (view,) in views.all():
-        connection.exec_driver_sql(f'DROP VIEW "{view}"')
+    """Run Alembic's migrations, and make the views of this version; the user's own stay."""
+    for view in view_comments():  # no version had a view that this one lacks
+        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view}")
     with as_file(files("schema") / "migrations") as scripts:
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(scripts).replace("%", "%%"))

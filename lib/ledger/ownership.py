@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,9 @@ from lib.errors import MachineError
 __all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock"]
 
 LOCK_NAME = ".lock"
+# Who only looks has the lock for a moment, in which nobody can take it: `is_held`.
+_LOOKED_AT_SECONDS = 0.1
+_PAUSE_SECONDS = 0.005
 
 
 class HeldError(Exception):
@@ -27,23 +31,34 @@ def take_lock(folder: Path) -> IO[bytes]:
         lock = path.open("ab")
     except OSError as error:
         raise MachineError(f"{path}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if isinstance(error, BlockingIOError):
-            raise HeldError from None
-        raise MachineError(f"{path}: {error.strerror}") from None
-    return lock
+    until = time.monotonic() + _LOOKED_AT_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                lock.close()
+                raise HeldError from None
+            time.sleep(_PAUSE_SECONDS)
+        except OSError as error:
+            lock.close()
+            raise MachineError(f"{path}: {error.strerror}") from None
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a live process holds the lock of a run's folder."""
+def is_held(folder: Path) -> bool | None:
+    """Return whether a live process holds the lock of a run's folder.
+
+    None if that cannot be told, as in a folder of another user. Who goes on then takes the lock, or
+    reads the folder, and is told why it cannot.
+    """
     try:
         with (folder / LOCK_NAME).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return None
     return False

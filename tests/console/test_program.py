@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from lib.console.program import ctrl_c_within
 from tests import processes
-from tests.conftest import ROOT, SOME_PROTEINS, Place
+from tests.conftest import ROOT, SOME_PROTEINS, Place, handled_by
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 # The tests may run in the background, where SIGINT is ignored.
@@ -22,6 +23,9 @@ AS_FROM_A_TERMINAL = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 NOT_UTF8 = os.fsdecode(b"m\xff")
+LARGE = "9" * 20
+NO_RUN = f"not a whole number from 1 to {(1 << 63) - 1}"
+WITH_RUN = [name for name in SCRIPTS if '"--run"' in (ROOT / f"scripts/{name}.py").read_text()]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -41,6 +45,28 @@ def test_a_current_folder_that_is_not_utf8_is_one_line(place: Place, small_model
     assert answer.status == 2
     assert answer.error == f"'{place.folder}/m\\udcff/some.fasta': not UTF-8"
     assert list(place.output.rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "fact"),
+    [
+        *((name, "--run", LARGE, NO_RUN) for name in WITH_RUN),
+        ("history", "--run", "one", NO_RUN),
+        ("history", "--run", "0", NO_RUN),
+        ("neighbours", "--query", LARGE, NO_RUN),
+        ("make_model", "--seed", LARGE, f"not a whole number from {-(1 << 63)} to {(1 << 64) - 1}"),
+        ("history", "--every", "abc", "not from 0.1 to 3600"),
+        ("history", "--every", "nan", "not from 0.1 to 3600"),
+    ],
+)
+def test_a_number_out_of_bounds_is_one_line(
+    name: str, flag: str, value: str, fact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, a large one ended in a traceback: OverflowError."""
+    with pytest.raises(SystemExit) as ended:
+        import_module(f"scripts.{name}").main([flag, value])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: argument {flag}: {value}: {fact}\n")
 
 
 # ---- Before main begins
@@ -122,7 +148,7 @@ def test_a_script_runs_as_a_module_too() -> None:
 
 def test_ctrl_c_may_come_at_any_moment_of_waiting_for_it() -> None:
     """Before, one that came while a lock was held waited for that lock for ever."""
-    with ctrl_c_within() as stopped_within:
+    with handled_by(signal.SIGINT, signal.default_int_handler), ctrl_c_within() as stopped_within:
         assert not stopped_within(0)
         try:
             sys.setprofile(lambda *_: signal.raise_signal(signal.SIGINT))
@@ -131,3 +157,9 @@ def test_ctrl_c_may_come_at_any_moment_of_waiting_for_it() -> None:
             sys.setprofile(None)
         assert stopped
         assert stopped_within(60)
+
+
+def test_ctrl_c_that_is_to_be_ignored_ends_no_waiting_for_it() -> None:
+    with handled_by(signal.SIGINT, signal.SIG_IGN), ctrl_c_within() as stopped_within:
+        signal.raise_signal(signal.SIGINT)
+        assert not stopped_within(0)

@@ -9,7 +9,8 @@ import signal
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -479,6 +480,40 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     assert runs.outcomes() == ["finished", "finished"]
     assert runs.script("resume").status == 0
     runs.check()
+
+
+@pytest.mark.parametrize("address", ["head..cluster:6379", "localhost:99999"])
+def test_an_address_that_cannot_be_is_one_line(
+    script: Script, small_model: Path, ray: InProcessRay, address: str
+) -> None:
+    flags = ["--esm-model", small_model, "--input", UNIPROT_PART]
+    answer = script("embed", *flags, "--ray", address)
+    assert answer.status == 4
+    assert answer.error.startswith(f"Ray cluster {address}: ")
+
+
+def is_ended() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def loses_the_exception() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+    raise RuntimeError("the raylet has died")
+
+
+def loses_it_and_goes_on() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("start", [is_ended, loses_the_exception, loses_it_and_goes_on])
+def test_a_signal_while_ray_starts_is_no_failure_of_ray(
+    runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch, start: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: start())
+    answer = runs.embed()
+    assert (answer.status, answer.error) == (143, "SIGTERM: interrupted")
 
 
 def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessRay) -> None:

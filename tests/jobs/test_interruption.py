@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
 
 from lib.errors import MachineError
+from lib.jobs.interruption import Interruption
+from lib.ledger.runs import Ownership, finish_run
 from tests import processes
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script, handled_by
 from tests.processes import Process
 
 LAUNCH = "lib.network.pipeline.launch"
@@ -100,6 +105,56 @@ def test_ctrl_c_during_set_up_leaves_no_half_made_run(
         ["interrupted"] if target.endswith("create_run") else []
     )
     assert place.output.exists() == bool(runs)
+
+
+@pytest.mark.parametrize(
+    ("target", "flags"),
+    [
+        ("lib.jobs.admission.detect", ["--run", "1"]),
+        ("lib.jobs.admission.preflight", ["--run", "1"]),
+        ("lib.jobs.validation.load_run", []),
+        ("lib.jobs.admission.check_settings", []),
+    ],
+    ids=["weights", "input", "unfinished runs", "their settings"],
+)
+def test_a_signal_is_no_fact_about_a_run(
+    script: Script, place: Place, small_model: Path, target: str, flags: list[str]
+) -> None:
+    """Before, validate printed the run as damaged by SIGTERM, and went on."""
+    assert script("embed", *embed_flags(place, small_model)).status == 0
+    with closing(sqlite3.connect(place.database)) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'interrupted'")
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, interrupted)
+        answer = script("validate", "--json", "--esm-model", small_model, *flags)
+    assert (answer.status, answer.error) == (143, "SIGTERM: interrupted")
+    assert answer.out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_to_be_ignored_stays_so(
+    script: Script, place: Place, small_model: Path, number: signal.Signals
+) -> None:
+    """Before, `nohup` was of no use: SIGHUP ended the run."""
+
+    def finish(engine: Engine, ownership: Ownership) -> None:
+        signal.raise_signal(number)
+        finish_run(engine, ownership)
+
+    with handled_by(number, signal.SIG_IGN), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.jobs.embedding.finish_run", finish)
+        assert script("embed", *embed_flags(place, small_model)).status == 0
+        interruption = Interruption()
+        with interruption.handled():
+            signal.signal(number, signal.default_int_handler)  # as a library may do
+            interruption.handle_again()
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert interruption.requested is None
 
 
 def test_a_second_process_is_refused_while_the_first_lives(

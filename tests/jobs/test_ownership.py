@@ -6,6 +6,7 @@ On a share whose locks reach one host only, a run can have two owners. The newes
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import socket
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.ledger.ownership import LOCK_NAME, HeldError, is_held, take_lock
 from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.reference import assert_same_bits
@@ -108,6 +110,21 @@ def test_a_file_that_another_has_put_in_the_place_of_ours_is_not_committed(
     assert len(script("history", "--run", "1", "--json").json["checkpoints"]) == 1
     assert script("resume").status == 0
     assert script("validate", "--run", "1").status == 0
+
+
+def test_a_look_at_the_lock_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, who took it within the moment of a look was told that a process owns the run."""
+    take_lock(tmp_path).close()
+    looking = (tmp_path / LOCK_NAME).open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("lib.ledger.ownership.time.sleep", lambda _: looking.close())
+    with take_lock(tmp_path):
+        assert looking.closed
+        assert is_held(tmp_path)
+        monkeypatch.undo()
+        with pytest.raises(HeldError):
+            take_lock(tmp_path)
+    assert is_held(tmp_path) is False
 
 
 def files_of(place: Place) -> dict[str, str]:

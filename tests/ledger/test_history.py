@@ -191,6 +191,17 @@ def test_query_formats(script: Script, a_run: None) -> None:
     assert script("query", statement, "--json").json == expected
 
 
+def test_query_prints_what_json_does_not_have_or_refuses_it(script: Script, a_run: None) -> None:
+    """Before, bytes were a traceback, 1e999 was Infinity, and of two columns one was lost."""
+    answer = script("query", "--json", "select x'00ff' as b, 1e999 as a, -1e999 as c, 0.5 as d")
+    assert answer.out.count("null") == 2
+    assert answer.json == [{"b": "00ff", "a": None, "c": None, "d": 0.5}]
+    twice = script("query", "--json", "select 1 as a, 2 as a")
+    assert (twice.status, twice.out) == (2, "")
+    assert twice.error == "SQL: 2 columns are named a"
+    assert script("query", "select 1 as a, 2 as a").out == "a  a\n1  2\n"
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import Connection
 
+from lib.ledger import migration
 from lib.ledger.database import open_for_writing
 from schema.migrations.versions import v2
 from schema.version import SCHEMA_VERSION
@@ -183,7 +186,7 @@ def test_an_upgrade_that_is_killed_changes_nothing(script: Script, old: Place) -
     killed = processes.run("upgrade", "--config", old.config, prepare=_die_before_the_views)
     assert killed.status == -9
     assert script("history").error.endswith("(make upgrade)")
-    (old.folder / "runs.sqlite.version-1").unlink()
+    assert (old.folder / "runs.sqlite.version-1").exists()
     assert ask(old.database, "SELECT name, sql FROM sqlite_schema") == before
     assert script("upgrade").status == 0
     assert script("history").status == 0
@@ -191,6 +194,84 @@ def test_an_upgrade_that_is_killed_changes_nothing(script: Script, old: Place) -
 
 def _die_before_the_views() -> None:
     processes.at_call("lib.ledger.migration.make_views", 1, processes.die)
+
+
+def has_a_table_of_ours(_connection: Connection) -> None:
+    """Leave it to the statement that makes the table of that name."""
+
+
+def is_full(connection: Connection) -> None:
+    (pages,) = connection.exec_driver_sql("PRAGMA page_count").one()
+    connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+
+def is_interrupted(_connection: Connection) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "fact"),
+    [
+        (has_a_table_of_ours, 4, "database {}: table inputs already exists"),
+        (is_full, 4, "database {}: database or disk is full"),
+        (is_interrupted, 130, "SIGINT: interrupted"),
+    ],
+)
+def test_an_upgrade_that_fails_is_one_line_and_can_be_tried_again(
+    script: Script,
+    old: Place,
+    trouble: Callable[[Connection], None],
+    status: int,
+    fact: str,
+) -> None:
+    """Before, it was a traceback, and the backup that was left refused every other try."""
+    if trouble is has_a_table_of_ours:
+        ask(old.database, "CREATE TABLE inputs (theirs)")
+    before = ask(old.database, "SELECT name, sql FROM sqlite_schema")
+    true_migrate = migration._migrate
+
+    def migrate(connection: Connection, version: int) -> None:
+        trouble(connection)
+        true_migrate(connection, version)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migration, "_migrate", migrate)
+        answer = script("upgrade")
+    assert (answer.status, answer.error) == (status, fact.format(old.database))
+    assert ask(old.database, "SELECT name, sql FROM sqlite_schema") == before
+    assert not (old.folder / "runs.sqlite.version-1").exists()
+    ask(old.database, "DROP TABLE IF EXISTS inputs")
+    assert script("upgrade").status == 0
+    assert script("history").status == 0
+
+
+def test_an_upgrade_waits_for_a_lock_in_bounded_time(
+    script: Script, old: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.ledger.database.BUSY_SECONDS", 0.1)
+    with closing(sqlite3.connect(old.database)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        answer = script("upgrade")
+    assert (answer.status, answer.error) == (4, f"database {old.database}: database is locked")
+    assert script("upgrade").status == 0
+
+
+def test_an_upgrade_replaces_no_backup_of_other_content(script: Script, old: Place) -> None:
+    backup = old.folder / "runs.sqlite.version-1"
+    shutil.copy(old.database, backup)
+    ask(old.database, "CREATE TABLE written_since (x)")
+    for _ in range(2):  # the first try leaves it, too
+        answer = script("upgrade")
+        assert (answer.status, answer.error) == (2, f"{backup}: exists already")
+    assert ask(backup, "SELECT max(version) FROM schema_version") == [(1,)]
+
+
+def test_an_upgrade_keeps_the_views_of_the_user(script: Script, old: Place) -> None:
+    ask(old.database, "CREATE VIEW my_runs AS SELECT run, records_done FROM run_history")
+    before = ask(old.database, "SELECT * FROM my_runs")
+    assert before
+    assert script("upgrade").status == 0
+    assert ask(old.database, "SELECT * FROM my_runs") == before
 
 
 def test_a_newer_or_foreign_database_is_not_upgraded(script: Script, place: Place) -> None:

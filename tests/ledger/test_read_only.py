@@ -65,6 +65,18 @@ def test_a_run_is_read_where_nothing_can_be_written(finished: Place, tmp_path: P
         unlock(finished.folder)
 
 
+def test_a_run_whose_folder_may_not_be_read_is_not_called_killed(finished: Place) -> None:
+    """Before, a run that another user's process computes was."""
+    with closing(sqlite3.connect(finished.database)) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'running'")
+    folder = finished.output / "run-000001"
+    statuses = []
+    for mode in (0o000, 0o755):
+        folder.chmod(mode)
+        statuses += [run["status"] for run in answer(finished, "history", "--json").json]
+    assert statuses == ["running", "killed"]
+
+
 @pytest.mark.parametrize("at_rest", [False, True], ids=["open", "an empty log is left"])
 def test_a_log_is_not_left_out(finished: Place, at_rest: bool) -> None:
     with closing(sqlite3.connect(finished.database)) as connection:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -111,6 +112,13 @@ def impatient(entry: ReleasedModel) -> None:
     time.sleep = lambda _: None
 
 
+def interrupted(entry: ReleasedModel) -> None:
+    """Receive SIGINT as the Hub is asked, within what huggingface_hub is built on."""
+    impatient(entry)
+    interrupt = partial(signal.raise_signal, signal.SIGINT)
+    processes.at_call("socket.create_connection", 1, interrupt)
+
+
 @dataclass
 class Caller:
     """Runs scripts with `source = huggingface`, the made-up catalog and a cache of their own."""
@@ -118,6 +126,7 @@ class Caller:
     place: Place
     hub: Hub
     entry: ReleasedModel
+    prepare: Callable[[ReleasedModel], None] = impatient
 
     @property
     def cache(self) -> Path:
@@ -136,7 +145,7 @@ class Caller:
             script,
             *argv,
             *("--config", self.place.config),
-            prepare=partial(impatient, self.entry),
+            prepare=partial(self.prepare, self.entry),
             folder=self.place.folder,
             environment={**inherited, **hub, **environment},
         )
@@ -206,6 +215,12 @@ def test_nobody_at_the_address_is_one_line(call: Caller) -> None:
     assert answer.status == 4
     assert answer.error.startswith("http://127.0.0.1:1/facebook/untrained/resolve/")
     assert answer.error.endswith("Connection refused")
+
+
+def test_ctrl_c_during_a_download_is_no_fault_of_the_network(call: Caller) -> None:
+    call.prepare = interrupted
+    answer = call.embed()
+    assert (answer.status, answer.error) == (130, "SIGINT: interrupted")
 
 
 @pytest.mark.parametrize(
