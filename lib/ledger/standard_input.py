@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -171,7 +172,7 @@ def _read(source: BinaryIO) -> memoryview:
 
 def _new_file(folder: Path) -> tuple[Path, FileIO]:
     """Make and lock a temporary file of this process."""
-    path = folder / f"{_leftover()}{os.getpid()}.tmp"
+    path = folder / f"{_leftover()}{secrets.token_hex(8)}.tmp"
     with disk_errors(path):
         while True:
             file = path.open("xb", buffering=0)  # closing it has nothing left to write

@@ -9,6 +9,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -292,7 +293,10 @@ def test_what_a_living_process_reads_is_left_alone(
 
 
 def killed_in_create_run(place: Place, model: Path, target: str, *, after: bool) -> Path:
-    """Kill a process that has named the copy of standard input; return the copy."""
+    """Kill a process that has named the copy of standard input; return the copy.
+
+    The next process has its number, as in a container, where numbers begin at 1.
+    """
     dying = partial(processes.at_call, target, 1, processes.die, after=after)
     flags = [*embed(model), "--config", place.config]
     prepare = partial(feed_process, SOME_PROTEINS, dying)
@@ -300,6 +304,7 @@ def killed_in_create_run(place: Place, model: Path, target: str, *, after: bool)
     (left,) = kept(place)
     (temporary,) = place.output.glob("*.tmp")
     assert temporary.samefile(left)
+    temporary.rename(place.output / f".stdin-{socket.gethostname()}-{os.getpid()}.tmp")
     return left
 
 
