@@ -30,7 +30,6 @@ from schema.settings import STANDARD_INPUT, InputSettings
 __all__ = [
     "copied_standard_input",
     "drop_names",
-    "is_kept",
     "keep_in_folder",
     "kept_name",
     "remove_unlisted",
@@ -133,12 +132,6 @@ def remove_unlisted(folder: Path, is_listed: Callable[[Path, str], bool]) -> Non
 def kept_name(uuid: str) -> str:
     """Return the name that the copy of standard input has in the folder of a run."""
     return _KEPT.format(uuid[:8])
-
-
-def is_kept(name: str) -> bool:
-    """Tell whether a file in a run's folder is a copy of standard input, perhaps another run's."""
-    start, end = _KEPT.split("{}")
-    return name.startswith(start) and name.endswith(end)
 
 
 def _uuid_start(name: str) -> str:
