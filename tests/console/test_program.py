@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from lib.console.program import ctrl_c_within
+from lib.console.program import ctrl_c_within, guarded
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place
 
@@ -41,6 +42,23 @@ def test_a_current_folder_that_is_not_utf8_is_one_line(place: Place, small_model
     assert answer.status == 2
     assert answer.error == f"'{place.folder}/m\\udcff/some.fasta': not UTF-8"
     assert list(place.output.rglob("*.parquet")) == []
+
+
+def test_a_limit_of_arrow_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_argv: object) -> int:
+        raise pa.ArrowInvalid("offset overflow\nwhile concatenating arrays")
+
+    assert guarded(main, []) == 4
+    told = "error: ArrowInvalid: offset overflow while concatenating arrays\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_of_the_program_shows_where_it_is() -> None:
+    def main(_argv: object) -> int:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        guarded(main, [])
 
 
 # ---- Before main begins
