@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -111,13 +112,15 @@ def new_path(
     Raises SettingsError if `path` exists or its folder does not, MachineError if the disk fails.
     """
     refuse_existing(path, replaceable)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # Not by a number of this process, which another one in a container may have, too.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    with disk_errors(path):
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
     try:
         with disk_errors(path):
-            if folder:
-                temporary.mkdir()
-            else:
-                temporary.touch(exist_ok=False)
             yield temporary
             for file in temporary.iterdir() if folder else [temporary]:
                 with file.open("rb") as written:

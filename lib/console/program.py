@@ -60,6 +60,11 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except MemoryError:
         note("error: out of memory")
         return 4
+    except Exception as error:
+        if not _is_of_arrow(error):
+            raise
+        note(f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return 4
     return status
 
 
@@ -78,6 +83,12 @@ def ctrl_c_within() -> Iterator[Callable[[float], bool]]:
         signal.signal(signal.SIGINT, before)
         os.close(reading)
         os.close(writing)
+
+
+def _is_of_arrow(error: Exception) -> bool:
+    """Return whether Arrow raised an error: of its limits, which data of any size can pass."""
+    arrow = sys.modules.get("pyarrow")  # not imported for scripts that start without it
+    return arrow is not None and isinstance(error, arrow.ArrowException)
 
 
 def _refuse_other_than_utf8(argv: Sequence[str]) -> None:

@@ -74,7 +74,10 @@ def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa
     half = not column.is_pooled and run.facts["per_tok_dtype"] == "float16"
     vector = pa.list_(pa.float16() if half else pa.float32(), run.hidden_dim)
     kind = vector if column.is_pooled else pa.list_(vector)
-    return pa.schema([*described.schema, pa.field(str(column), kind)])
+    # A row group has few enough texts for Arrow's string, which every reader knows.
+    texts = {pa.large_string(): pa.string()}
+    fields = [field.with_type(texts.get(field.type, field.type)) for field in described.schema]
+    return pa.schema([*fields, pa.field(str(column), kind)])
 
 
 def _lists(vectors: Sequence[npt.NDArray[Any]], width: int, column: VectorColumn) -> pa.Array:

@@ -193,14 +193,18 @@ class RunEmbeddings:
         return [paths[number] for number in numbers.tolist()]
 
     def table(self, *columns: str) -> pa.Table:
-        """Return columns that are not vectors (id, description, length...), in FASTA order."""
+        """Return columns that are not vectors (id, description, length...), in FASTA order.
+
+        Texts are large_string: those of a run may have more than the 2 GB of Arrow's string.
+        """
         parts = [table for _positions, table in self.stored(*columns)]
         if not parts:
-            return pa.table({name: pa.array([], pa.string()) for name in columns})
+            return pa.table({name: pa.array([], pa.large_string()) for name in columns})
         # Places sort by file, row group and row, which is the order of the parts.
         rank = np.empty(len(self), np.int64)
         rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
-        return pa.concat_tables(parts).take(rank)
+        # `take` puts the chunks of a column together first.
+        return _with_large_texts(pa.concat_tables(parts)).take(rank)
 
     def column(self, kind: str, layer: int | None = None) -> VectorColumn:
         """Return the column of `kind` (mean, bos, per_tok) at `layer`.
@@ -338,6 +342,12 @@ def lists(column: pa.ChunkedArray) -> Iterator[Array]:
         numbers, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             yield numbers[start:stop]
+
+
+def _with_large_texts(table: pa.Table) -> pa.Table:
+    kinds = {pa.string(): pa.large_string()}
+    fields = [field.with_type(kinds.get(field.type, field.type)) for field in table.schema]
+    return table.cast(pa.schema(fields))
 
 
 def _pooled(kind: str) -> str:

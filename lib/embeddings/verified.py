@@ -74,15 +74,22 @@ class VerifiedFile:
     def copy(self, to: Path) -> None:
         """Copy the file to `to`.
 
-        Raises IdentityRefusedError unless the copy has the SHA-256 that the database lists.
+        Raises IdentityRefusedError unless the copy has the SHA-256 that the database lists,
+        MachineError if the file cannot be read, OSError if `to` cannot be written.
         """
         digest = hashlib.sha256()
-        with _opened(self.listed) as file, to.open("wb") as copy:
-            while block := file.read(_BLOCK):
+        with to.open("wb") as copy:
+            for block in self._blocks():
                 digest.update(block)
                 copy.write(block)
         if digest.hexdigest() != self.listed.sha256:
             raise IdentityRefusedError(f"{self.listed.place}: sha256 differs from the database")
+
+    def _blocks(self) -> Iterator[bytes]:
+        # What the caller raises does not come by here, where it would be blamed on this file.
+        with _opened(self.listed) as file:
+            while block := file.read(_BLOCK):
+                yield block
 
     def refuse_if_changed(self, file: BufferedReader) -> None:
         """Raise IdentityRefusedError unless an opened file is the one that was checked, as it was.

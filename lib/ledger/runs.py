@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
 
-from sqlalchemy import JSON, Engine, delete, func, select, text, update
+from sqlalchemy import JSON, Engine, delete, func, select, update
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
-from lib.files import disk_errors, sync_folder
+from lib.files import disk_errors
+from lib.ledger.claims import claim_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
-from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.ownership import HeldError, take_lock
 from lib.ledger.places import (
     StoredRun,
     given_folder,
@@ -32,8 +31,8 @@ from lib.ledger.places import (
     real_settings,
     stored_path,
 )
-from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
-from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
+from lib.ledger.reuse_plan import ReusePlan, plan_path, write_plan
+from lib.ledger.standard_input import drop_names, keep_in_folder, remove_unlisted
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -124,12 +123,13 @@ def create_run(
     """
     _refuse_large_contacts(settings, inventory)
     database = Path(engine.url.database or "")
-    with transaction(engine) as session:
+    with ExitStack() as held, transaction(engine) as session:
         name = str(uuid.uuid4())
         output = Path(settings.output.folder)
         _tidy(session, output, database)
-        number, folder, lock = _new_folder(session, output)
-        temporary = _keep_input(inventory, folder, name, lock)
+        number, folder, lock = claim_folder(session, database, output, name)
+        held.enter_context(lock)
+        temporary = keep_in_folder(inventory, folder, name)
         run = Run(
             id=number,
             uuid=name,
@@ -166,6 +166,7 @@ def create_run(
         run.output_folder = stored_path(folder, database)
         attempt = _attempt(run.id, facts, database)
         session.add(attempt)
+        held.pop_all()
     drop_names(temporary)
     _locate(run, database)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
@@ -485,39 +486,3 @@ def _tidy(session: Session, output: Path, database: Path) -> None:
 
     with disk_errors(output):
         remove_unlisted(output, is_listed)
-
-
-def _new_folder(session: Session, output: Path) -> tuple[int, Path, IO[bytes]]:
-    """Make and lock the folder of a new run; return its number, its path and the lock.
-
-    Where runs of another database lie, or anything else, the next number is taken. A folder without
-    work may be left of a start that died.
-    """
-    last = session.scalar(text("SELECT seq FROM sqlite_sequence WHERE name = 'runs'")) or 0
-    for number in itertools.count(last + 1):
-        folder = output / f"run-{number:06d}"
-        with disk_errors(folder):
-            if os.path.lexists(folder) and not _is_free(folder):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-        with suppress(HeldError):
-            return number, folder, take_lock(folder)
-    raise AssertionError("unreachable")
-
-
-def _is_free(folder: Path) -> bool:
-    return folder.is_dir() and all(_may_be_there(path.name) for path in folder.iterdir())
-
-
-def _keep_input(inventory: Inventory, folder: Path, name: str, lock: IO[bytes]) -> list[Path]:
-    """Keep standard input in the folder of the run; return what `keep_in_folder` does."""
-    try:
-        return keep_in_folder(inventory, folder, name)
-    except MachineError:
-        lock.close()
-        raise
-
-
-def _may_be_there(name: str) -> bool:
-    return name == LOCK_NAME or is_kept(name) or is_plan_name(name)

@@ -179,9 +179,9 @@ def error_fact(error: BaseException | None) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    quoted = str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     mode = "mode=ro&immutable=1" if _is_at_rest(path) else "mode=ro"
-    connection = sqlite3.connect(f"file:{quoted}?{mode}", uri=True, timeout=BUSY_SECONDS)
+    connection = sqlite3.connect(f"file://{quoted}?{mode}", uri=True, timeout=BUSY_SECONDS)
     connection.isolation_level = None
     return connection
 

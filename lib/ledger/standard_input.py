@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -29,7 +30,6 @@ from schema.settings import STANDARD_INPUT, InputSettings
 __all__ = [
     "copied_standard_input",
     "drop_names",
-    "is_kept",
     "keep_in_folder",
     "kept_name",
     "remove_unlisted",
@@ -134,12 +134,6 @@ def kept_name(uuid: str) -> str:
     return _KEPT.format(uuid[:8])
 
 
-def is_kept(name: str) -> bool:
-    """Tell whether a file in a run's folder is a copy of standard input, perhaps another run's."""
-    start, end = _KEPT.split("{}")
-    return name.startswith(start) and name.endswith(end)
-
-
 def _uuid_start(name: str) -> str:
     start, end = _KEPT.split("{}")
     return name.removeprefix(start).removesuffix(end)
@@ -171,7 +165,7 @@ def _read(source: BinaryIO) -> memoryview:
 
 def _new_file(folder: Path) -> tuple[Path, FileIO]:
     """Make and lock a temporary file of this process."""
-    path = folder / f"{_leftover()}{os.getpid()}.tmp"
+    path = folder / f"{_leftover()}{secrets.token_hex(8)}.tmp"
     with disk_errors(path):
         while True:
             file = path.open("xb", buffering=0)  # closing it has nothing left to write

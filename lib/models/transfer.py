@@ -46,16 +46,15 @@ def transfer(url: str, target: Path, verify: Callable[[Path], object], progress:
     """Bring the file at `url` to `target`, which gets its name only when it is whole and verified.
 
     verify: raises WeightsError if the file that it is given is not the one that was wanted; the
-    file is then removed. A broken transfer leaves what it received in a hidden folder beside the
-    target, `.download-NAME`, if the server stated a version (ETag or Last-Modified); the next
-    transfer continues it if the server still has that version. A second process waits for the
-    first. Raises MachineError if network or disk fail.
+    file is then removed. If anything else ends a transfer, also while the file is verified, what
+    was received is left in a hidden folder beside the target, `.download-NAME`, if the server
+    stated a version (ETag or Last-Modified); the next transfer continues it if the server still has
+    that version. A second process waits for the first. Raises MachineError if network or disk fail.
     """
     with _network_errors(url):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.parent / f".download-{target.stem}") as folder:
+        with _alone(target) as part:
             if not target.is_file():  # the process that was waited for may have brought it
-                part = folder / target.name
                 _fetch(url, part, progress)
                 _verify(verify, part, url)
                 part.rename(target)
@@ -77,16 +76,18 @@ def _network_errors(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """Hold a folder that no other process holds; keep it only if its part can be continued."""
+def _alone(target: Path) -> Iterator[Path]:
+    """Hold the folder of a transfer alone and yield its part; keep it only to be continued."""
+    folder = target.parent / f".download-{target.stem}"
+    part = folder / target.name
     lock = _locked(folder)
     while lock is None:
         lock = _locked(folder)
     with lock:
         try:
-            yield folder
+            yield part
         finally:
-            if not (folder / _VERSION).exists():
+            if not (part.exists() and part.with_name(_VERSION).exists()):
                 shutil.rmtree(folder)
 
 
@@ -105,15 +106,13 @@ def _locked(folder: Path) -> IO[bytes] | None:
 
 
 def _verify(verify: Callable[[Path], object], part: Path, url: str) -> None:
-    """Run `verify`, and forget the version: a part that fails is removed with its folder."""
-    version = part.with_name(_VERSION)
+    """Run `verify`; forget the version of a part that fails, so that it is not continued."""
     try:
         verify(part)
     except WeightsError as error:
+        part.with_name(_VERSION).unlink(missing_ok=True)
         fact = str(error).replace(str(part), part.name)
         raise WeightsError(f"{url}: {fact}") from None
-    finally:
-        version.unlink(missing_ok=True)
 
 
 def _fetch(url: str, part: Path, progress: Progress) -> None:
@@ -154,6 +153,9 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is as long as the file, or longer
             raise
+        if error.headers.get("Content-Range") == f"bytes */{received}":
+            progress(received, received)
+            return
         received = 0
         answer = _ask(urllib.request.Request(url))
     with answer:
@@ -165,8 +167,11 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
         if answer.status == 206 and not continued:
             version.unlink(missing_ok=True)
             raise MachineError(f"{url}: changed since its download began")
-        received = received if continued else 0
         length = answer.headers.get("Content-Length")
+        if known and answer.status == 200 and (now, length) == (known, str(received)):
+            progress(received, received)  # a server without ranges
+            return
+        received = received if continued else 0
         total = received + int(length) if length else None
         if total is not None:
             _refuse_if_too_large(url, part, total)

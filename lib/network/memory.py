@@ -27,6 +27,13 @@ _GIVEN_BACK_BYTES = 32 * 1024 * 1024
 _ARRAYS_KEPT = 7
 # What matrix products keep for themselves, whatever the size of the pack: 30 MB were measured.
 _SCRATCH_BYTES = 32 * 1024 * 1024
+# In plain RuntimeErrors: of torch on a CPU, of the system, of CUDA, of cuBLAS and cuDNN.
+_LACKS_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+)
 
 
 def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
@@ -65,8 +72,9 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def ran_out(error: Exception) -> bool:
-    """Return whether an error reports lack of memory: torch raises plain RuntimeErrors for it."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    """Return whether an error reports lack of memory, and not another fault of memory."""
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or any(fact in str(error) for fact in _LACKS_MEMORY)
 
 
 def _meminfo_available() -> int | None:

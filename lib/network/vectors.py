@@ -17,7 +17,7 @@ from lib.network.contacts import ContactMaps
 from lib.network.esm2 import Network
 from lib.network.groups import group_equal_lengths
 from lib.network.linear import rows_of
-from lib.network.memory import available_bytes, contact_bytes, pack_bytes
+from lib.network.memory import available_bytes, contact_bytes, pack_bytes, ran_out
 from lib.sequences.alphabet import tokenise
 from lib.sequences.windows import Sequence as FastaSequence
 from lib.units import size
@@ -83,7 +83,7 @@ def launch(
             raise MemoryError
         return Launched([_launch_part(network, sequences, columns, per_tok_dtype, abandoned)])
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not ran_out(error):
             raise
     if len(sequences) == 1:
         owner, length = sequences[0].owners[0], len(sequences[0].residues)
@@ -176,9 +176,3 @@ def _refuse_non_finite(
             of_layer = "" if column.layer is None else f" of layer {column.layer}"
             place = f"{column.kind}{of_layer}"
             raise NonFiniteError(f"record {owner.number} ({owner.id}): non-finite value in {place}")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch reports failed CPU allocations as plain RuntimeErrors.
-    kinds = MemoryError | torch.OutOfMemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)

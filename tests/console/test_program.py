@@ -10,9 +10,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from lib.console.program import ctrl_c_within
+from lib.console.program import ctrl_c_within, guarded
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, handled_by
 
@@ -67,6 +68,23 @@ def test_a_number_out_of_bounds_is_one_line(
         import_module(f"scripts.{name}").main([flag, value])
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith(f": error: argument {flag}: {value}: {fact}\n")
+
+
+def test_a_limit_of_arrow_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_argv: object) -> int:
+        raise pa.ArrowInvalid("offset overflow\nwhile concatenating arrays")
+
+    assert guarded(main, []) == 4
+    told = "error: ArrowInvalid: offset overflow while concatenating arrays\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_of_the_program_shows_where_it_is() -> None:
+    def main(_argv: object) -> int:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        guarded(main, [])
 
 
 # ---- Before main begins

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lib.embeddings import open_run
 from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
+from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.test_make import make
 
@@ -45,6 +47,17 @@ def made(script: Script, place: Place, *flags: str) -> Path:
     assert answer.status == 0, answer.err
     assert answer.out == f"run 1: crate of 4 checkpoints in {to}\n"
     return to
+
+
+def test_a_full_disk_names_the_crate_and_leaves_nothing(place: Place, resumed: None) -> None:
+    before, to = place.files(), place.folder / "crate"
+    limited = partial(processes.limit_files, 2000)  # less than a checkpoint file
+    with place.read_by_another():
+        done = processes.run(
+            "crate", "--run", "1", "--to", to, "--config", place.config, prepare=limited
+        )
+    assert (done.status, done.error) == (4, f"{to}: File too large")
+    assert place.files() == before
 
 
 def test_every_attempt_is_an_action_with_what_it_made(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
@@ -59,6 +60,7 @@ def test_datasets_reads_every_vector_in_the_order_of_the_fasta(
     files = sorted(path.name for path in to.glob("*.parquet"))
     assert files == [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
     assert [pq.read_metadata(to / name).num_row_groups for name in files] == [3, 3, 2]
+    assert {pq.read_schema(to / name).field("description").type for name in files} == {pa.string()}
     names, feature, numbers, ids, vectors = loaded(place, to, "mean_2")
     assert names == ["record", "id", "description", "length", "embedded_length", "mean_2"]
     assert "float32" in feature

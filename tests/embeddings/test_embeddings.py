@@ -60,6 +60,8 @@ def test_ids_and_matrices_stand_in_the_order_of_the_file(embedded: Runs) -> None
     assert run.ids[:2] == [header.split()[0] for header, _ in fasta(SOME_PROTEINS)[:2]]
     lengths = run.table("length", "description")
     assert lengths["length"].to_pylist() == [rows[i]["length"] for i in range(18)]
+    # Arrow's string would end at 2 GB of texts, of which a run may have more.
+    assert lengths.schema.types == [pa.int32(), pa.large_string()]
     for kind in ("mean", "bos"):
         for layer, column in ((0, f"{kind}_0"), (None, f"{kind}_2"), (-1, f"{kind}_2")):
             matrix = run.matrix(kind, layer)

@@ -9,6 +9,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -329,6 +330,28 @@ def test_two_records_never_share_a_name(
 
 
 FORMS = ["hdf5", "esm-extract", "npy", "virnucpro", "anndata", "csv", "dataset"]
+
+
+@pytest.mark.parametrize("form", ["csv", "npy"])
+def test_the_temporary_file_of_another_export_is_left_alone(
+    script: Script,
+    place: Place,
+    rows: dict[int, Row],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    """Two processes have the same number, if each is in a container of its own."""
+    there = [place.folder / f".out.{name}.tmp" for name in (os.getpid(), "0badcafe")]
+    theirs = [one if form == "csv" else one / "file" for one in there]
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("another's")
+    export = ["export", "--run", "1", "--format", form, "--to", place.folder / "out"]
+    with monkeypatch.context() as unlucky:
+        unlucky.setattr("lib.files.secrets.token_hex", lambda _bytes: "0badcafe")
+        assert script(*export).status == 4
+    assert script(*export).status == 0
+    assert [file.read_text() for file in theirs] == ["another's"] * 2
 
 
 @pytest.mark.parametrize("form", FORMS)

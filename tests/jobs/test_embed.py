@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lib.errors import MachineError
 from lib.ledger.ownership import take_lock
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, WHOLE_PROTEINS, Place, Script
 from tests.reference import (
@@ -219,16 +220,22 @@ def test_a_run_that_fails_before_it_starts_leaves_no_run(
     assert not place.database.exists()
 
 
+def fail(*_: object) -> None:
+    raise MachineError("the disk failed")
+
+
 def test_a_new_run_takes_the_next_number_whose_folder_is_free(
-    script: Script, place: Place, small_model: Path
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--json"]
     (place.output / "run-000001").mkdir(parents=True)
     (place.output / "run-000001" / "mine.txt").write_text("mine")
     (place.output / "run-000002").write_text("a file")
-    (place.output / "run-000003").mkdir()
-    (place.output / "run-000003" / ".lock").touch()  # of a start that died
+    with monkeypatch.context() as failing:
+        failing.setattr("lib.ledger.runs.keep_in_folder", fail)
+        assert script("embed", *flags).status == 4
+    assert (place.output / "run-000003" / ".lock").exists()  # of a start that died
     (place.output / "run-000004").mkdir()
-    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS, "--json"]
     with take_lock(place.output / "run-000004"):  # of a run of another database
         assert [script("embed", *flags).json["run"] for _ in range(2)] == [3, 5]
     assert (place.output / "run-000001" / "mine.txt").read_text() == "mine"

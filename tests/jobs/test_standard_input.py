@@ -9,12 +9,14 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +24,7 @@ import pytest
 from lib.ledger import standard_input
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script, users_environment
+from tests.jobs.test_embed import fail
 from tests.jobs.test_identity import sql
 from tests.reference import assert_same_bits, fasta
 
@@ -292,7 +295,10 @@ def test_what_a_living_process_reads_is_left_alone(
 
 
 def killed_in_create_run(place: Place, model: Path, target: str, *, after: bool) -> Path:
-    """Kill a process that has named the copy of standard input; return the copy."""
+    """Kill a process that has named the copy of standard input; return the copy.
+
+    The next process has its number, as in a container, where numbers begin at 1.
+    """
     dying = partial(processes.at_call, target, 1, processes.die, after=after)
     flags = [*embed(model), "--config", place.config]
     prepare = partial(feed_process, SOME_PROTEINS, dying)
@@ -300,6 +306,7 @@ def killed_in_create_run(place: Place, model: Path, target: str, *, after: bool)
     (left,) = kept(place)
     (temporary,) = place.output.glob("*.tmp")
     assert temporary.samefile(left)
+    temporary.rename(place.output / f".stdin-{socket.gethostname()}-{os.getpid()}.tmp")
     return left
 
 
@@ -313,11 +320,11 @@ def test_a_copy_whose_run_is_not_on_record_is_removed_by_the_next_run(
     somebodys.write_text("somebody's")
     feed(SOME_PROTEINS)
     assert script("embed", *embed(small_model)).status == 0
-    (copy,) = {*kept(place)} - {somebodys}
-    assert copy != left
+    assert kept(place) == [somebodys]
+    (copy,) = kept(place, 2)
     stored = f"./{copy.relative_to(place.folder)}"
     assert script("query", "select file from record_files", "--json").json == [{"file": stored}]
-    assert {path.name for path in place.output.iterdir()} == {"run-000001"}
+    assert {path.name for path in place.output.iterdir()} == {"run-000001", "run-000002"}
 
 
 def test_a_copy_whose_run_is_on_record_stays(
@@ -335,9 +342,11 @@ def test_a_copy_whose_run_is_on_record_stays(
 def test_no_name_is_taken_from_another_file(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, feed: Feed
 ) -> None:
-    monkeypatch.setattr("lib.ledger.runs.uuid.uuid4", lambda: "00000000-0000")
+    monkeypatch.setattr("lib.ledger.runs.uuid.uuid4", lambda: UUID(int=0))
     there = place.output / "run-000001" / ".stdin-00000000.fasta"
-    there.parent.mkdir(parents=True)
+    with monkeypatch.context() as failing:  # a start that dies and leaves the folder
+        failing.setattr("lib.ledger.runs.model_row", fail)
+        assert script("embed", *embed(small_model, SOME_PROTEINS)).status == 4
     there.write_text("somebody's")
     feed(SOME_PROTEINS)
     answer = script("embed", *embed(small_model))

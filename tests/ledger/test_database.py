@@ -152,12 +152,13 @@ def test_a_missing_folder_is_an_environment_fault(script: Script, place: Place) 
         pass
 
 
-def test_odd_letters_in_the_path(place: Place) -> None:
-    path = place.folder / "50% of ü?#'x.sqlite"
-    with open_for_writing(str(path)):
+@pytest.mark.parametrize("start", ["", "/"], ids=["", "two slashes"])
+def test_odd_letters_in_the_path(place: Place, start: str) -> None:
+    path = f"{start}{place.folder}/50% of ü?#'x.sqlite"
+    with open_for_writing(path):
         pass
-    assert path.is_file()
-    with transaction(open_for_reading(str(path))) as session:
+    assert Path(path).is_file()
+    with transaction(open_for_reading(path)) as session:
         assert session.connection().exec_driver_sql("SELECT count(*) FROM runs").scalar() == 0
 
 

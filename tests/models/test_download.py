@@ -108,8 +108,10 @@ def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             start = 0
             if self.headers.get("If-Range") == told.etag and not told.ignores_ranges:
                 start = int(told.ranges[-1].removeprefix("bytes=").removesuffix("-"))
-            self.send_response(416 if start >= len(told.body) else 206 if start else 200)
-            self.send_header("Content-Range", f"bytes {start}-*/*")
+            past = start >= len(told.body)
+            self.send_response(416 if past else 206 if start else 200)
+            place = f"*/{len(told.body)}" if past else f"{start}-*/*"
+            self.send_header("Content-Range", f"bytes {place}")
             self.send_header("Content-Length", str(max(len(told.body) - start, 0)))
             self.send_header("ETag", told.etag)
             self.end_headers()
@@ -496,6 +498,40 @@ def test_a_broken_download_is_continued(
     assert left_behind(place) == [place.folder / f"weights/{NAME}.pt"]
     assert left_behind(place)[0].read_bytes() == published
     assert [path.name for path in (place.folder / "weights").iterdir()] == [f"{NAME}.pt"]
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize(
+    ("fault", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(5, "Input/output error"), MachineError)],
+    ids=["Ctrl-C", "EIO"],
+)
+def test_a_whole_file_that_could_not_be_verified_is_not_fetched_again(
+    place: Place,
+    server: Server,
+    published: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    raised: type[BaseException],
+    ignores_ranges: bool,
+) -> None:
+    server.body, server.etag, server.ignores_ranges = published, '"one"', ignores_ranges
+    model = load_settings(place.config, {"model.esm_model": NAME}).model
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr("lib.models.download.refuse_unpublished", fail)
+        with pytest.raises(raised):
+            download_weights(model, lambda _received, _total: None)
+    assert not download_target(model).exists()
+    told: list[tuple[int, int | None]] = []
+    path = download_weights(model, lambda received, total: told.append((received, total)))
+    assert told == [(len(published), len(published))]
+    assert server.ranges == ["", f"bytes={len(published)}-"]
+    assert left_behind(place) == [path]
+    assert path.read_bytes() == published
 
 
 def test_a_file_that_changed_meanwhile_is_begun_again(

@@ -16,7 +16,7 @@ from lib.models.untrained import make_model
 from lib.network import vectors
 from lib.network.device import choose_pack, packs_at_once
 from lib.network.esm2 import Network, load_network
-from lib.network.memory import available_bytes, contact_bytes, pack_bytes
+from lib.network.memory import available_bytes, contact_bytes, pack_bytes, ran_out
 from lib.network.pipeline import computed
 from lib.sequences.plan import Pack
 from lib.sequences.records import Owner
@@ -144,6 +144,23 @@ def test_an_allocation_that_fails_halves_the_pack(
     answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
     assert answer.status == 0, answer.err
     assert len(read_run(place.output / "run-000001")) == 15
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("could not create a memory object"), False),
+    ],
+    ids=str,
+)
+def test_only_a_lack_of_memory_is_called_one(error: Exception, lacks: bool) -> None:
+    assert ran_out(error) is lacks
 
 
 def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(

@@ -113,7 +113,8 @@ class Kills:
             moments = self._moments.read_text().splitlines()
             named = [i for i, text in enumerate(moments, start=1) if text == "after link"]
             self.bench.fresh()
-            self._watched("embed", self.bench.embed, named[1])
+            # The first link is that of the lock.
+            self._watched("embed", self.bench.embed, named[2])
             self.bench.keep("half")
         self.bench.fresh("half")
 
