@@ -63,13 +63,14 @@ class Adapter:
     `factors` holds, by the fair-esm name of the tensor that they change, the stored names of A
     and B and the scale. `replacements` holds the stored names of tensors (biases,
     modules_to_save) that replace the base's. `tensors` has everything that is stored, by its
-    stored name.
+    stored name. `revision` is the one that PEFT would fetch of a base on the Hugging Face Hub.
     """
 
     folder: Path
     config: HeldFile
     file: HeldFile
     base_name: str | None
+    revision: str | None
     factors: Mapping[str, tuple[str, str, float]]
     replacements: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
@@ -114,9 +115,11 @@ def read_adapter(folder: Path) -> Adapter:
     }
     if not factors and not replacements:
         raise WeightsError(f"{file.path}: holds no tensor of an embedding trunk")
-    base = config.get("base_model_name_or_path")
-    base_name = str(base) if base else None
-    return Adapter(folder, config_file, file, base_name, factors, replacements, tensors)
+    base, revision = (
+        str(config[key]) if config.get(key) else None
+        for key in ("base_model_name_or_path", "revision")
+    )
+    return Adapter(folder, config_file, file, base, revision, factors, replacements, tensors)
 
 
 def refuse_contact_head(adapter: Adapter) -> None:
@@ -133,32 +136,63 @@ def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings
 
     A base is a released name, with or without `facebook/` before it, or a path. A relative path in
     adapter_config.json starts at the adapter's folder or at one above it, as that of its training,
-    or its last part lies beside the adapter. Raises WeightsError if no base is named or found, or
-    if [model] base_model and adapter_config.json name two whose last parts differ.
+    or its last part lies beside the adapter.
+
+    Raises WeightsError if no base is named or found, if adapter_config.json names both a released
+    model and a local one, if [model] base_model and adapter_config.json name two whose last parts
+    differ, and for a revision of a released model that is not the known one.
     """
     said, named = model.base_model, adapter.base_name
-    if said is not None:
-        if named is not None and _last_part(named) != _last_part(said):
-            raise WeightsError(
-                f"{adapter.folder}: base_model_name_or_path {named!r} contradicts [model] "
-                f"base_model = {said}"
-            )
-        return replace(model, esm_model=said), "config"
+    if said is None:
+        chosen, source = _named_base(adapter), _CONFIG
+    elif named is None or _last_part(named) == _last_part(said):
+        chosen, source = said, "config"
+    else:
+        raise WeightsError(
+            f"{adapter.folder}: base_model_name_or_path {named!r} contradicts [model] base_model = "
+            f"{said}"
+        )
+    if chosen in RELEASED:
+        _refuse_other_revision(chosen, adapter)
+    return replace(model, esm_model=chosen), source
+
+
+def _named_base(adapter: Adapter) -> str:
+    """Return the released name or the path that adapter_config.json says."""
+    named = adapter.base_name
     if named is None:
         raise WeightsError(
             f"{adapter.folder}: {_CONFIG} has no base_model_name_or_path and config.ini no "
             "[model] base_model"
         )
-    released = named.removeprefix("facebook/")
+    places, released = _places(adapter.folder, named), named.removeprefix("facebook/")
     if released in RELEASED:
-        return replace(model, esm_model=released), _CONFIG
-    found = next(filter(_exists, _places(adapter.folder, named)), None)
+        # PEFT would read a folder of this name if it is started beside it, and the release if not.
+        local = next(filter(_holds_a_model, places), None)
+        if local is not None:
+            raise WeightsError(
+                f"{adapter.folder}: base_model_name_or_path {named!r} is a released model and also "
+                f"{local}, and config.ini has no [model] base_model"
+            )
+        return released
+    found = next(filter(_exists, places), None)
     if found is None:
         raise WeightsError(
             f"{adapter.folder}: base_model_name_or_path {named!r} is neither a released model nor "
             "a path that exists, and config.ini has no [model] base_model"
         )
-    return replace(model, esm_model=str(found)), _CONFIG
+    return str(found)
+
+
+def _refuse_other_revision(released: str, adapter: Adapter) -> None:
+    """Refuse a revision that is not the known one of a released base; `main` says nothing."""
+    hub = RELEASED[released].hub
+    known = hub.revision if hub else None
+    if adapter.revision not in (None, "main", known):
+        raise WeightsError(
+            f"{adapter.folder / _CONFIG}: revision {adapter.revision!r:.80} of its base, that of "
+            f"{released} is {known or 'not known'}"
+        )
 
 
 def _places(folder: Path, named: str) -> Iterator[Path]:
@@ -281,6 +315,14 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # a name that no file can have
+        return False
+
+
+def _holds_a_model(path: Path) -> bool:
+    """Return whether there is a file, or a folder that transformers could load."""
+    try:
+        return path.is_file() or (path / "config.json").is_file()
+    except OSError:
         return False
 
 

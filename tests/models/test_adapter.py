@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import WeightsError
+from lib.models.adapter import base_settings, read_adapter
 from lib.models.detection import detect
 from lib.models.download import download_target
 from lib.models.formats import open_weights
@@ -289,6 +291,72 @@ def test_a_released_base_is_found_where_releases_lie(place: Place, name: str) ->
     target = download_target(load_settings(place.config, {"model.esm_model": name[-16:]}).model)
     make_model(target, 6, 320, 20)
     assert detect(model).properties["base"].value == str(target)
+
+
+NAME = "esm2_t6_8M_UR50D"
+
+
+@pytest.mark.parametrize(
+    ("named", "local"),
+    [
+        (NAME, NAME),
+        (NAME, f"out/{NAME}"),
+        (f"facebook/{NAME}", f"facebook/{NAME}"),
+        (f"facebook/{NAME}", f"out/{NAME}"),
+    ],
+)
+def test_a_base_that_may_be_a_release_or_a_local_model_is_refused(
+    place: Place, named: str, local: str
+) -> None:
+    """Before, a lab's own model of this name was ignored, and the release changed instead."""
+    (place.folder / "out").mkdir()
+    lora = save_adapter(place.folder / "out/lora", named, factors(QUERY, 320, 320))
+    folder = place.folder / local
+    folder.mkdir(parents=True)  # as a training calls its output: not yet a model
+    adapter, model = read_adapter(lora), load_settings(place.config).model
+    assert base_settings(model, adapter)[0].esm_model == NAME
+    (folder / "config.json").touch()
+    assert refusal(lora) == (
+        f"base_model_name_or_path {named!r} is a released model and also {folder}, and config.ini "
+        "has no [model] base_model"
+    )
+    for said in (NAME, str(folder)):
+        answer = base_settings(replace(model, base_model=said), adapter)
+        assert (answer[0].esm_model, answer[1]) == (said, "config")
+
+
+KNOWN = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
+
+
+@pytest.mark.parametrize("revision", [None, "main", KNOWN])
+def test_a_revision_of_a_released_base_may_be_the_known_one(
+    tmp_path: Path, revision: str | None
+) -> None:
+    tensors = factors(QUERY, 320, 320)
+    assert found(save_adapter(tmp_path / "lora", NAME, tensors, revision=revision)).released == NAME
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "known"),
+    [
+        (f"facebook/{NAME}", "refs/pr/2", KNOWN),
+        (NAME, KNOWN[:7], KNOWN),
+        ("esm2_t48_15B_UR50D", KNOWN, "not known"),
+    ],
+)
+def test_another_revision_of_a_released_base_is_refused(
+    place: Place, small_model: Path, name: str, revision: str, known: str
+) -> None:
+    """Before, the known commit was taken instead, where PEFT takes this one."""
+    path = save_adapter(place.folder / "lora", name, TENSORS, revision=revision)
+    released = name.removeprefix("facebook/")
+    fact = f"revision {revision!r} of its base, that of {released} is {known}"
+    assert refusal(path) == f"adapter_config.json: {fact}"
+    model = load_settings(place.config, {"model.base_model": released}).model
+    with pytest.raises(WeightsError, match="of its base, that of"):
+        base_settings(model, read_adapter(path))
+    local = place.folder / f"{released}.pt"
+    assert base_settings(replace(model, base_model=str(local)), read_adapter(path))
 
 
 # ---- Adapters that are not a plain LoRA of this base
