@@ -16,6 +16,7 @@ from typing import Any
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
+from lib.models.naming import model_name
 from lib.models.tensor_file import stored_tensors
 from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
 from lib.models.weights import TensorInfo, read_json
@@ -131,30 +132,42 @@ def refuse_contact_head(adapter: Adapter) -> None:
             )
 
 
-def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
+def base_settings(
+    model: ModelSettings, adapter: Adapter, *, any_base: bool = False
+) -> tuple[ModelSettings, str]:
     """Return the settings of an adapter's base, and which file names the base.
 
     A base is a released name, with or without `facebook/` before it, or a path. A relative path in
     adapter_config.json starts at the adapter's folder or at one above it, as that of its training,
-    or its last part lies beside the adapter.
+    or its last part lies beside the adapter. any_base: the caller compares the digest, which covers
+    the base, so that its name need not be the one in adapter_config.json.
 
     Raises WeightsError if no base is named or found, if adapter_config.json names both a released
-    model and a local one, if [model] base_model and adapter_config.json name two whose last parts
-    differ, and for a revision of a released model that is not the known one.
+    model and a local one, if [model] base_model is another model by its name, and for a revision
+    of a released model that is not the known one.
     """
     said, named = model.base_model, adapter.base_name
     if said is None:
         chosen, source = _named_base(adapter), _CONFIG
-    elif named is None or _last_part(named) == _last_part(said):
+    elif any_base or named is None or _is_called(said, named):
         chosen, source = said, "config"
     else:
         raise WeightsError(
             f"{adapter.folder}: base_model_name_or_path {named!r} contradicts [model] base_model = "
             f"{said}"
         )
-    if chosen in RELEASED:
+    if chosen in RELEASED and not any_base:
         _refuse_other_revision(chosen, adapter)
     return replace(model, esm_model=chosen), source
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Return whether the model at a path is the one that a name or another path means.
+
+    A relative path to a numbered checkpoint may not say the folder that is part of its name.
+    """
+    found, wanted = model_name(Path(path)), model_name(Path(name)).removeprefix("../")
+    return found == wanted or found.endswith(f"/{wanted}")
 
 
 def _named_base(adapter: Adapter) -> str:
@@ -324,7 +337,3 @@ def _holds_a_model(path: Path) -> bool:
         return path.is_file() or (path / "config.json").is_file()
     except OSError:
         return False
-
-
-def _last_part(name: str) -> str:
-    return Path(name).name.removesuffix(".pt")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import WeightsError
+from lib.jobs.worker import Worker
 from lib.models.adapter import base_settings, read_adapter
 from lib.models.detection import detect
 from lib.models.download import download_target
@@ -28,6 +29,7 @@ from tests.models.test_weights import Call, found, hidden
 
 QUERY = "esm.encoder.layer.0.attention.self.query"
 FC1 = "esm.encoder.layer.1.intermediate.dense"
+NAME = "esm2_t6_8M_UR50D"
 
 
 def factors(module: str, out: int, inner: int, rank: int = 4) -> dict[str, torch.Tensor]:
@@ -271,6 +273,37 @@ def test_a_base_that_contradicts_config_ini_is_refused(
     )
 
 
+HUB = "/home/me/hub/models--our-lab--esm2-phages/snapshots/08e4846e537177426273712802403f7ba8261b6c"
+
+
+@pytest.mark.parametrize(
+    ("named", "lies", "same"),
+    [
+        ("our-lab/esm2-phages", HUB, True),
+        ("our-lab/esm2-phages", HUB.replace("phages", "algae"), False),
+        (HUB, "/data/esm2-phages", True),
+        ("/train/phages/checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("../checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("/train/algae/checkpoint-500", "/data/phages/checkpoint-500", False),
+        ("phages/model.safetensors", "/data/phages", True),
+        (f"facebook/{NAME}", f"/data/{NAME}.pt", True),
+        (f"facebook/{NAME}", "esm2_t12_35M_UR50D", False),
+    ],
+)
+def test_the_base_in_config_ini_is_the_named_one_if_models_of_both_have_one_name(
+    place: Place, named: str, lies: str, same: bool
+) -> None:
+    """Before, last parts were compared: a snapshot of the Hub's cache could not be a base."""
+    adapter = read_adapter(save_adapter(place.folder / "lora", named, TENSORS))
+    model = load_settings(place.config, {"model.base_model": lies}).model
+    if same:
+        assert base_settings(model, adapter)[0].esm_model == lies
+        return
+    with pytest.raises(WeightsError, match=f"{named!r} contradicts "):
+        base_settings(model, adapter)
+
+
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
     path = save_adapter(tmp_path / "lora", None, TENSORS)
     fact = "has no base_model_name_or_path and config.ini no [model] base_model"
@@ -291,9 +324,6 @@ def test_a_released_base_is_found_where_releases_lie(place: Place, name: str) ->
     target = download_target(load_settings(place.config, {"model.esm_model": name[-16:]}).model)
     make_model(target, 6, 320, 20)
     assert detect(model).properties["base"].value == str(target)
-
-
-NAME = "esm2_t6_8M_UR50D"
 
 
 @pytest.mark.parametrize(
@@ -485,16 +515,25 @@ def test_the_base_is_in_snapshot_database_and_footer(
     assert f"base_sha256      {base[1]}" in resumed(script, adapter).err
 
 
+@pytest.mark.parametrize("named", [None, "esm2_small.pt"])
 def test_a_base_that_was_renamed_is_the_same_base(
-    script: Script, place: Place, small_model: Path
+    script: Script, place: Place, small_model: Path, other_model: Path, named: str | None
 ) -> None:
-    path = save_adapter(place.folder / "lora", None, TENSORS)
+    """Before, that of an adapter which names its base could not continue a run."""
+    path = save_adapter(place.folder / "lora", named, TENSORS)
     place.set("model", "base_model", small_model)
     assert script("embed", "--esm-model", path, "--input", SOME_PROTEINS).status == 0
-    renamed = place.folder / "renamed.pt"
+    renamed, other = place.folder / "renamed.pt", place.folder / "other.pt"
     renamed.write_bytes(small_model.read_bytes())
+    other.write_bytes(other_model.read_bytes())
+    answer = script("resume", "--run", "1", "--set", f"model.base_model={other}")
+    assert answer.status == 3
+    assert answer.error.startswith("run 1: sha256 of the weights is ")
     answer = script("resume", "--run", "1", "--set", f"model.base_model={renamed}")
     assert answer.status == 0, answer.err
+    said = {"model.esm_model": str(path), "model.base_model": str(renamed)}
+    worker = Worker(load_settings(place.config, said))
+    assert worker.readiness.config["base_sha256"] == open_weights(small_model).sha256()
 
 
 # ---- PEFT itself
