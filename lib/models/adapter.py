@@ -16,6 +16,7 @@ from typing import Any
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
+from lib.models.huggingface import WEIGHT_FILES
 from lib.models.naming import model_name
 from lib.models.tensor_file import stored_tensors
 from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
@@ -218,7 +219,8 @@ def _places(folder: Path, named: str) -> Iterator[Path]:
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
     where = folder / _CONFIG
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+    of_a_model = any((folder / name).is_file() for name in WEIGHT_FILES)
+    if of_a_model and (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: holds an adapter and a whole model")
     if config.get("peft_type") != "LORA":
         raise WeightsError(f"{where}: peft_type {config.get('peft_type')!r}, not 'LORA'")

@@ -25,6 +25,7 @@ from lib.models.formats import open_weights
 from lib.models.untrained import make_folder, make_model
 from lib.settings import load_settings
 from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.models.test_huggingface import as_bin
 from tests.models.test_weights import Call, found, hidden
 
 QUERY = "esm.encoder.layer.0.attention.self.query"
@@ -586,8 +587,21 @@ def test_the_merged_tensors_are_those_of_peft(
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in layers)
 
 
-def test_a_folder_with_a_whole_model_as_well_is_refused(tmp_path: Path, small_model: Path) -> None:
-    make_folder(tmp_path / "both", 2, 64, 4)
-    save_adapter(tmp_path / "both", small_model, TENSORS)
-    assert refusal(tmp_path / "both") == "holds an adapter and a whole model"
-    assert open_weights(tmp_path / "both").format == "huggingface"
+@pytest.mark.parametrize("form", ["safetensors", "bin", "safetensors in shards", "bin in shards"])
+def test_a_folder_with_a_whole_model_as_well_is_refused(
+    tmp_path: Path, small_model: Path, form: str
+) -> None:
+    """Before, only model.safetensors was looked for."""
+    path = tmp_path / "both"
+    make_folder(path, 2, 64, 4)
+    name, shards = "model.safetensors", 2 if "shards" in form else 1
+    if "bin" in form:
+        as_bin(path, load_file(path / name), shards)
+    elif shards == 2:
+        part = "model-00001-of-00001.safetensors"
+        index = {"weight_map": dict.fromkeys(load_file(path / name), part)}
+        (path / name).rename(path / part)
+        (path / f"{name}.index.json").write_text(json.dumps(index))
+    save_adapter(path, small_model, TENSORS)
+    assert refusal(path) == "holds an adapter and a whole model"
+    assert open_weights(path).format == "huggingface"
