@@ -21,6 +21,8 @@ from lib.models.weights import TensorInfo
 __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# What torch.save pickled first before torch 1.6, and does if asked for that format.
+_OF_LEGACY_FILES = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 # The head that may share its memory with the embedding, by fair-esm's and transformers' names; the
 # name of a module may be before either.
 _TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
@@ -38,7 +40,7 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     path, opened = file.path, file.open_path
     try:
         if not zipfile.is_zipfile(opened):
-            raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
+            raise WeightsError(f"{path}: {_why_not_zip(opened)}")
         if file not in _FOLLOWED:
             _refuse_bombs(file)
             _FOLLOWED.add(file)
@@ -54,6 +56,14 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     if not isinstance(archive, dict):
         raise WeightsError(f"{path}: holds a {type(archive).__name__}, not a dictionary")
     return archive
+
+
+def _why_not_zip(opened: Path) -> str:
+    with opened.open("rb") as file:
+        head = file.read(64)
+    if _OF_LEGACY_FILES in head:
+        return "torch.save's format of before torch 1.6, not a zip archive"
+    return "truncated, or not a torch.save archive (no zip directory)"
 
 
 def _refuse_bombs(file: HeldFile) -> None:

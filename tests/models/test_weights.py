@@ -463,10 +463,16 @@ def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
     assert refusal(path).startswith("refused: ")
 
 
-def test_a_legacy_file_is_refused(tmp_path: Path, small_model: Path) -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_file_of_before_torch_1_6_is_refused_as_one(
+    tmp_path: Path, small_model: Path, protocol: int
+) -> None:
+    """Before, it was called truncated."""
     path = tmp_path / "legacy.pt"
-    torch.save(load(small_model), path, _use_new_zipfile_serialization=False)
-    assert refusal(path) == "truncated, or not a torch.save archive (no zip directory)"
+    torch.save(
+        load(small_model), path, pickle_protocol=protocol, _use_new_zipfile_serialization=False
+    )
+    assert refusal(path) == "torch.save's format of before torch 1.6, not a zip archive"
 
 
 def test_a_fifo_is_refused(tmp_path: Path) -> None:
