@@ -28,12 +28,15 @@ __all__ = ["Adapter", "base_settings", "is_adapter", "read_adapter", "refuse_con
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Keys that do not affect the merged tensors, or that are read below. Any other key, if it is set,
-# makes the adapter something else than a plain LoRA.
+# makes the adapter something else than a plain LoRA. eva_config says how A was initialised. With
+# ensure_weight_tying, a change of the embedding is stored under the embedding's own name too.
 _UNDERSTOOD = (
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
+    "ensure_weight_tying",
+    "eva_config",
     "exclude_modules",
     "inference_mode",
     "init_lora_weights",

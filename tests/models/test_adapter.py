@@ -541,7 +541,7 @@ def test_a_base_that_was_renamed_is_the_same_base(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification"])
+@pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification", "EsmForMaskedLM"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -553,8 +553,14 @@ def test_a_base_that_was_renamed_is_the_same_base(
             "alpha_pattern": {"query": 5},
             "bias": "lora_only",
         },
+        {"target_modules": ["query", "value"], "init_lora_weights": "eva"},
+        {
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["lm_head"],
+            "ensure_weight_tying": True,
+        },
     ],
-    ids=["plain", "rslora", "patterns"],
+    ids=["plain", "rslora", "patterns", "eva", "tied"],
 )
 def test_the_merged_tensors_are_those_of_peft(
     tmp_path: Path, kind: str, options: dict[str, Any]
@@ -564,11 +570,17 @@ def test_the_merged_tensors_are_those_of_peft(
 
     make_folder(tmp_path / "hf", 2, 64, 4)
     loaded = getattr(transformers, kind).from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    task = "SEQ_CLS" if kind != "EsmModel" else None
+    task = "SEQ_CLS" if kind == "EsmForSequenceClassification" else None
     torch.manual_seed(3)
     adapted = peft.get_peft_model(
         loaded, peft.LoraConfig(r=4, lora_alpha=6, task_type=task, **options)
     )
+    if "init_lora_weights" in options:
+        batches = [
+            {"input_ids": tokens, "attention_mask": tokens > 0}
+            for tokens in torch.randint(4, 24, (4, 4, 30))
+        ]
+        peft.initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:  # as training leaves them; B begins as zeros
