@@ -14,7 +14,7 @@ from lib.models.weights import TensorInfo
 
 __all__ = ["read_stored", "stored_tensors", "tensors_in"]
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def stored_tensors(file: HeldFile, key: str | None = None) -> dict[str, TensorInfo]:
