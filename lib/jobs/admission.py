@@ -113,7 +113,8 @@ def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:
     try:
         # The layers are the run's: another model may not even have them.
         contacts = "contacts" in run.include
-        found = detect(replace(settings.model, repr_layers=None), contacts=contacts)
+        model = replace(settings.model, repr_layers=None)
+        found = detect(model, contacts=contacts, any_base=True)
     except SettingsError as error:
         raise IdentityRefusedError(f"run {run.id}: {error}") from None
     _check_properties(run, found)

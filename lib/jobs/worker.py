@@ -41,7 +41,9 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         """Load the weights; raises LedgerErrors as `load_model` does."""
-        detection = detect(settings.model, contacts="contacts" in settings.output.include)
+        contacts = "contacts" in settings.output.include
+        # The driver compares the digests.
+        detection = detect(settings.model, contacts=contacts, any_base=True)
         model = load_model(settings, detection)
         self._network = model.network
         facts = model.facts

@@ -16,6 +16,8 @@ from typing import Any
 from lib.catalog import RELEASED
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
+from lib.models.huggingface import WEIGHT_FILES
+from lib.models.naming import model_name
 from lib.models.tensor_file import stored_tensors
 from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
 from lib.models.weights import TensorInfo, read_json
@@ -26,12 +28,15 @@ __all__ = ["Adapter", "base_settings", "is_adapter", "read_adapter", "refuse_con
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Keys that do not affect the merged tensors, or that are read below. Any other key, if it is set,
-# makes the adapter something else than a plain LoRA.
+# makes the adapter something else than a plain LoRA. eva_config says how A was initialised. With
+# ensure_weight_tying, a change of the embedding is stored under the embedding's own name too.
 _UNDERSTOOD = (
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
+    "ensure_weight_tying",
+    "eva_config",
     "exclude_modules",
     "inference_mode",
     "init_lora_weights",
@@ -63,13 +68,14 @@ class Adapter:
     `factors` holds, by the fair-esm name of the tensor that they change, the stored names of A
     and B and the scale. `replacements` holds the stored names of tensors (biases,
     modules_to_save) that replace the base's. `tensors` has everything that is stored, by its
-    stored name.
+    stored name. `revision` is the one that PEFT would fetch of a base on the Hugging Face Hub.
     """
 
     folder: Path
     config: HeldFile
     file: HeldFile
     base_name: str | None
+    revision: str | None
     factors: Mapping[str, tuple[str, str, float]]
     replacements: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
@@ -114,9 +120,11 @@ def read_adapter(folder: Path) -> Adapter:
     }
     if not factors and not replacements:
         raise WeightsError(f"{file.path}: holds no tensor of an embedding trunk")
-    base = config.get("base_model_name_or_path")
-    base_name = str(base) if base else None
-    return Adapter(folder, config_file, file, base_name, factors, replacements, tensors)
+    base, revision = (
+        str(config[key]) if config.get(key) else None
+        for key in ("base_model_name_or_path", "revision")
+    )
+    return Adapter(folder, config_file, file, base, revision, factors, replacements, tensors)
 
 
 def refuse_contact_head(adapter: Adapter) -> None:
@@ -128,37 +136,80 @@ def refuse_contact_head(adapter: Adapter) -> None:
             )
 
 
-def base_settings(model: ModelSettings, adapter: Adapter) -> tuple[ModelSettings, str]:
+def base_settings(
+    model: ModelSettings, adapter: Adapter, *, any_base: bool = False
+) -> tuple[ModelSettings, str]:
     """Return the settings of an adapter's base, and which file names the base.
 
     A base is a released name, with or without `facebook/` before it, or a path. A relative path in
     adapter_config.json starts at the adapter's folder or at one above it, as that of its training,
-    or its last part lies beside the adapter. Raises WeightsError if no base is named or found, or
-    if [model] base_model and adapter_config.json name two whose last parts differ.
+    or its last part lies beside the adapter. any_base: the caller compares the digest, which covers
+    the base, so that its name need not be the one in adapter_config.json.
+
+    Raises WeightsError if no base is named or found, if adapter_config.json names both a released
+    model and a local one, if [model] base_model is another model by its name, and for a revision
+    of a released model that is not the known one.
     """
     said, named = model.base_model, adapter.base_name
-    if said is not None:
-        if named is not None and _last_part(named) != _last_part(said):
-            raise WeightsError(
-                f"{adapter.folder}: base_model_name_or_path {named!r} contradicts [model] "
-                f"base_model = {said}"
-            )
-        return replace(model, esm_model=said), "config"
+    if said is None:
+        chosen, source = _named_base(adapter), _CONFIG
+    elif any_base or named is None or _is_called(said, named):
+        chosen, source = said, "config"
+    else:
+        raise WeightsError(
+            f"{adapter.folder}: base_model_name_or_path {named!r} contradicts [model] base_model = "
+            f"{said}"
+        )
+    if chosen in RELEASED and not any_base:
+        _refuse_other_revision(chosen, adapter)
+    return replace(model, esm_model=chosen), source
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Return whether the model at a path is the one that a name or another path means.
+
+    A relative path to a numbered checkpoint may not say the folder that is part of its name.
+    """
+    found, wanted = model_name(Path(path)), model_name(Path(name)).removeprefix("../")
+    return found == wanted or found.endswith(f"/{wanted}")
+
+
+def _named_base(adapter: Adapter) -> str:
+    """Return the released name or the path that adapter_config.json says."""
+    named = adapter.base_name
     if named is None:
         raise WeightsError(
             f"{adapter.folder}: {_CONFIG} has no base_model_name_or_path and config.ini no "
             "[model] base_model"
         )
-    released = named.removeprefix("facebook/")
+    places, released = _places(adapter.folder, named), named.removeprefix("facebook/")
     if released in RELEASED:
-        return replace(model, esm_model=released), _CONFIG
-    found = next(filter(_exists, _places(adapter.folder, named)), None)
+        # PEFT would read a folder of this name if it is started beside it, and the release if not.
+        local = next(filter(_holds_a_model, places), None)
+        if local is not None:
+            raise WeightsError(
+                f"{adapter.folder}: base_model_name_or_path {named!r} is a released model and also "
+                f"{local}, and config.ini has no [model] base_model"
+            )
+        return released
+    found = next(filter(_exists, places), None)
     if found is None:
         raise WeightsError(
             f"{adapter.folder}: base_model_name_or_path {named!r} is neither a released model nor "
             "a path that exists, and config.ini has no [model] base_model"
         )
-    return replace(model, esm_model=str(found)), _CONFIG
+    return str(found)
+
+
+def _refuse_other_revision(released: str, adapter: Adapter) -> None:
+    """Refuse a revision that is not the known one of a released base; `main` says nothing."""
+    hub = RELEASED[released].hub
+    known = hub.revision if hub else None
+    if adapter.revision not in (None, "main", known):
+        raise WeightsError(
+            f"{adapter.folder / _CONFIG}: revision {adapter.revision!r:.80} of its base, that of "
+            f"{released} is {known or 'not known'}"
+        )
 
 
 def _places(folder: Path, named: str) -> Iterator[Path]:
@@ -171,7 +222,8 @@ def _places(folder: Path, named: str) -> Iterator[Path]:
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
     where = folder / _CONFIG
-    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+    of_a_model = any((folder / name).is_file() for name in WEIGHT_FILES)
+    if of_a_model and (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: holds an adapter and a whole model")
     if config.get("peft_type") != "LORA":
         raise WeightsError(f"{where}: peft_type {config.get('peft_type')!r}, not 'LORA'")
@@ -284,5 +336,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _last_part(name: str) -> str:
-    return Path(name).name.removesuffix(".pt")
+def _holds_a_model(path: Path) -> bool:
+    """Return whether there is a file, or a folder that transformers could load."""
+    try:
+        return path.is_file() or (path / "config.json").is_file()
+    except OSError:
+        return False

@@ -153,11 +153,12 @@ class Detection:
         return f"{regression_path(weights.unadapted.path)} (not on disk)"
 
 
-def detect(model: ModelSettings, *, contacts: bool = False) -> Detection:
+def detect(model: ModelSettings, *, contacts: bool = False, any_base: bool = False) -> Detection:
     """Detect the chosen model: metadata and tensor shapes, checked against catalog and config.
 
     contacts: whether they are to be predicted. Weights without a contact regression are then
-    refused, except under a released name, whose regression can be downloaded.
+    refused, except under a released name, whose regression can be downloaded. any_base: the base of
+    an adapter may have another name than the adapter says, as the caller compares its digest.
 
     Raises WeightsError if the weights are not a complete ESM-2 model or a property is missing,
     SettingsError if config.ini contradicts them or asks for a layer that they do not have.
@@ -167,15 +168,15 @@ def detect(model: ModelSettings, *, contacts: bool = False) -> Detection:
         adapter = read_adapter(path)
         if contacts:
             refuse_contact_head(adapter)
-        detection = _detect_adapted(model, adapter)
+        detection = _detect_adapted(model, adapter, any_base=any_base)
     else:
         detection = _from_catalog(model) if path is None else _from_weights(model, path)
     return _with_regression(detection) if contacts else detection
 
 
-def _detect_adapted(model: ModelSettings, adapter: Adapter) -> Detection:
+def _detect_adapted(model: ModelSettings, adapter: Adapter, *, any_base: bool) -> Detection:
     """Detect the base of a LoRA adapter, and lay the adapter over it."""
-    of_base, source = base_settings(model, adapter)
+    of_base, source = base_settings(model, adapter, any_base=any_base)
     path = find_weights(of_base)
     if path is not None and is_adapter(path):
         raise WeightsError(f"{adapter.folder}: its base {path} is an adapter itself")

@@ -75,7 +75,7 @@ class FairEsmFile:
         cfg = _cfg(archive)
         metadata = {key: cfg[word] for key, word in _CFG_WORDS.items() if word in cfg}
         tensors = {name: tensor_info(name, state[key], path) for name, key in stored.items()}
-        refuse_inflated({name: state[key] for name, key in stored.items()}, file)
+        refuse_inflated(state.values(), file)
         return cls(file, metadata, tensors, stored, cfg.get("untrained") is True)
 
     @property

@@ -29,9 +29,15 @@ from lib.models.tensor_file import read_stored, stored_tensors
 from lib.models.tensor_names import fair_esm_name, hugging_face_name, is_of_trunk
 from lib.models.weights import TensorInfo, Weights, read_json
 
-__all__ = ["HuggingFaceFolder"]
+__all__ = ["WEIGHT_FILES", "HuggingFaceFolder"]
 
 _CONFIG = "config.json"
+_INDEX = ".index.json"
+# Weights as a file, or the index of their shards; transformers reads the first one that is there.
+WEIGHT_FILES = (
+    *("model.safetensors", f"model.safetensors{_INDEX}"),
+    *("pytorch_model.bin", f"pytorch_model.bin{_INDEX}"),
+)
 
 
 @dataclass(frozen=True)
@@ -154,12 +160,11 @@ def _without_heads(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """Return the files of weights to read, of which transformers takes the first that is there."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).is_file():
-            return (folder / single,)
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            return _shards(folder, index, Path(single).suffix)
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            whole = name.removesuffix(_INDEX)
+            return (path,) if name == whole else _shards(folder, path, Path(whole).suffix)
     raise WeightsError(
         f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards"
     )

@@ -75,7 +75,7 @@ def read_regression_file(path: Path, layers: int, heads: int) -> Regression:
         if name not in found:
             raise WeightsError(f"{path}: no tensor {name}")
         tensor_info(name, found[name], path)
-    refuse_inflated(found, file)
+    refuse_inflated(found.values(), file)
     try:
         regression = _checked(found, path, layers, heads, file.sha256())
     except OSError as error:

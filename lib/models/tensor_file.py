@@ -9,13 +9,12 @@ from safetensors import SafetensorError, safe_open
 
 from lib.errors import WeightsError
 from lib.models.held_file import HeldFile
-from lib.models.tensor_names import fair_esm_name
 from lib.models.torch_archive import load_archive, refuse_inflated, tensor_info
 from lib.models.weights import TensorInfo
 
 __all__ = ["read_stored", "stored_tensors", "tensors_in"]
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def stored_tensors(file: HeldFile, key: str | None = None) -> dict[str, TensorInfo]:
@@ -27,7 +26,7 @@ def stored_tensors(file: HeldFile, key: str | None = None) -> dict[str, TensorIn
     if file.path.suffix == ".safetensors":
         return _in_safetensors(file)
     state = _state_dict(file, key)
-    refuse_inflated({fair_esm_name(name): tensor for name, tensor in state.items()}, file)
+    refuse_inflated(state.values(), file)
     return {name: tensor_info(name, tensor, file.path) for name, tensor in state.items()}
 
 

@@ -7,7 +7,7 @@ import re
 import warnings
 import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from lib.errors import LedgerError, WeightsError
 from lib.models.held_file import HeldFile
 from lib.models.pickle_program import RefusedPickleError, check_pickle
 from lib.models.weights import TensorInfo
+from schema.esm2_config import VOCABULARY
 
 __all__ = ["load_archive", "refuse_inflated", "tensor_info"]
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# The head that may share its memory with the embedding, by fair-esm's and transformers' names; the
-# name of a module may be before either.
-_TIED_HEADS = ("lm_head.weight", "lm_head.decoder.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
+# What torch.save pickled first before torch 1.6, and does if asked for that format.
+_OF_LEGACY_FILES = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 # A file is loaded again for every few tensors; its pickle is followed once.
 _FOLLOWED: weakref.WeakSet[HeldFile] = weakref.WeakSet()
 
@@ -38,7 +37,7 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     path, opened = file.path, file.open_path
     try:
         if not zipfile.is_zipfile(opened):
-            raise WeightsError(f"{path}: truncated, or not a torch.save archive (no zip directory)")
+            raise WeightsError(f"{path}: {_why_not_zip(opened)}")
         if file not in _FOLLOWED:
             _refuse_bombs(file)
             _FOLLOWED.add(file)
@@ -54,6 +53,14 @@ def load_archive(file: HeldFile) -> dict[str, Any]:
     if not isinstance(archive, dict):
         raise WeightsError(f"{path}: holds a {type(archive).__name__}, not a dictionary")
     return archive
+
+
+def _why_not_zip(opened: Path) -> str:
+    with opened.open("rb") as file:
+        head = file.read(64)
+    if _OF_LEGACY_FILES in head:
+        return "torch.save's format of before torch 1.6, not a zip archive"
+    return "truncated, or not a torch.save archive (no zip directory)"
 
 
 def _refuse_bombs(file: HeldFile) -> None:
@@ -109,14 +116,20 @@ def tensor_info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
     return TensorInfo(dtype, tuple(tensor.shape))
 
 
-def refuse_inflated(tensors: Mapping[str, torch.Tensor], file: HeldFile) -> None:
-    """Refuse tensors that claim more bytes than the file has; a tied head is not counted."""
-    counted = dict(tensors)
-    embedding = next((name for name in counted if name.endswith(_EMBEDDINGS)), None)
-    for suffix in _TIED_HEADS:
-        head = next((name for name in counted if name.endswith(suffix)), None)
-        if embedding and head and counted[head].data_ptr() == counted[embedding].data_ptr():
-            del counted[head]
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in counted.values())
+def refuse_inflated(tensors: Iterable[torch.Tensor], file: HeldFile) -> None:
+    """Refuse tensors that claim more bytes than the file has; tied output heads are not counted.
+
+    A head, whatever it is called, may be the memory of the token embedding in the same shape. Only
+    tensors with a row per token are counted once for that: no tensor of a layer is one, since its
+    sizes are even, and layers that share their memory would be any number of them.
+    """
+    claimed, per_token = 0, set()
+    for tensor in tensors:
+        if tensor.shape[:1] == (VOCABULARY,):
+            view = tensor.data_ptr(), tensor.shape, tensor.dtype
+            if view in per_token:
+                continue
+            per_token.add(view)
+        claimed += tensor.numel() * tensor.element_size()
     if claimed > file.size:
         raise WeightsError(f"{file.path}: tensors claim {claimed} bytes, the file has {file.size}")

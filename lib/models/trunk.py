@@ -87,13 +87,19 @@ def trunk_dtype(weights: Weights, shape: ModelShape) -> str:
 
     The type is one of float32, float16 and bfloat16.
     """
-    dtypes = {weights.tensors[name].dtype for name in shape.trunk_shapes()}
-    if len(dtypes) > 1:
-        raise WeightsError(f"{weights.path}: tensors of several types: {', '.join(sorted(dtypes))}")
-    dtype = dtypes.pop()
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise WeightsError(f"{weights.path}: tensors of type {dtype}")
-    return dtype
+    by_type: dict[str, list[str]] = {}
+    for name in shape.trunk_shapes():
+        by_type.setdefault(weights.tensors[name].dtype, []).append(name)
+    rarest = min(by_type, key=lambda dtype: len(by_type[dtype]))
+    named = _listed(weights, by_type[rarest])
+    if len(by_type) > 1:
+        raise WeightsError(
+            f"{weights.path}: tensors of several types: {', '.join(sorted(by_type))}: {named} of "
+            f"type {rarest}"
+        )
+    if rarest not in ("float32", "float16", "bfloat16"):
+        raise WeightsError(f"{weights.path}: tensors of type {rarest}: {named}")
+    return rarest
 
 
 def _hidden_dim(weights: Weights) -> int:

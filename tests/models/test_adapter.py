@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import WeightsError
+from lib.jobs.worker import Worker
+from lib.models.adapter import base_settings, read_adapter
 from lib.models.detection import detect
 from lib.models.download import download_target
 from lib.models.formats import open_weights
 from lib.models.untrained import make_folder, make_model
 from lib.settings import load_settings
 from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.models.test_huggingface import as_bin
 from tests.models.test_weights import Call, found, hidden
 
 QUERY = "esm.encoder.layer.0.attention.self.query"
 FC1 = "esm.encoder.layer.1.intermediate.dense"
+NAME = "esm2_t6_8M_UR50D"
 
 
 def factors(module: str, out: int, inner: int, rank: int = 4) -> dict[str, torch.Tensor]:
@@ -269,6 +274,37 @@ def test_a_base_that_contradicts_config_ini_is_refused(
     )
 
 
+HUB = "/home/me/hub/models--our-lab--esm2-phages/snapshots/08e4846e537177426273712802403f7ba8261b6c"
+
+
+@pytest.mark.parametrize(
+    ("named", "lies", "same"),
+    [
+        ("our-lab/esm2-phages", HUB, True),
+        ("our-lab/esm2-phages", HUB.replace("phages", "algae"), False),
+        (HUB, "/data/esm2-phages", True),
+        ("/train/phages/checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("../checkpoint-500", "/data/phages/checkpoint-500", True),
+        ("/train/algae/checkpoint-500", "/data/phages/checkpoint-500", False),
+        ("phages/model.safetensors", "/data/phages", True),
+        (f"facebook/{NAME}", f"/data/{NAME}.pt", True),
+        (f"facebook/{NAME}", "esm2_t12_35M_UR50D", False),
+    ],
+)
+def test_the_base_in_config_ini_is_the_named_one_if_models_of_both_have_one_name(
+    place: Place, named: str, lies: str, same: bool
+) -> None:
+    """Before, last parts were compared: a snapshot of the Hub's cache could not be a base."""
+    adapter = read_adapter(save_adapter(place.folder / "lora", named, TENSORS))
+    model = load_settings(place.config, {"model.base_model": lies}).model
+    if same:
+        assert base_settings(model, adapter)[0].esm_model == lies
+        return
+    with pytest.raises(WeightsError, match=f"{named!r} contradicts "):
+        base_settings(model, adapter)
+
+
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
     path = save_adapter(tmp_path / "lora", None, TENSORS)
     fact = "has no base_model_name_or_path and config.ini no [model] base_model"
@@ -289,6 +325,69 @@ def test_a_released_base_is_found_where_releases_lie(place: Place, name: str) ->
     target = download_target(load_settings(place.config, {"model.esm_model": name[-16:]}).model)
     make_model(target, 6, 320, 20)
     assert detect(model).properties["base"].value == str(target)
+
+
+@pytest.mark.parametrize(
+    ("named", "local"),
+    [
+        (NAME, NAME),
+        (NAME, f"out/{NAME}"),
+        (f"facebook/{NAME}", f"facebook/{NAME}"),
+        (f"facebook/{NAME}", f"out/{NAME}"),
+    ],
+)
+def test_a_base_that_may_be_a_release_or_a_local_model_is_refused(
+    place: Place, named: str, local: str
+) -> None:
+    """Before, a lab's own model of this name was ignored, and the release changed instead."""
+    (place.folder / "out").mkdir()
+    lora = save_adapter(place.folder / "out/lora", named, factors(QUERY, 320, 320))
+    folder = place.folder / local
+    folder.mkdir(parents=True)  # as a training calls its output: not yet a model
+    adapter, model = read_adapter(lora), load_settings(place.config).model
+    assert base_settings(model, adapter)[0].esm_model == NAME
+    (folder / "config.json").touch()
+    assert refusal(lora) == (
+        f"base_model_name_or_path {named!r} is a released model and also {folder}, and config.ini "
+        "has no [model] base_model"
+    )
+    for said in (NAME, str(folder)):
+        answer = base_settings(replace(model, base_model=said), adapter)
+        assert (answer[0].esm_model, answer[1]) == (said, "config")
+
+
+KNOWN = "c731040fcd8d73dceaa04b0a8e6329b345b0f5df"
+
+
+@pytest.mark.parametrize("revision", [None, "main", KNOWN])
+def test_a_revision_of_a_released_base_may_be_the_known_one(
+    tmp_path: Path, revision: str | None
+) -> None:
+    tensors = factors(QUERY, 320, 320)
+    assert found(save_adapter(tmp_path / "lora", NAME, tensors, revision=revision)).released == NAME
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "known"),
+    [
+        (f"facebook/{NAME}", "refs/pr/2", KNOWN),
+        (NAME, KNOWN[:7], KNOWN),
+        ("esm2_t48_15B_UR50D", KNOWN, "not known"),
+    ],
+)
+def test_another_revision_of_a_released_base_is_refused(
+    place: Place, small_model: Path, name: str, revision: str, known: str
+) -> None:
+    """Before, the known commit was taken instead, where PEFT takes this one."""
+    path = save_adapter(place.folder / "lora", name, TENSORS, revision=revision)
+    released = name.removeprefix("facebook/")
+    fact = f"revision {revision!r} of its base, that of {released} is {known}"
+    assert refusal(path) == f"adapter_config.json: {fact}"
+    model = load_settings(place.config, {"model.base_model": released}).model
+    with pytest.raises(WeightsError, match="of its base, that of"):
+        base_settings(model, read_adapter(path))
+    local = place.folder / f"{released}.pt"
+    assert base_settings(replace(model, base_model=str(local)), read_adapter(path))
 
 
 # ---- Adapters that are not a plain LoRA of this base
@@ -417,23 +516,32 @@ def test_the_base_is_in_snapshot_database_and_footer(
     assert f"base_sha256      {base[1]}" in resumed(script, adapter).err
 
 
+@pytest.mark.parametrize("named", [None, "esm2_small.pt"])
 def test_a_base_that_was_renamed_is_the_same_base(
-    script: Script, place: Place, small_model: Path
+    script: Script, place: Place, small_model: Path, other_model: Path, named: str | None
 ) -> None:
-    path = save_adapter(place.folder / "lora", None, TENSORS)
+    """Before, that of an adapter which names its base could not continue a run."""
+    path = save_adapter(place.folder / "lora", named, TENSORS)
     place.set("model", "base_model", small_model)
     assert script("embed", "--esm-model", path, "--input", SOME_PROTEINS).status == 0
-    renamed = place.folder / "renamed.pt"
+    renamed, other = place.folder / "renamed.pt", place.folder / "other.pt"
     renamed.write_bytes(small_model.read_bytes())
+    other.write_bytes(other_model.read_bytes())
+    answer = script("resume", "--run", "1", "--set", f"model.base_model={other}")
+    assert answer.status == 3
+    assert answer.error.startswith("run 1: sha256 of the weights is ")
     answer = script("resume", "--run", "1", "--set", f"model.base_model={renamed}")
     assert answer.status == 0, answer.err
+    said = {"model.esm_model": str(path), "model.base_model": str(renamed)}
+    worker = Worker(load_settings(place.config, said))
+    assert worker.readiness.config["base_sha256"] == open_weights(small_model).sha256()
 
 
 # ---- PEFT itself
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification"])
+@pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification", "EsmForMaskedLM"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -445,8 +553,14 @@ def test_a_base_that_was_renamed_is_the_same_base(
             "alpha_pattern": {"query": 5},
             "bias": "lora_only",
         },
+        {"target_modules": ["query", "value"], "init_lora_weights": "eva"},
+        {
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["lm_head"],
+            "ensure_weight_tying": True,
+        },
     ],
-    ids=["plain", "rslora", "patterns"],
+    ids=["plain", "rslora", "patterns", "eva", "tied"],
 )
 def test_the_merged_tensors_are_those_of_peft(
     tmp_path: Path, kind: str, options: dict[str, Any]
@@ -456,11 +570,17 @@ def test_the_merged_tensors_are_those_of_peft(
 
     make_folder(tmp_path / "hf", 2, 64, 4)
     loaded = getattr(transformers, kind).from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    task = "SEQ_CLS" if kind != "EsmModel" else None
+    task = "SEQ_CLS" if kind == "EsmForSequenceClassification" else None
     torch.manual_seed(3)
     adapted = peft.get_peft_model(
         loaded, peft.LoraConfig(r=4, lora_alpha=6, task_type=task, **options)
     )
+    if "init_lora_weights" in options:
+        batches = [
+            {"input_ids": tokens, "attention_mask": tokens > 0}
+            for tokens in torch.randint(4, 24, (4, 4, 30))
+        ]
+        peft.initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:  # as training leaves them; B begins as zeros
@@ -479,8 +599,21 @@ def test_the_merged_tensors_are_those_of_peft(
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in layers)
 
 
-def test_a_folder_with_a_whole_model_as_well_is_refused(tmp_path: Path, small_model: Path) -> None:
-    make_folder(tmp_path / "both", 2, 64, 4)
-    save_adapter(tmp_path / "both", small_model, TENSORS)
-    assert refusal(tmp_path / "both") == "holds an adapter and a whole model"
-    assert open_weights(tmp_path / "both").format == "huggingface"
+@pytest.mark.parametrize("form", ["safetensors", "bin", "safetensors in shards", "bin in shards"])
+def test_a_folder_with_a_whole_model_as_well_is_refused(
+    tmp_path: Path, small_model: Path, form: str
+) -> None:
+    """Before, only model.safetensors was looked for."""
+    path = tmp_path / "both"
+    make_folder(path, 2, 64, 4)
+    name, shards = "model.safetensors", 2 if "shards" in form else 1
+    if "bin" in form:
+        as_bin(path, load_file(path / name), shards)
+    elif shards == 2:
+        part = "model-00001-of-00001.safetensors"
+        index = {"weight_map": dict.fromkeys(load_file(path / name), part)}
+        (path / name).rename(path / part)
+        (path / f"{name}.index.json").write_text(json.dumps(index))
+    save_adapter(path, small_model, TENSORS)
+    assert refusal(path) == "holds an adapter and a whole model"
+    assert open_weights(path).format == "huggingface"

@@ -208,12 +208,15 @@ def test_what_is_not_in_the_tensors_comes_from_config_ini(
     assert wrong.error == f"[model] num_layers = 3 contradicts the tensors of {path}: 2"
 
 
-def test_a_tied_head_within_another_module_is_no_bomb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["model.lm_head.decoder.weight", "decoder.weight"])
+def test_a_tied_head_within_another_module_is_no_bomb(tmp_path: Path, head: str) -> None:
+    """Before, one with a name of its own was counted as if the file had to hold it twice."""
     make_model(tmp_path / "m.pt", 1, 1024, 1, dtype=torch.float16)
     weights = open_weights(tmp_path / "m.pt")
     state = {f"model.{hugging_face_name(k)}": one for k, one in weights.read(weights.tensors)}
     tied = "model.esm.embeddings.word_embeddings.weight"
-    assert state[tied].data_ptr() == state["model.lm_head.decoder.weight"].data_ptr()
+    state[head] = state.pop("model.lm_head.decoder.weight")
+    assert state[tied].data_ptr() == state[head].data_ptr()
     torch.save({"state_dict": state}, tmp_path / "tuned.ckpt")
     shape = {"num_layers": 1, "hidden_dim": 1024, "attention_heads": 1}
     assert found(tmp_path / "tuned.ckpt", **shape).shape.hidden_dim == 1024

@@ -331,6 +331,12 @@ def test_an_unknown_tensor_of_the_trunk_is_refused_by_name(folder: Path, name: s
     assert told == f"tensor {name} not part of an ESM-2 model"
 
 
+def test_types_that_esm2_does_not_have_are_refused_by_name(folder: Path) -> None:
+    name = "esm.encoder.layer.1.output.dense.bias"
+    told = refusal(with_tensors(folder, {name: torch.ones(64, dtype=torch.float64)}))
+    assert told == f"tensors of several types: float32, float64: {name} of type float64"
+
+
 def test_tables_and_heads_beside_the_trunk_change_nothing(folder: Path, small_model: Path) -> None:
     beside = (
         "esm.embeddings.position_ids",

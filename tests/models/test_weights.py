@@ -463,10 +463,16 @@ def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
     assert refusal(path).startswith("refused: ")
 
 
-def test_a_legacy_file_is_refused(tmp_path: Path, small_model: Path) -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_file_of_before_torch_1_6_is_refused_as_one(
+    tmp_path: Path, small_model: Path, protocol: int
+) -> None:
+    """Before, it was called truncated."""
     path = tmp_path / "legacy.pt"
-    torch.save(load(small_model), path, _use_new_zipfile_serialization=False)
-    assert refusal(path) == "truncated, or not a torch.save archive (no zip directory)"
+    torch.save(
+        load(small_model), path, pickle_protocol=protocol, _use_new_zipfile_serialization=False
+    )
+    assert refusal(path) == "torch.save's format of before torch 1.6, not a zip archive"
 
 
 def test_a_fifo_is_refused(tmp_path: Path) -> None:
@@ -647,12 +653,23 @@ def test_types_that_no_release_has_are_refused(
     tmp_path: Path, small_model: Path, name: str
 ) -> None:
     path = retyped(small_model, tmp_path / "m.pt", getattr(torch, name))
-    assert refusal(path) == f"tensors of type {name}"
+    assert refusal(path) == f"tensors of type {name}: {TRUNK}embed_tokens.weight and 34 more"
 
 
-def test_mixed_types_are_refused(tmp_path: Path, small_model: Path) -> None:
-    path = retyped(small_model, tmp_path / "m.pt", torch.float16, "fc1")
-    assert refusal(path) == "tensors of several types: float16, float32"
+@pytest.mark.parametrize(
+    ("part", "rarest"),
+    [
+        ("layers.1.fc1.bias", "layers.1.fc1.bias of type float16"),
+        ("fc1", "layers.0.fc1.weight and 3 more of type float16"),
+        ("layers", "embed_tokens.weight and 2 more of type float32"),
+    ],
+)
+def test_mixed_types_are_refused_with_tensors_of_the_rarer(
+    tmp_path: Path, small_model: Path, part: str, rarest: str
+) -> None:
+    """Before, no tensor was named."""
+    path = retyped(small_model, tmp_path / "m.pt", torch.float16, part)
+    assert refusal(path) == f"tensors of several types: float16, float32: {TRUNK}{rarest}"
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
