@@ -8,7 +8,7 @@ import platform
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -33,7 +33,13 @@ from lib.ledger.places import (
     stored_path,
 )
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
-from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
+from lib.ledger.standard_input import (
+    drop_names,
+    is_kept,
+    keep_in_folder,
+    kept_name,
+    remove_unlisted,
+)
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -124,12 +130,14 @@ def create_run(
     """
     _refuse_large_contacts(settings, inventory)
     database = Path(engine.url.database or "")
-    with transaction(engine) as session:
+    with transaction(engine) as session, ExitStack() as undone:
         name = str(uuid.uuid4())
         output = Path(settings.output.folder)
         _tidy(session, output, database)
         number, folder, lock = _new_folder(session, output)
         temporary = _keep_input(inventory, folder, name, lock)
+        if temporary:
+            undone.callback(drop_names, [folder / kept_name(name)])
         run = Run(
             id=number,
             uuid=name,
@@ -166,6 +174,7 @@ def create_run(
         run.output_folder = stored_path(folder, database)
         attempt = _attempt(run.id, facts, database)
         session.add(attempt)
+        undone.pop_all()  # a commit that fails may have put the run on record
     drop_names(temporary)
     _locate(run, database)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
