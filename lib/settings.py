@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from marshmallow import ValidationError
 
@@ -39,6 +41,8 @@ _PATHS = (
     ("output", "folder"),
     ("database", "url"),
 )
+# A SQLAlchemy URL with a relative path: what follows three slashes, up to a query.
+_RELATIVE_URL = re.compile(r"(sqlite(?:\+pysqlite)?:///)(?!/|:memory:)([^?]+)(.*)", re.DOTALL)
 
 
 def load_settings(
@@ -97,7 +101,7 @@ def _read_config(config: Path) -> dict[str, dict[str, str]]:
         default_section="\0",  # so that [DEFAULT] is refused like any unknown section
     )
     try:
-        with config.open(encoding="utf-8") as lines:
+        with config.open(encoding="utf-8-sig") as lines:
             parser.read_file(lines, source=str(config))
     except FileNotFoundError:
         raise SettingsError(f"{config}: no such file") from None
@@ -139,7 +143,10 @@ def _resolve(
         if value is None:
             continue
         place = f"{source}: [{section}] {option}"
-        is_path = "://" not in value if option == "url" else not _is_released(value)
+        if option == "url" and "://" in value:
+            resolved[section][option] = _absolute_url(value, folder, place)
+            continue
+        is_path = option == "url" or not _is_released(value)
         resolved[section][option] = _absolute(value, folder, place, is_path=is_path)
     fasta = resolved.get("input", {}).pop("fasta", None)
     paths = _paths_in(fasta, folder) if isinstance(fasta, str) else fasta or []
@@ -182,6 +189,14 @@ def _absolute(value: str, folder: Path, place: str, *, is_path: bool) -> str:
         return str((folder / Path(value).expanduser()).absolute())
     except RuntimeError as error:  # ~NAME, but there is no user NAME
         raise SettingsError(f"{place} = {value}: {error}") from None
+
+
+def _absolute_url(url: str, folder: Path, place: str) -> str:
+    relative = _RELATIVE_URL.fullmatch(url)
+    if relative is None:
+        return _absolute(url, folder, place, is_path=False)
+    start, path, query = relative.groups()
+    return start + quote(_absolute(unquote(path), folder, place, is_path=True)) + query
 
 
 def _take_source_of_hub_names(model: dict[str, Any]) -> None:

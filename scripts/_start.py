@@ -17,8 +17,10 @@ _OURS = ("lib", "schema", "scripts", "benchmarks")
 
 def _interrupted(_number: int, _frame: FrameType | None) -> None:
     # Not KeyboardInterrupt: an import that is under way may turn it into anything else.
-    os.write(2, b"error: SIGINT: interrupted\n")
-    os._exit(130)
+    try:
+        os.write(2, b"error: SIGINT: interrupted\n")
+    finally:  # also if Ctrl-C has ended the reader of stderr before
+        os._exit(130)
 
 
 def _not_imported(

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lib.catalog import RELEASED
 from lib.console.arguments import arguments, overrides, settings_arguments
 from lib.errors import SettingsError
+from lib.ledger.sqlite_file import database_path
 from lib.settings import (
     DEFAULT_CONFIG,
     Overrides,
@@ -198,10 +199,32 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_released_names_and_database_urls_are_no_paths(tmp_path: Path) -> None:
-    said = "[model]\nesm_model = esm2_t6_8M_UR50D\n[database]\nurl = sqlite:///here.sqlite\n"
+    said = "[model]\nesm_model = esm2_t6_8M_UR50D\n[database]\nurl = sqlite:////here.sqlite\n"
     settings = load_settings(write(tmp_path, said))
     assert settings.model.esm_model == "esm2_t6_8M_UR50D"
-    assert settings.database.url == "sqlite:///here.sqlite"
+    assert settings.database.url == "sqlite:////here.sqlite"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("sqlite:///a/50%25 é.sqlite", "{folder}/a/50% é.sqlite"),
+        ("sqlite+pysqlite:///runs.sqlite", "{folder}/runs.sqlite"),
+        ("sqlite:////data/runs.sqlite", "/data/runs.sqlite"),
+    ],
+)
+def test_the_path_of_a_database_url_starts_at_the_folder_of_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, found: str
+) -> None:
+    """Before, a relative one started at the current folder."""
+    folder = tmp_path / "odd? %41"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    config = write(folder, f"[database]\nurl = {said}\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert database_path(load_settings(config).database.url) == Path(found.format(folder=folder))
+    in_flags = load_settings(config, {"database.url": said}).database.url
+    assert database_path(in_flags) == Path(found.format(folder=tmp_path / "elsewhere"))
 
 
 def test_outputs_that_nobody_placed_go_to_the_project(tmp_path: Path) -> None:
@@ -350,6 +373,12 @@ def test_an_undecodable_config_is_refused(tmp_path: Path) -> None:
     assert refusal(config) == f"{config}: not UTF-8 at byte 20"
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Notepad writes one. Before, the file was said to have no section."""
+    config = write(tmp_path, "\ufeff[input]\nmax_residues = 500\n")
+    assert load_settings(config).input.max_residues == 500
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -485,7 +514,7 @@ VALID: dict[tuple[str, str], st.SearchStrategy[object]] = {
     ("output", "per_tok_dtype"): st.sampled_from(["float16", "float32"]),
     ("output", "checkpoint_seconds"): st.floats(0, allow_nan=False, allow_infinity=False),
     ("output", "checkpoint_records"): LARGE,
-    ("database", "url"): ANY_PATH | ANY_PATH.map(lambda path: f"sqlite://{path}"),
+    ("database", "url"): ANY_PATH | ANY_PATH.map(lambda path: f"sqlite:///{path}"),
     ("cluster", "ray"): st.just("auto") | st.from_regex(r"[a-z0-9.-]+:[0-9]{1,5}", fullmatch=True),
     ("cluster", "workers"): st.integers(0, 4096),
     ("cluster", "threads_per_worker"): st.integers(0, 4096),

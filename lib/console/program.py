@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lib.console.output import note
+from lib.console.streams import give_up_stdout, settle_streams
 from lib.errors import OneLineError, SettingsError
 
 __all__ = ["ctrl_c_within", "guarded", "run_script"]
@@ -25,7 +26,11 @@ def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return main(argv)
 
-    sys.exit(guarded(begun, None))
+    settle_streams()
+    try:
+        sys.exit(guarded(begun, None))
+    finally:
+        give_up_stdout()
 
 
 def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
@@ -49,9 +54,7 @@ def guarded(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except KeyboardInterrupt:
         note("error: SIGINT: interrupted")
         return 130
-    except BrokenPipeError:
-        # Nobody reads stdout any more: keep Python from flushing to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads stdout any more, as behind `| head`
         return 4
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -32,7 +32,7 @@ from lib.ledger.places import (
     stored_path,
 )
 from lib.ledger.reuse_plan import ReusePlan, plan_path, write_plan
-from lib.ledger.standard_input import drop_names, keep_in_folder, remove_unlisted
+from lib.ledger.standard_input import drop_names, keep_in_folder, kept_name, remove_unlisted
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -123,13 +123,15 @@ def create_run(
     """
     _refuse_large_contacts(settings, inventory)
     database = Path(engine.url.database or "")
-    with ExitStack() as held, transaction(engine) as session:
+    with ExitStack() as undone, transaction(engine) as session:
         name = str(uuid.uuid4())
         output = Path(settings.output.folder)
         _tidy(session, output, database)
         number, folder, lock = claim_folder(session, database, output, name)
-        held.enter_context(lock)
+        undone.enter_context(lock)
         temporary = keep_in_folder(inventory, folder, name)
+        if temporary:
+            undone.callback(drop_names, [folder / kept_name(name)])
         run = Run(
             id=number,
             uuid=name,
@@ -166,7 +168,7 @@ def create_run(
         run.output_folder = stored_path(folder, database)
         attempt = _attempt(run.id, facts, database)
         session.add(attempt)
-        held.pop_all()
+        undone.pop_all()  # a commit that fails may have put the run on record
     drop_names(temporary)
     _locate(run, database)
     with lock, _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:

@@ -28,6 +28,7 @@ __all__ = [
 
 BUSY_SECONDS = 60
 OLDER_VERSIONS = range(1, SCHEMA_VERSION)
+_DRIVERS = ("sqlite", "sqlite+pysqlite")  # two names of Python's own
 _WAL_MODE = b"\2"  # in byte 18 of the file (sqlite.org/fileformat2.html, 1.3)
 
 
@@ -40,10 +41,12 @@ def database_path(url: str) -> Path:
 
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: its port is not a number
         raise SettingsError(f"database {url}: not a SQLAlchemy URL") from None
-    if parsed.get_backend_name() != "sqlite":
-        raise SettingsError(f"database {url}: {parsed.get_backend_name()}, not sqlite")
+    if parsed.drivername not in _DRIVERS:
+        raise SettingsError(f"database {url}: {parsed.drivername}, not sqlite")
+    if parsed.host:
+        raise SettingsError(f"database {url}: host {parsed.host}, but SQLite has none")
     if not parsed.database or parsed.database == ":memory:" or parsed.query:
         raise SettingsError(f"database {url}: names no file")
     return Path(parsed.database).absolute()

@@ -108,7 +108,7 @@ def keep_in_folder(inventory: Inventory, folder: Path, uuid: str) -> list[Path]:
 
 
 def drop_names(temporary: Sequence[Path]) -> None:
-    """Take the temporary name from the copy of a run that is on record."""
+    """Take names from a copy of standard input: the ones that its run does not have."""
     for path in temporary:
         with suppress(OSError):  # there are no links, or it is removed by the next run
             path.unlink()

@@ -64,7 +64,8 @@ def refuse_rounding(device: torch.device) -> None:
     ones = torch.eye(256, device=device), torch.zeros(256, device=device)
     if not torch.equal(linear(odd, ones), odd):
         said = [f"{name} = {os.environ[name]}" for name in _ROUNDING if name in os.environ]
-        said.append(f"torch.get_float32_matmul_precision() = {torch.get_float32_matmul_precision()}")
+        chosen = torch.get_float32_matmul_precision()
+        said.append(f"torch.get_float32_matmul_precision() = {chosen}")
         raise MachineError(f"{device}: operands of float32 products are rounded: {', '.join(said)}")
 
 

@@ -204,6 +204,25 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(place: Place, small_model: 
     assert nothing_is_left(place)
 
 
+def test_a_disk_that_is_full_for_the_plan_of_reuse_leaves_no_copy(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    """Before, the copy stayed under both of its names."""
+    assert script("embed", *embed(small_model, SOME_PROTEINS)).status == 0
+    full = partial(
+        processes.at_call, "lib.ledger.runs.write_plan", 1, partial(processes.limit_files, 100)
+    )
+    answer = processes.run(
+        "embed", *embed(small_model), "--reuse", "--config", place.config,
+        prepare=partial(feed_process, SOME_PROTEINS, full),
+    )  # fmt: skip
+    assert answer.status == 4
+    assert re.fullmatch(rf"{place.output}/run-000002/\.reuse-.*: .*File too large.*", answer.error)
+    assert [path.name for path in (place.output / "run-000002").iterdir()] == [".lock"]
+    assert {path.name for path in place.output.iterdir()} == {"run-000001", "run-000002"}
+    assert len(script("history", "--json").json) == 1
+
+
 def test_a_signal_while_reading_leaves_nothing(place: Place, small_model: Path) -> None:
     fifo = place.folder / "fifo"
     os.mkfifo(fifo)

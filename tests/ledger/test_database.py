@@ -124,7 +124,10 @@ def test_a_file_that_is_no_database_is_refused(
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("mysql://x", "mysql, not sqlite"),
+        ("sqlite+pysqlcipher:///runs.sqlite", "sqlite+pysqlcipher, not sqlite"),
+        ("sqlite://host/runs.sqlite", "host host, but SQLite has none"),
         ("://", "not a SQLAlchemy URL"),
+        ("postgresql://me@host:port/runs", "not a SQLAlchemy URL"),
     ],
 )
 def test_only_sqlite_files_are_accepted(script: Script, url: str, fact: str) -> None:
@@ -135,6 +138,7 @@ def test_only_sqlite_files_are_accepted(script: Script, url: str, fact: str) -> 
 
 def test_a_sqlalchemy_url_names_the_same_file_as_a_path(script: Script, fresh_db: Path) -> None:
     assert script("history", "--database", f"sqlite:///{fresh_db}", "--json").json == []
+    assert script("history", "--database", f"sqlite+pysqlite:///{fresh_db}", "--json").json == []
     assert script("history", "--database", fresh_db, "--json").json == []
 
 
