@@ -8,8 +8,8 @@
     python scripts/embed.py --input examples/proteins.fasta --validate-config
 
 Several files are one input, whose records count from the first file on. Standard input is kept in
-the folder of the run. What an earlier run embedded with the same model and settings is copied from
-it, unless --no-reuse is given.
+the folder of the run. What an earlier run embedded with the same model, precision, compile and
+long_sequences is copied from it, unless --no-reuse is given.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights

@@ -230,6 +230,20 @@ def test_what_is_not_the_same_is_computed(embed: Callable[..., Answer], flags: l
     assert said(embed(REAL[:5], *flags)) == []
 
 
+def test_a_compiled_run_serves_compiled_runs_alone(
+    reusing: Place, embed: Callable[..., Answer]
+) -> None:
+    embed(REAL[:5])
+    compiled = "json_set(settings, '$.compute.compile', json('true'))"
+    change(reusing, f"UPDATE runs SET settings = {compiled} WHERE id = 1")
+    answer = embed(REAL[:5])
+    assert said(answer) == said(answer, "has these") == []
+    # Run 2 is newer. Nothing is left to compute, so that nothing is compiled here.
+    answer = embed(REAL[:5], "--set", "compute.compile=yes")
+    assert said(answer) == ["reused: 5 of 5 sequences, from run 1"]
+    assert said(answer, "has these") == ["run 1 has these vectors"]
+
+
 def test_another_model_of_the_same_shape_and_name_is_no_source(
     reusing: Place, embed: Callable[..., Answer], other_model: Path
 ) -> None:
