@@ -87,6 +87,10 @@ $(installed_dev): $(installed)
 detect: $(installed) ## print a model's properties and where each came from
 	@$(python) scripts/detect.py $(config) $(model) $(ARGS)
 
+.PHONY: download
+download: $(installed) ## download the released MODEL=, and embed nothing
+	@$(python) scripts/download.py $(config) $(model) $(ARGS)
+
 .PHONY: validate
 validate: $(installed) ## check settings, model, input and database; with RUN= audit a run
 	@$(python) scripts/validate.py $(config) $(model) $(input) $(output) $(run) $(ARGS)

@@ -78,7 +78,8 @@ def validate(
     detection = detect(settings.model, contacts="contacts" in settings.output.include)
     say(f"settings: good, model {detection.name}")
     if detection.weights is None:
-        raise WeightsError(f"{detection.name}: weights are not on disk (embed downloads them)")
+        absent = f"{detection.released}: weights are not on disk"
+        raise WeightsError(f"{absent} (make download and embed download them)")
     model = load_model(settings, detection)
     try_model(model)
     say(f"model: good, one short sequence embedded on {model.facts.device}")

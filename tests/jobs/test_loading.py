@@ -105,7 +105,8 @@ def test_validation_does_not_download(script: Script, place: Place) -> None:
     answer = script("validate", "--esm-model", "esm2_t6_8M_UR50D",
                     "--set", "model.download_url=http://127.0.0.1:1/")  # fmt: skip
     assert answer.status == 2
-    assert answer.error == "esm2_t6_8M_UR50D: weights are not on disk (embed downloads them)"
+    fact = "weights are not on disk (make download and embed download them)"
+    assert answer.error == f"esm2_t6_8M_UR50D: {fact}"
 
 
 def test_a_device_that_is_not_there(script: Script, place: Place, small_model: Path) -> None:

@@ -171,7 +171,8 @@ def test_a_released_name_is_fetched_at_its_commit_and_proven(call: Caller, hub: 
 
 
 def test_what_is_in_the_cache_needs_no_network(call: Caller, hub: Hub) -> None:
-    assert call.embed().status == 0
+    answer = call("download", "--json", "--esm-model", NAME)
+    assert answer.json == {"weights": str(call.snapshot), "contact_regression": None}
     hub.asked.clear()
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
         answer = call.embed(**environment)
@@ -198,7 +199,8 @@ def test_offline_and_not_in_the_cache_is_one_line(call: Caller, hub: Hub) -> Non
     assert hub.asked == []
     assert call("detect", "--json", "--esm-model", NAME).json["path"] is None
     answer = call("validate", "--esm-model", NAME)
-    assert answer.error == f"{NAME}: weights are not on disk (embed downloads them)"
+    fact = "weights are not on disk (make download and embed download them)"
+    assert answer.error == f"{NAME}: {fact}"
 
 
 def test_nobody_at_the_address_is_one_line(call: Caller) -> None:
