@@ -19,6 +19,7 @@ from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import Overrides, Settings
+from lib.units import records
 from schema.tables import Run
 
 __all__ = [
@@ -86,7 +87,7 @@ def validate(
     inventory, estimate = None, None
     if settings.input.fasta is not None:
         inventory = preflight(settings.input, standard_input)
-        say(f"input: good, {inventory.records} records")
+        say(f"input: good, {records(inventory.records)}")
         estimate = estimate_run(model, inventory)
     unfinished = list_unfinished(settings.database.url, model, detection)
     return Validation(model, inventory, estimate, settings.input.max_residues, unfinished)

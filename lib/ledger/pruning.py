@@ -32,7 +32,7 @@ from lib.ledger.ownership import LOCK_NAME, is_held
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
-from lib.units import count, printable, size
+from lib.units import count, counted, printable, size
 from schema.tables import Attempt, Input, Run
 
 __all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
@@ -62,8 +62,7 @@ class Pruning:
     def describe(self, *, dry_run: bool) -> list[str]:
         """Return lines: what went, or file by file what would go, and what stays and why."""
         place = f"run {self.run.id}"
-        many = f"{count(len(self.files))} {'file' if len(self.files) == 1 else 'files'}"
-        removed = f"{many} ({size(sum(self.files.values()))})"
+        removed = f"{counted(len(self.files), 'file')} ({size(sum(self.files.values()))})"
         if self.changes_nothing:
             lines = [f"{place} is pruned already"]
         elif dry_run:

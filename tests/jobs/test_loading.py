@@ -79,7 +79,7 @@ def test_validation_changes_nothing(script: Script, place: Place, small_model: P
         assert answer.status == 0, answer.err
         lines = answer.out.splitlines()
         assert lines[0].startswith("model esm2_small (untrained weights): 2 layers, hidden_dim 64")
-        assert "15 records, 15 different sequences, 1770 residues" in lines[1]
+        assert "15 records, 15 different sequences, 1,770 residues" in lines[1]
         assert lines[-1] == "no unfinished run"
         shown = script(name, *flags, *more, "--json").json
         assert shown["model"]["attention_heads"] == 4
