@@ -13,7 +13,8 @@ long_sequences is copied from it, unless --no-reuse is given.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
-refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work so far committed.
+refused, 3 identity refused, 4 disk, database, memory or network failed, 130, 143 or 129 interrupted
+with the work so far committed.
 """
 
 from __future__ import annotations
