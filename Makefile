@@ -1,17 +1,18 @@
 # esm-ledger: every task is a target. `make` prints them.
 #
-# Variables, the same everywhere (all optional):
+# Variables, with the same meaning everywhere (all optional):
 #   MODEL   a released name in full, facebook/NAME of the Hugging Face Hub, or the path of weights
 #   INPUT   the FASTA file; or several, a folder of them, - for standard input
 #   OUTPUT  the folder that gets a folder for every run; with RUN=: where the run's folder lies now
 #   RUN     the number of a run
-#   LABEL   embed: what history calls the run
-#   RAY     embed, resume: auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
-#   FORMAT  export: hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
-#   TO      export, neighbours, crate, report: where to write
-#   QUERY   neighbours: the number of a run, or a FASTA file
+#   LABEL   what history calls the run
+#   RAY     auto, or HOST:PORT of a Ray cluster (docs/cluster.md)
+#   FORMAT  hdf5, esm-extract, npy, virnucpro, anndata, csv or dataset
+#   TO      where to write
+#   QUERY   the number of a run, or a FASTA file
 #   CONFIG  the settings file, instead of config.ini
 #   ARGS    any further arguments of the script, as typed in a shell
+# A target refuses those that it does not take, if they stand on the command line.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -25,6 +26,48 @@ pip_install := $(python) -m pip install --disable-pip-version-check --constraint
 
 # FASTA headers are UTF-8 whatever the locale says.
 export PYTHONUTF8 := 1
+
+# Which variables each target takes; the help shows this table.
+takes.help              :=
+takes.setup             := RAY
+takes.detect            := MODEL CONFIG ARGS
+takes.download          := MODEL CONFIG ARGS
+takes.validate          := MODEL INPUT OUTPUT RUN CONFIG ARGS
+takes.verify            := MODEL INPUT OUTPUT RUN CONFIG ARGS
+takes.embed             := MODEL INPUT OUTPUT LABEL RAY CONFIG ARGS
+takes.resume            := MODEL INPUT OUTPUT RUN RAY CONFIG ARGS
+takes.history           := RUN CONFIG ARGS
+takes.query             := CONFIG ARGS
+takes.browse            := CONFIG ARGS
+takes.backup            := TO CONFIG ARGS
+takes.upgrade           := CONFIG ARGS
+takes.export            := RUN OUTPUT FORMAT TO CONFIG ARGS
+takes.neighbours        := MODEL OUTPUT RUN QUERY TO CONFIG ARGS
+takes.crate             := RUN OUTPUT TO CONFIG ARGS
+takes.report            := RUN OUTPUT TO CONFIG ARGS
+takes.prune             := RUN CONFIG ARGS
+takes.rebuild           := OUTPUT CONFIG ARGS
+takes.relocate          := RUN OUTPUT CONFIG ARGS
+takes.model             := CONFIG ARGS
+takes.demo              := OUTPUT CONFIG
+takes.test              := ARGS
+takes.torture           := ARGS
+takes.lint              :=
+takes.clean             :=
+takes.benchmark         := ARGS
+takes.benchmark-cuda    := CONFIG ARGS
+takes.benchmark-loading := ARGS
+
+# `make embed RUN=1` would begin a new run without a word. Of several targets each may have variables
+# of its own; the environment's are nobody's business, and a target that is a file has no line above.
+variables := MODEL INPUT OUTPUT RUN LABEL RAY FORMAT TO QUERY CONFIG ARGS
+given := $(foreach name,$(variables),$(if $(findstring command line,$(origin $(name))),$(name)))
+goals := $(or $(MAKECMDGOALS),help)
+taken := $(foreach goal,$(goals),$(if $(filter undefined,$(origin takes.$(goal))),$(variables),$(takes.$(goal))))
+refused := $(firstword $(filter-out $(taken),$(given)))
+ifneq ($(refused),)
+$(error $(refused)= is not a variable of $(goals) ($(or $(strip $(taken)),it has none)))
+endif
 
 # `make embed model=FILE` would go on without a word, with another model.
 upper = $(shell echo '$(1)' | tr a-z A-Z)
@@ -62,8 +105,9 @@ demo_model := models/esm2_untrained_t6_8M.pt
 
 .PHONY: help
 help: ## print every target
-	@echo "make TARGET [MODEL=] [INPUT=] [OUTPUT=] [RUN=] [LABEL=] [RAY=] [CONFIG=] [ARGS=]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 22
+	@echo "make TARGET VARIABLE=VALUE... (each target with its variables)"
+	@awk -F ' *:= *|:[^#]*## ' '/^takes\./ { takes[substr($$1, 7)] = $$2 } \
+	  /^[a-z-]+:.*## / { printf "  %-20s%s\n", $$1, $$2; if (takes[$$1]) printf "%24s%s\n", "", takes[$$1] }' Makefile
 
 .PHONY: setup
 setup: $(installed) $(cluster) ## install what the scripts need, pinned, into .venv; with RAY= also Ray
@@ -86,6 +130,10 @@ $(installed_dev): $(installed)
 .PHONY: detect
 detect: $(installed) ## print a model's properties and where each came from
 	@$(python) scripts/detect.py $(config) $(model) $(ARGS)
+
+.PHONY: download
+download: $(installed) ## download the released MODEL=, and embed nothing
+	@$(python) scripts/download.py $(config) $(model) $(ARGS)
 
 .PHONY: validate
 validate: $(installed) ## check settings, model, input and database; with RUN= audit a run

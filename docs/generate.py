@@ -155,7 +155,8 @@ def _about(path: Path) -> str:
     heading = path.suffix == ".md" and text.startswith("# ")
     paragraph = text.split("\n\n")[1 if heading else 0]
     words = " ".join(line.strip("{#-} ") for line in paragraph.splitlines())
-    return words.removeprefix("esm-ledger: ").split(". ")[0].rstrip(".")
+    # The first sentence; "Su et al. 2021" goes on.
+    return re.split(r"(?<! al)\. ", words.removeprefix("esm-ledger: "))[0].rstrip(".")
 
 
 def _entry(name: str, path: Path, indent: str) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "HubFiles",
     "PublishedFile",
     "ReleasedModel",
+    "hub_name",
     "named_on_hub",
     "shown_name",
 ]
@@ -67,6 +68,11 @@ def named_on_hub(name: str) -> str | None:
     """Return the released name that the Hub's name of a model ends in; None for any other text."""
     owner, _, released = name.partition("/")
     return released if owner == _HUB_OWNER and released in RELEASED else None
+
+
+def hub_name(released: str) -> str:
+    """Return the Hub's name of a released model, which `named_on_hub` takes."""
+    return f"{_HUB_OWNER}/{released}"
 
 
 # Whose models the released ones are on the Hugging Face Hub.

@@ -7,6 +7,7 @@ from datetime import datetime
 
 __all__ = [
     "count",
+    "counted",
     "duration",
     "first_within",
     "moment",
@@ -48,9 +49,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number of things in words: `1 checkpoint`, `2,000 checkpoints`."""
+    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+
+
 def records(number: float) -> str:
     """Return a number of records in words: `1 record`, `2,000 records`."""
-    return "1 record" if number == 1 else f"{count(number)} records"
+    return counted(number, "record")
 
 
 def size(number: float) -> str:

@@ -54,7 +54,7 @@ class SchemaVersion(Base):
 
 
 class Model(Base):
-    """Weights that some run used; one row per digest and name."""
+    """Weights that some run used; one row per digest, name, token dropout and heads."""
 
     __tablename__ = "models"
     __table_args__ = (UniqueConstraint("sha256", "name", "token_dropout", "attention_heads"),)

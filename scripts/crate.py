@@ -28,6 +28,7 @@ from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.embeddings import open_run
 from lib.embeddings.crate import NO_LICENSE, write_crate
+from lib.units import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = len(run.files)
     content = {"run": parsed.run, "run_uuid": run.facts["uuid"], "files": files}
     content |= {"license": parsed.license, "to": str(parsed.to)}
-    line = f"run {parsed.run}: crate of {files} checkpoints in {parsed.to}"
+    line = f"run {parsed.run}: crate of {counted(files, 'checkpoint')} in {parsed.to}"
     print_result(content, [line], as_json=parsed.json)
     return 0
 

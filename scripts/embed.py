@@ -8,12 +8,13 @@
     python scripts/embed.py --input examples/proteins.fasta --validate-config
 
 Several files are one input, whose records count from the first file on. Standard input is kept in
-the folder of the run. What an earlier run embedded with the same model and settings is copied from
-it, unless --no-reuse is given.
+the folder of the run. What an earlier run embedded with the same model, precision, compile and
+long_sequences is copied from it, unless --no-reuse is given.
 
 What is finished is committed every [output] checkpoint_seconds or checkpoint_records; an
 interrupted run is continued by resume.py. Exit status: 0 done, 2 settings, input or weights
-refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work so far committed.
+refused, 3 identity refused, 4 disk, database, memory or network failed, 130, 143 or 129 interrupted
+with the work so far committed.
 """
 
 from __future__ import annotations

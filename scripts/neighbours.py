@@ -7,8 +7,8 @@
 The query is the number of another run, which must have been computed by the same weights, in the
 same precision and with the same rule for long sequences; or a FASTA file, which is first embedded
 as a run of its own by the run's very model. A record of the run itself is not its own neighbour.
-Exit status: 0 written, 2 refused, 3 not comparable, 4 disk, database or memory failed, 130 or 143
-interrupted.
+Exit status: 0 written, 2 refused, 3 not comparable, 4 disk, database or memory failed, 130, 143
+or 129 interrupted.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python scripts/query.py "select model, sum(records_done) from run_history group by model"
     python scripts/query.py --format csv "select * from checkpoint_audit where problem not null"
 
-Tables: models, runs, attempts, checkpoints. Views: run_history, run_progress, checkpoint_audit,
-model_usage. Exit status: 0 answered, 2 refused by SQLite.
+Tables: models, runs, inputs, attempts, workers, checkpoints, schema_version. Views: run_history,
+run_progress, record_files, checkpoint_audit, model_usage, worker_throughput. Exit status: 0
+answered, 2 refused by SQLite.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lib.console.output import note, print_result
 from lib.console.program import run_script
 from lib.ledger.database import open_for_writing
 from lib.ledger.relocation import relocate
+from lib.units import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_for_writing(database_url(parsed), create=False, say=note) as engine:
         done = relocate(engine, parsed.run, output)
     content = {"run": done.run_id, "before": str(done.before), "output_folder": str(done.folder)}
-    line = f"run {done.run_id}: {done.files} checkpoints in {done.folder}, before in {done.before}"
+    files = counted(done.files, "checkpoint")
+    line = f"run {done.run_id}: {files} in {done.folder}, before in {done.before}"
     print_result(content | {"files": done.files}, [line], as_json=parsed.json)
     return 0
 

@@ -7,8 +7,8 @@
 Settings come from the run database, not from config.ini as it is today, but for [cluster]: where
 the work is done may change. --esm-model, --input and --output may say where the same weights, the
 same FASTA and the run's folder lie now. Exit status: 0 done, 2 nothing to resume or weights not
-found, 3 identity refused, 4 disk, database or memory failed, 130 or 143 interrupted with the work
-so far committed.
+found, 3 identity refused, 4 disk, database or memory failed, 130, 143 or 129 interrupted with the
+work so far committed.
 """
 
 from __future__ import annotations

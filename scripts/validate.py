@@ -8,7 +8,7 @@ With --run it audits every checkpoint of the run, compares the given weights and
 tries the model; --output then says where the run's folder lies now. Without, it tries the model,
 checks the input if there is one, and lists every unfinished run and whether this model can continue
 it. Exit status: 0 good, 2 settings, input or weights refused, 3 identity refused, 4 environment
-failed.
+failed, 130, 143 or 129 interrupted.
 """
 
 from __future__ import annotations

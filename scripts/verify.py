@@ -12,8 +12,9 @@ computes with tensors that this program reads, and the output says so.
 It prints the worst and median error and cosine of every column beside the bounds for the precision
 of the run. The same seed draws the same records; the longest, the shortest, a truncated one and two
 that share a sequence are always among them, and of a run that copied some from earlier runs one of
-these and one computed. Exit status: 0 within the bounds, 1 outside, 2 nothing
-to verify or weights or input not found, 3 identity refused, 4 disk, database or memory failed.
+these and one computed. Exit status: 0 within the bounds, 1 outside, 2 nothing to verify or weights
+or input not found, 3 identity refused, 4 disk, database or memory failed, 130, 143 or 129
+interrupted.
 """
 
 from __future__ import annotations

@@ -202,6 +202,8 @@ def test_every_script_shows_how_to_call_it() -> None:
         documentation = ast.get_docstring(ast.parse(path.read_text())) or ""
         assert f"python scripts/{path.name}" in documentation
         assert "Exit status" in documentation
+        if "Interruption" in path.read_text():
+            assert re.search(r"130,\s143\sor\s129\sinterrupted", documentation), path.name
 
 
 def test_every_target_has_a_line_of_help() -> None:

@@ -119,9 +119,47 @@ def test_a_variable_in_small_letters_is_refused_in_one_line(name: str) -> None:
     assert line.endswith(f" *** {name}= is not a variable, {name.upper()}= is.  Stop.")
 
 
-def test_a_variable_of_the_shell_in_small_letters_is_nobodys_business(place: Place) -> None:
+def test_a_variable_of_the_shell_is_nobodys_business(place: Place) -> None:
     quick = "python=true"
-    assert make("history", quick, variables={"model": "a", "run": "b"}).returncode == 0
+    variables = {"model": "a", "run": "b", "MODEL": "c"}
+    assert make("history", quick, variables=variables).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "targets"),
+    [
+        ("embed RUN=1", "RUN", "embed (MODEL INPUT OUTPUT LABEL RAY CONFIG ARGS)"),
+        ("prune OUTPUT=x RUN=1", "OUTPUT", "prune (RUN CONFIG ARGS)"),
+        ("setup history RUN=1 MODEL=x", "MODEL", "setup history (RAY RUN CONFIG ARGS)"),
+        ("RUN=1", "RUN", "help (it has none)"),
+    ],
+)
+def test_a_variable_that_a_target_does_not_take_is_refused_in_one_line(
+    words: str, name: str, targets: str
+) -> None:
+    """Before, `make embed RUN=1` began a new run."""
+    done = make(*words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f" *** {name}= is not a variable of {targets}.  Stop.")
+
+
+def test_of_several_targets_each_may_have_variables_of_its_own() -> None:
+    done = make("--jobs=2", "setup", "history", "prune", "RAY=", "RUN=1", "python=true")
+    assert done.returncode == 0, done.stderr
+    assert "RUN" not in make("no-such-target", "RUN=1").stderr
+
+
+def test_a_target_takes_the_variables_that_its_recipe_uses() -> None:
+    text = (ROOT / "Makefile").read_text()
+    table = dict(re.findall(r"^takes\.([a-z-]+) *:= *(.*)$", text, re.MULTILINE))
+    rules = dict(re.findall(r"^([a-z-]+):([^=].*\n(?:\t.*\n)*)", text, re.MULTILINE))
+    (variables,) = re.findall(r"^variables := (.*)$", text, re.MULTILINE)
+    assert table.keys() == {*re.findall(r"^\.PHONY: (\S+)$", text, re.MULTILINE)}
+    for target, taken in table.items():
+        used = {name.upper() for name in re.findall(r"\$\((\w+)\)", rules[target])}
+        used |= {"RAY"} if "CLUSTER" in used else set()
+        assert {*taken.split()} == used & {*variables.split()}, target
 
 
 def test_embed_says_first_that_the_input_is_missing(script: Script) -> None:

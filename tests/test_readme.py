@@ -88,7 +88,7 @@ def test_the_demo_says_untrained_and_where_its_output_lies(
 ) -> None:
     out = after_commands["make demo"].stdout
     assert "Untrained weights" in out
-    assert f"117 records in 1 checkpoints in {folder}/embeddings/run-000001" in out
+    assert f"117 records in 1 checkpoint in {folder}/embeddings/run-000001" in out
     assert "esm2_untrained_t6_8M (untrained)" in out
 
 

@@ -16,7 +16,7 @@ from lib.models.detection import Detection
 from lib.models.download import Offer
 from lib.models.released import Proof
 from lib.sequences.inventory import Inventory
-from lib.units import count, duration, records, size
+from lib.units import count, counted, duration, records, size
 from schema.esm2_config import ESM2Config
 from schema.tables import Run
 
@@ -98,17 +98,19 @@ def detection_json(detection: Detection, proof: Proof | None) -> dict[str, Any]:
 def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
     """Return the findings of the preflight as lines, with every change made to a sequence."""
     lines = [
-        f"input {inventory.name}: {inventory.records} records, {inventory.sequences} different "
-        f"sequences, {inventory.residues} residues to embed, longest {inventory.longest}"
+        f"input {inventory.name}: {records(inventory.records)}, "
+        f"{counted(inventory.sequences, 'different sequence')}, "
+        f"{count(inventory.residues)} residues to embed, longest {count(inventory.longest)}"
     ]
     if inventory.truncated:
-        lines.append(f"truncated to {max_residues} residues: {inventory.truncated} records")
+        lines.append(f"truncated to {max_residues} residues: {records(inventory.truncated)}")
     if inventory.mapped:
         lines.append(f"unknown letters read as X: {inventory.mapped}")
     if inventory.nucleotide_like:
-        lines.append(f"only letters of ACGTUN (nucleotides?): {inventory.nucleotide_like} records")
+        many = records(inventory.nucleotide_like)
+        lines.append(f"only letters of ACGTUN (nucleotides?): {many}")
     if inventory.with_gaps:
-        lines.append(f"gaps, - or . (an alignment?): {inventory.with_gaps} records")
+        lines.append(f"gaps, - or . (an alignment?): {records(inventory.with_gaps)}")
     return lines
 
 
@@ -137,10 +139,10 @@ def describe_run(run: Run) -> str:
     """Return one line with the status of a run and the folder of its output."""
     untrained = " (untrained weights)" if (run.esm2_config or {}).get("untrained") else ""
     copied = sum(_reused(run).values())
-    reused = f" ({copied} reused)" if copied else ""
+    reused = f" ({count(copied)} reused)" if copied else ""
     return (
-        f"run {run.id} {run.status}: {run.records_total} records{reused} in "
-        f"{len(run.checkpoints)} checkpoints in {run.output_folder}{untrained}"
+        f"run {run.id} {run.status}: {records(run.records_total)}{reused} in "
+        f"{counted(len(run.checkpoints), 'checkpoint')} in {run.output_folder}{untrained}"
     )
 
 
@@ -249,8 +251,9 @@ def describe_audit(audit: RunAudit) -> list[str]:
     run = audit.run
     if audit.facts:
         return audit.facts
-    records = sum(one.records for one in run.checkpoints)
+    done = count(sum(one.records for one in run.checkpoints))
     return [
-        f"run {run.id} ({run.status}): identity good, {len(run.checkpoints)} checkpoints with "
-        f"{records} of {run.records_total} records good"
+        f"run {run.id} ({run.status}): identity good, "
+        f"{counted(len(run.checkpoints), 'checkpoint')} with "
+        f"{done} of {records(run.records_total)} good"
     ]

@@ -246,7 +246,7 @@ class _Crate:
             },
         )
         if source is not None:
-            name = "an earlier run of the same model and settings"
+            name = "an earlier run of the same model and precision"
             made["isBasedOn"] = self._add(f"urn:uuid:{source}", "CreativeWork", name=name)
         return made
 

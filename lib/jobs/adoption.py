@@ -84,7 +84,10 @@ def adopt_leftovers(
 
 
 def drop_files(run: Run, damaged: Sequence[Checkpoint]) -> Iterator[str]:
-    """Keep the files of checkpoints aside that are off the record; yield a line on each."""
+    """Keep the files of damaged checkpoints aside; yield a line on each.
+
+    The checkpoints go off the record when the attempt begins, which is after this.
+    """
     for checkpoint in damaged:
         path = Path(run.output_folder) / checkpoint.path
         kept = f", kept as {_kept_aside(path).name}" if os.path.lexists(path) else ""

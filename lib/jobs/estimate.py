@@ -20,6 +20,7 @@ import torch
 from lib.errors import MachineError
 from lib.jobs.loading import LoadedModel
 from lib.jobs.progress import computing_cost
+from lib.jobs.reuse import SEARCH_BYTES
 from lib.ledger.checkpoints import ROW_GROUP_BYTES
 from lib.network.device import packs_at_once
 from lib.network.pipeline import computed
@@ -53,7 +54,6 @@ _SMALL = 254  # residues of the sequence that warms up, and tells what larger pa
 _PREPARED_BYTES = 400_000_000
 _HELD_BYTES = 2 * ROW_GROUP_BYTES
 _RECORD_BYTES = 1_000
-_REUSE_BYTES = 66  # digests and the search for them, for each different sequence
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def estimate_run(
     cuda = model.network.device.type == "cuda"
     beyond = max(0, needs.of_largest(int(own.max())) - needs.tried)
     held = _PREPARED_BYTES + _HELD_BYTES + _RECORD_BYTES * min(inventory.records, WINDOW_RECORDS)
-    held += _REUSE_BYTES * inventory.sequences if settings.output.reuse else 0
+    held += SEARCH_BYTES * inventory.sequences if settings.output.reuse else 0
     return Estimate(
         records=inventory.records,
         residues=inventory.residues,

@@ -164,7 +164,8 @@ def _choose(settings: Settings, detection: Detection) -> _Place:
     chosen = replace(settings.compute, precision=precision, tokens_per_pack=tokens)
     threads = use_threads(chosen)
     if "contacts" in settings.output.include and detection.regression is None:
-        raise WeightsError(f"{weights.path}: no contact regression on disk (embed downloads it)")
+        absent = f"{weights.path}: no contact regression on disk"
+        raise WeightsError(f"{absent} (with include contacts, make download and embed download it)")
     dtype = getattr(torch, precision)
     fused = fused_attention(device, dtype) if settings.compute.fused_attention else None
     facts = AttemptFacts(

@@ -1,7 +1,7 @@
 """Reuse: what earlier runs embedded already is found by the SHA-256 of its residues.
 
 The digests of the input are sorted, those of one source file after another are looked up among
-them. Memory holds some 50 bytes for each different sequence of the input.
+them. Memory holds SEARCH_BYTES for each different sequence of the input.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from schema.parquet import EMBEDDED_SHA256
 from schema.tables import Checkpoint, Run
 
 __all__ = [
+    "SEARCH_BYTES",
     "LostSourceError",
     "SourceFiles",
     "describe_reuse",
@@ -41,6 +42,10 @@ __all__ = [
     "plan_reuse",
     "verified_source",
 ]
+
+# For each different sequence: its digest 16, its place in their order 8, what they are sorted by 8,
+# file and row 4 each, and whether it is found 2 while a file is looked through.
+SEARCH_BYTES = 42
 
 
 def may_reuse(engine: Engine, settings: Settings, detection: Detection) -> bool:

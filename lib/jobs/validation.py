@@ -19,6 +19,7 @@ from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import Overrides, Settings
+from lib.units import records
 from schema.tables import Run
 
 __all__ = [
@@ -78,14 +79,15 @@ def validate(
     detection = detect(settings.model, contacts="contacts" in settings.output.include)
     say(f"settings: good, model {detection.name}")
     if detection.weights is None:
-        raise WeightsError(f"{detection.name}: weights are not on disk (embed downloads them)")
+        absent = f"{detection.released}: weights are not on disk"
+        raise WeightsError(f"{absent} (make download and embed download them)")
     model = load_model(settings, detection)
     try_model(model)
     say(f"model: good, one short sequence embedded on {model.facts.device}")
     inventory, estimate = None, None
     if settings.input.fasta is not None:
         inventory = preflight(settings.input, standard_input)
-        say(f"input: good, {inventory.records} records")
+        say(f"input: good, {records(inventory.records)}")
         estimate = estimate_run(model, inventory)
     unfinished = list_unfinished(settings.database.url, model, detection)
     return Validation(model, inventory, estimate, settings.input.max_residues, unfinished)

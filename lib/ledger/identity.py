@@ -25,6 +25,7 @@ __all__ = [
     "check_settings",
     "check_sha256",
     "first_difference",
+    "is_compiled",
     "run_columns",
     "run_config",
     "run_identity",
@@ -159,7 +160,7 @@ def check_settings(run: Run, settings: Settings) -> None:
 
     Raises IdentityRefusedError at the first difference, and for a plan of another version.
     """
-    expected = run_identity(run) | {"compile": _is_compiled(run)}
+    expected = run_identity(run) | {"compile": is_compiled(run)}
     wanted = settings_identity(settings) | {"compile": settings.compute.compile}
     difference = first_difference({key: expected[key] for key in wanted}, wanted)
     if difference:
@@ -173,8 +174,8 @@ def check_settings(run: Run, settings: Settings) -> None:
         )
 
 
-def _is_compiled(run: Run) -> bool:
-    """Return what a run's settings say; those of runs before there was the option say nothing."""
+def is_compiled(run: Run) -> bool:
+    """Return whether the network of a run is compiled; settings older than the option: no."""
     compute = run.settings.get("compute") if isinstance(run.settings, dict) else None
     return isinstance(compute, dict) and compute.get("compile") is True
 

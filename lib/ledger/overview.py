@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lib.ledger.history import RunDetail, Table
-from lib.units import count, duration, moment, records, seconds_between, size
+from lib.units import count, counted, duration, moment, records, seconds_between, size
 
 __all__ = [
     "LEAST_NEEDED",
@@ -195,7 +195,7 @@ def progress_lines(run: Mapping[str, Any]) -> list[str]:
     start = f"run {run['run']} {run['status']}: "
     done = f"{_of(run['residues_done'], run['residues_total'])} residues"
     percent, rate = f"{run['percent']} %", run["residues_per_second"]
-    checkpoints = f" in {count(run['checkpoints'])} checkpoints"
+    checkpoints = f" in {counted(run['checkpoints'], 'checkpoint')}"
     speed = "" if rate is None else f", {count(rate)} residues/s"
     left = ""
     if rate is not None and run["status"] == "running":

@@ -1,7 +1,8 @@
 """Pruning: the files of a run are taken off the disk, and its history stays on record.
 
 First the record says that the run is pruned, then its files go one by one: what was killed in the
-middle can be run again. Only a file goes that the database lists and that is what it lists.
+middle can be run again. Only a file goes that the database lists and that agrees with its row: a
+checkpoint by size and footer, without its digest; standard input by size; a reuse plan by digest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lib.ledger.ownership import LOCK_NAME, is_held
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
-from lib.units import count, printable, size
+from lib.units import count, counted, printable, size
 from schema.tables import Attempt, Input, Run
 
 __all__ = ["NOT_LISTED", "Pruning", "idle_runs", "prune", "prunings", "try_pruning"]
@@ -62,8 +63,7 @@ class Pruning:
     def describe(self, *, dry_run: bool) -> list[str]:
         """Return lines: what went, or file by file what would go, and what stays and why."""
         place = f"run {self.run.id}"
-        many = f"{count(len(self.files))} {'file' if len(self.files) == 1 else 'files'}"
-        removed = f"{many} ({size(sum(self.files.values()))})"
+        removed = f"{counted(len(self.files), 'file')} ({size(sum(self.files.values()))})"
         if self.changes_nothing:
             lines = [f"{place} is pruned already"]
         elif dry_run:

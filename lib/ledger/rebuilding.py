@@ -34,6 +34,7 @@ from lib.ledger.standard_input import kept_name
 from lib.ledger.unlisted import opened_unlisted
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import from_snapshot, override
+from lib.units import count, counted
 from schema.esm2_config import ESM2Config, load_snapshot
 from schema.parquet import EMBEDDED_SHA256, checkpoint_columns
 from schema.tables import Attempt, Checkpoint, Input, Run
@@ -67,10 +68,10 @@ class Rebuilt:
         """Return lines for people."""
         if self.run is None:
             return [f"{self.folder}: {self.status}"]
-        done = f"{self.records} of {self.records_total} records"
+        done = f"{count(self.records)} of {counted(self.records_total, 'record')}"
         lines = [
-            f"run {self.run} {self.status}: {self.checkpoints} checkpoints with {done} in "
-            f"{self.folder}"
+            f"run {self.run} {self.status}: {counted(self.checkpoints, 'checkpoint')} with {done} "
+            f"in {self.folder}"
         ]
         lines += [f"run {self.run}: {name}: left out: {why}" for name, why in self.left_out.items()]
         return lines + [f"run {self.run}: {note}" for note in self.notes]

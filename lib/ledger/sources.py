@@ -1,8 +1,8 @@
 """Sources: the earlier runs of a database whose vectors a new run may copy.
 
-Vectors of the same residues are the same if model, token dropout, heads, precision and the rule for
-long sequences are, and with contacts the contact regression. Rows of a run that do not belong
-together are no sources.
+Vectors of the same residues are the same if model, token dropout, heads, precision, compilation and
+the rule for long sequences are, and with contacts the contact regression. Rows of a run that do not
+belong together are no sources.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sqlalchemy import Engine, select
 from lib.errors import IdentityRefusedError
 from lib.ledger.audit import audit
 from lib.ledger.database import transaction
-from lib.ledger.identity import run_config
+from lib.ledger.identity import is_compiled, run_config
 from lib.ledger.runs import load_run
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
@@ -40,7 +40,12 @@ class Wanted:
     settings: Settings
 
     def is_kept_by(self, run: Run) -> bool:
-        """Return whether a run of the same model kept every column, in a type that serves."""
+        """Return whether a run of the same model kept every column, in a type that serves.
+
+        A compiled network rounds differently: neither kind of run serves the other.
+        """
+        if is_compiled(run) != self.settings.compute.compile:
+            return False
         include = self.settings.output.include
         kept = vector_columns(run.include, run.repr_layers)
         if not {*vector_columns(include, self.config.repr_layers)} <= {*kept}:

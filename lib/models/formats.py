@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from lib.catalog import RELEASED
+from lib.catalog import RELEASED, hub_name
 from lib.errors import WeightsError
 from lib.models.bare_tensors import SafetensorsFile, StateDictFile
 from lib.models.candidate import Candidate
@@ -97,8 +97,10 @@ def _what_is_known(path: Path) -> str:
     """Return what there is instead of a path that does not exist."""
     name = path.name
     if name in RELEASED:
-        return f"and the released model is {name}, or facebook/{name} on the Hugging Face Hub"
+        of_hub = f", or {hub_name(name)} on the Hugging Face Hub" if RELEASED[name].hub else ""
+        return f"and the released model is {name}{of_hub}"
+    not_of_hub = " and ".join(name for name, model in RELEASED.items() if model.hub is None)
     return (
         f"and {name!r} is not one of the released names {', '.join(RELEASED)}, which may have "
-        "facebook/ before them"
+        f"facebook/ before them, but for {not_of_hub}"
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lib.catalog import RELEASED, HubFiles, PublishedFile
+from lib.catalog import RELEASED, HubFiles, PublishedFile, hub_name
 from lib.errors import MachineError, SettingsError, WeightsError
 from lib.models.released import refuse_unpublished
 from lib.models.transfer import Progress
@@ -23,7 +23,7 @@ def hub_files(name: str) -> HubFiles:
     """Return what the Hub has of a released model; raises SettingsError if that is not known."""
     files = RELEASED[name].hub
     if files is None:
-        raise SettingsError(f"[model] source = huggingface: no commit and digest known of {name}")
+        raise SettingsError(f"{hub_name(name)}: no commit and digest of it on the Hub are known")
     return files
 
 

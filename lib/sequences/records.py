@@ -11,14 +11,13 @@ from lib.errors import InputError
 from lib.sequences.alphabet import LETTERS
 from lib.sequences.compression import DigestedRead
 from lib.sequences.entries import BLANKS, Block, Entry, read_blocks, read_errors, shortened
-from lib.sequences.inputs import InputFile, Source, input_sources
+from lib.sequences.inputs import InputFile, Source
 from schema.settings import InputSettings
 
 __all__ = [
     "Owner",
     "Record",
     "read_file",
-    "read_records",
     "read_same_records",
 ]
 
@@ -64,16 +63,6 @@ class Owner(NamedTuple):
     description: str
     length: int
     md5: str
-
-
-def read_records(rules: InputSettings) -> Iterator[Record]:
-    """Yield the records of [input] fasta, file by file; raises what `read_file` raises."""
-    sources = input_sources(rules)
-    first = 0
-    for source in sources:
-        for records in read_file(source, rules, first, several=len(sources) > 1):
-            yield from records
-            first += len(records)
 
 
 def read_file(

@@ -129,7 +129,7 @@ def test_truncation_is_counted_and_each_row_has_both_lengths(
 ) -> None:
     source = write_fasta(place.folder / "long.fasta", [("long", "MKLV" * 300), ("short", "MKLV")])
     answer = script("embed", "--esm-model", small_model, "--input", source)
-    assert "truncated to 1022 residues: 1 records" in answer.err
+    assert "truncated to 1022 residues: 1 record" in answer.err
     rows = read_run(place.output / "run-000001")
     assert (rows[0]["length"], rows[0]["embedded_length"]) == (1200, 1022)
     assert (rows[1]["length"], rows[1]["embedded_length"]) == (4, 4)
@@ -183,7 +183,7 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(place: Place, small_model: 
     answer = place.run("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
     assert answer.status == 0, answer.err
     assert answer.out.splitlines() == [
-        f"run 1 finished: 15 records in 1 checkpoints in {place.output / 'run-000001'} "
+        f"run 1 finished: 15 records in 1 checkpoint in {place.output / 'run-000001'} "
         "(untrained weights)"
     ]
     for shown in ("checkpoint metadata, tensor shapes", "device cpu", "res/s", "run 1"):

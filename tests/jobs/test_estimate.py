@@ -17,10 +17,12 @@ from lib.jobs import estimate as estimates
 from lib.jobs.estimate import disk_bytes, estimate_run, timed_trial
 from lib.jobs.loading import LoadedModel, load_model
 from lib.jobs.progress import computing_cost
+from lib.jobs.reuse import SEARCH_BYTES
 from lib.models.detection import detect
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import load_settings
-from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
+from lib.units import size
+from tests.conftest import ROOT, SOME_PROTEINS, UNIPROT_PART, Place, Script
 
 WIDTH = 64
 
@@ -156,6 +158,12 @@ def test_the_memory_grows_with_the_longest_sequence(
     needs.compute([[1_000], [900]])
     needs.compute([[30]])
     assert needs.tried > small > 0
+
+
+def test_the_page_has_the_figures_of_the_estimate() -> None:
+    page = " ".join((ROOT / "docs" / "how-long-and-how-big.md").read_text().split())
+    assert f"{size(estimates._HELD_BYTES)} of rows that wait for their file" in page
+    assert f"{SEARCH_BYTES} bytes for each different sequence" in page
 
 
 def test_validate_says_what_a_run_would_take(

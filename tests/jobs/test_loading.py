@@ -103,7 +103,7 @@ def test_validation_changes_nothing(script: Script, place: Place, small_model: P
         assert answer.status == 0, answer.err
         lines = answer.out.splitlines()
         assert lines[0].startswith("model esm2_small (untrained weights): 2 layers, hidden_dim 64")
-        assert "15 records, 15 different sequences, 1770 residues" in lines[1]
+        assert "15 records, 15 different sequences, 1,770 residues" in lines[1]
         assert lines[-1] == "no unfinished run"
         shown = script(name, *flags, *more, "--json").json
         assert shown["model"]["attention_heads"] == 4
@@ -129,7 +129,8 @@ def test_validation_does_not_download(script: Script, place: Place) -> None:
     answer = script("validate", "--esm-model", "esm2_t6_8M_UR50D",
                     "--set", "model.download_url=http://127.0.0.1:1/")  # fmt: skip
     assert answer.status == 2
-    assert answer.error == "esm2_t6_8M_UR50D: weights are not on disk (embed downloads them)"
+    fact = "weights are not on disk (make download and embed download them)"
+    assert answer.error == f"esm2_t6_8M_UR50D: {fact}"
 
 
 def test_a_device_that_is_not_there(script: Script, place: Place, small_model: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -21,10 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.embeddings import open_run
-from lib.jobs.reuse import LostSourceError, SourceFiles
+from lib.jobs.reuse import SEARCH_BYTES, LostSourceError, SourceFiles, _Search
 from lib.ledger.footer import read_footer
 from lib.models.detection import Detection
 from lib.network import esm2
+from schema.tables import Checkpoint, Run
 from tests import processes
 from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place, Script, run_program
 from tests.processes import Answer
@@ -230,6 +232,20 @@ def test_what_is_not_the_same_is_computed(embed: Callable[..., Answer], flags: l
     assert said(embed(REAL[:5], *flags)) == []
 
 
+def test_a_compiled_run_serves_compiled_runs_alone(
+    reusing: Place, embed: Callable[..., Answer]
+) -> None:
+    embed(REAL[:5])
+    compiled = "json_set(settings, '$.compute.compile', json('true'))"
+    change(reusing, f"UPDATE runs SET settings = {compiled} WHERE id = 1")
+    answer = embed(REAL[:5])
+    assert said(answer) == said(answer, "has these") == []
+    # Run 2 is newer. Nothing is left to compute, so that nothing is compiled here.
+    answer = embed(REAL[:5], "--set", "compute.compile=yes")
+    assert said(answer) == ["reused: 5 of 5 sequences, from run 1"]
+    assert said(answer, "has these") == ["run 1 has these vectors"]
+
+
 def test_another_model_of_the_same_shape_and_name_is_no_source(
     reusing: Place, embed: Callable[..., Answer], other_model: Path
 ) -> None:
@@ -266,6 +282,22 @@ def test_an_unfinished_run_is_a_source(
     assert line.endswith(" of 30 sequences, from run 1")
     assert script("resume", "--run", "1").status == 0
     assert_near(folder(reusing, 2), folder(reusing, 1))
+
+
+def test_a_search_takes_as_much_memory_as_the_estimate_counts() -> None:
+    number = 100_000
+    drawn = np.random.default_rng(0).integers(0, 2**63, (number, 2), np.uint64)
+    shuffled = np.random.default_rng(1).permutation(drawn)
+    tracemalloc.start()
+    try:
+        search = _Search(drawn.copy())
+        for start in range(0, number, 1_000):
+            search._find(Run(), Checkpoint(), shuffled[start : start + 1_000])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert search.missing == 0
+    assert 0.9 * SEARCH_BYTES < peak / number < 1.1 * SEARCH_BYTES
 
 
 # ---- What is on record

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from lib.ledger.comments import table_comments, view_comments
 from lib.ledger.database import open_for_writing, transaction, utc_now
 from lib.units import count, duration, size
 from schema.tables import Attempt, Checkpoint, Model, Run
+from scripts import query
 from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 from tests.processes import NOWHERE, Process
@@ -178,6 +180,13 @@ def test_altered_rows_are_one_line(script: Script, a_run: None, place: Place) ->
             assert answer.error.startswith(fact)
         else:  # shown as it is
             assert answer.status == 0
+
+
+def test_the_help_of_query_names_every_table_and_view() -> None:
+    words = re.findall(r"\w+", query.__doc__ or "")
+    tables, views = words.index("Tables"), words.index("Views")
+    assert {*words[tables + 1 : views]} == {*table_comments()}
+    assert {*words[views + 1 : words.index("Exit")]} == {*view_comments()}
 
 
 def test_query_formats(script: Script, a_run: None) -> None:

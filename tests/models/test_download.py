@@ -31,6 +31,7 @@ from lib.settings import load_settings
 from lib.units import size
 from tests.catalogs import release
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
+from tests.models.test_adapter import QUERY, factors, save_adapter
 
 NAME = "esm2_t6_8M_UR50D"
 
@@ -201,6 +202,34 @@ def test_progress_counts_to_the_whole(place: Place, server: Server, published: b
     assert len(told) > 5
 
 
+def test_a_model_is_downloaded_without_embedding(
+    script: Script, place: Place, server: Server, made: Path, published: bytes
+) -> None:
+    server.body = published
+    weights, adapter = place.folder / f"weights/{NAME}.pt", place.folder / "lora"
+    answer = script("download", "--esm-model", NAME)
+    assert (answer.status, answer.out) == (0, f"weights: {weights}\n"), answer.err
+    assert answer.err.startswith(f"model {NAME}: {NAME}.pt is not on disk, to download: ")
+    assert left_behind(place) == [weights]
+    # Its contact regression, too, and whatever is on disk only once.
+    server.body = regression_path(made).read_bytes()
+    answer = script("download", "--esm-model", NAME, "--include", "contacts")
+    beside = f"contact regression: {regression_path(weights)}"
+    assert (answer.status, answer.out) == (0, f"weights: {weights}, {beside}\n"), answer.err
+    assert server.asked == 2
+    assert script("validate", "--esm-model", NAME, "--include", "contacts").status == 0
+    weights.unlink()
+    server.body = published
+    save_adapter(adapter, f"facebook/{NAME}", factors(QUERY, 320, 320), target_modules=["query"])
+    answer = script("validate", "--esm-model", adapter)
+    assert answer.error.startswith(f"{NAME}: weights are not on disk (make download and embed ")
+    answer = script("download", "--esm-model", adapter, "--json")
+    assert answer.json == {"weights": str(weights), "contact_regression": None}
+    assert (weights.read_bytes(), server.asked) == (published, 3)
+    assert not place.database.exists()
+    assert not place.output.exists()
+
+
 def embed_contacts(script: Script, place: Place, base: Path) -> Answer:
     """Embed with contacts, with weights of a released name in weights_directory."""
     folder = place.folder / "weights"
@@ -219,7 +248,9 @@ def test_the_contact_regression_is_fetched_if_contacts_are_asked_for(
     shutil.copy(base, place.folder / "weights")
     answer = script("validate", "--esm-model", NAME, "--set", "output.include=contacts")
     assert answer.status == 2
-    assert answer.error.endswith("no contact regression on disk (embed downloads it)")
+    fact = "no contact regression on disk"
+    how = "with include contacts, make download and embed download it"
+    assert answer.error.endswith(f"{fact} ({how})")
     answer = embed_contacts(script, place, base)
     assert answer.status == 0, answer.err
     assert server.path == f"/regression/{regression.name}"

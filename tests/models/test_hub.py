@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -180,7 +180,8 @@ def test_a_released_name_is_fetched_at_its_commit_and_proven(call: Caller, hub: 
 
 
 def test_what_is_in_the_cache_needs_no_network(call: Caller, hub: Hub) -> None:
-    assert call.embed().status == 0
+    answer = call("download", "--json", "--esm-model", NAME)
+    assert answer.json == {"weights": str(call.snapshot), "contact_regression": None}
     hub.asked.clear()
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
         answer = call.embed(**environment)
@@ -207,7 +208,8 @@ def test_offline_and_not_in_the_cache_is_one_line(call: Caller, hub: Hub) -> Non
     assert hub.asked == []
     assert call("detect", "--json", "--esm-model", NAME).json["path"] is None
     answer = call("validate", "--esm-model", NAME)
-    assert answer.error == f"{NAME}: weights are not on disk (embed downloads them)"
+    fact = "weights are not on disk (make download and embed download them)"
+    assert answer.error == f"{NAME}: {fact}"
 
 
 def test_nobody_at_the_address_is_one_line(call: Caller) -> None:
@@ -296,13 +298,6 @@ def test_another_commit_is_refused(call: Caller, hub: Hub) -> None:
     assert call.embed().status == 0
 
 
-def test_a_model_that_is_not_known_on_the_hub_is_refused(call: Caller) -> None:
-    call.entry = replace(call.entry, hub=None)
-    answer = call("detect", "--esm-model", NAME)
-    assert answer.status == 2
-    assert answer.error == f"[model] source = huggingface: no commit and digest known of {NAME}"
-
-
 def test_a_path_needs_no_hub(call: Caller, small_model: Path) -> None:
     assert call("detect", "--json", "--esm-model", small_model).json["path"] == str(small_model)
 
@@ -347,6 +342,19 @@ def test_an_adapters_base_may_have_the_hubs_name(call: Caller) -> None:
     save_adapter(lora, f"/training/{NAME}", factors(QUERY, 64, 64), target_modules=["query"])
     model = call.embed("--esm-model", lora).json["model"]
     assert (model["base_name"], model["weights_format"]) == (NAME, "huggingface+lora")
+
+
+def test_a_model_that_is_not_known_on_the_hub_is_refused(script: Script) -> None:
+    name = "esm2_t48_15B_UR50D"
+    answer = script("detect", "--esm-model", f"facebook/{name}")
+    fact = "no commit and digest of it on the Hub are known"
+    assert (answer.status, answer.error) == (2, f"facebook/{name}: {fact}")
+    answer = script("detect", "--esm-model", name, "--set", "model.source=huggingface")
+    assert (answer.status, answer.error) == (2, f"facebook/{name}: {fact}")
+    answer = script("detect", "--esm-model", f"other/{name}")
+    assert answer.error.endswith(f"no such file or folder, and the released model is {name}")
+    answer = script("detect", "--esm-model", "650M")
+    assert answer.error.endswith(f"{name}, which may have facebook/ before them, but for {name}")
 
 
 @pytest.mark.parametrize("option", ["esm_model", "base_model"])

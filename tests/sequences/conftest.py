@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.sequences.alphabet import LETTERS
+from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import preflight
-from lib.sequences.records import Record, read_records
+from lib.sequences.records import Record, read_file
 from lib.settings import load_settings
 from schema.settings import InputSettings
 
@@ -52,7 +53,13 @@ def read(path: Path, content: str | bytes, **options: object) -> list[Record]:
     # A file that is emptied and written again is on the disk when it is closed, a new one is not.
     path.unlink(missing_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(read_records(rules(path, **options)))
+    return records_of(rules(path, **options))
+
+
+def records_of(rules: InputSettings) -> list[Record]:
+    """The records of an input of one file."""
+    (source,) = input_sources(rules)
+    return [one for batch in read_file(source, rules, 0, several=False) for one in batch]
 
 
 def swap(path: Path, content: bytes) -> None:

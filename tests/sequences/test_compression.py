@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError, LedgerError
 from lib.sequences.inventory import preflight
-from lib.sequences.records import read_records
 from tests.conftest import UNIPROT_PART, Script
-from tests.sequences.conftest import COMPRESS, read, refusal, rules, told
+from tests.sequences.conftest import COMPRESS, read, records_of, refusal, rules, told
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -23,8 +22,8 @@ from tests.sequences.conftest import COMPRESS, read, refusal, rules, told
 def test_compressed_files_are_read(tmp_path: Path, kind: str, named: bool) -> None:
     path = tmp_path / (f"a.fasta.{kind}" if named else "a.fasta")
     path.write_bytes(COMPRESS[kind](UNIPROT_PART.read_bytes()))
-    plain = list(read_records(rules(UNIPROT_PART)))
-    assert list(read_records(rules(path))) == plain
+    plain = records_of(rules(UNIPROT_PART))
+    assert records_of(rules(path)) == plain
     assert preflight(rules(path)).records == len(plain)
 
 

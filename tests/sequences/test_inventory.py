@@ -71,9 +71,9 @@ def test_what_changes_sequences_is_told_at_startup(
     lines = answer.err.splitlines()
     counted = "4 records, 3 different sequences, 26 residues to embed, longest 30"
     assert f"input {path}: {counted}" in lines
-    assert "truncated to 20 residues: 1 records" in lines
+    assert "truncated to 20 residues: 1 record" in lines
     assert "unknown letters read as X: 2" in lines
-    assert "only letters of ACGTUN (nucleotides?): 1 records" in lines
+    assert "only letters of ACGTUN (nucleotides?): 1 record" in lines
 
 
 def test_genes_and_rows_of_an_alignment_are_counted_and_warned_of(

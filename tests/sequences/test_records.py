@@ -8,10 +8,18 @@ import pytest
 
 from lib.sequences.alphabet import LETTERS
 from lib.sequences.inventory import preflight
-from lib.sequences.records import Record, read_records
+from lib.sequences.records import Record
 from tests import reference
 from tests.conftest import UNIPROT_PART, WHOLE_PROTEINS
-from tests.sequences.conftest import UNKNOWN, UNKNOWN_LETTER, read, refusal, residues, rules
+from tests.sequences.conftest import (
+    UNKNOWN,
+    UNKNOWN_LETTER,
+    read,
+    records_of,
+    refusal,
+    residues,
+    rules,
+)
 
 
 def test_a_record_is_read_as_written(path: Path) -> None:
@@ -24,7 +32,7 @@ def test_a_record_is_read_as_written(path: Path) -> None:
 
 @pytest.mark.parametrize("path_of_real", [WHOLE_PROTEINS, UNIPROT_PART])
 def test_real_files_are_read_as_the_plainest_code_does(path_of_real: Path) -> None:
-    records = list(read_records(rules(path_of_real, long_sequences="whole")))
+    records = records_of(rules(path_of_real, long_sequences="whole"))
     expected = reference.fasta(path_of_real)
     assert len(expected) > 10
     assert [f"{r.id} {r.description}".strip() for r in records] == [name for name, _ in expected]

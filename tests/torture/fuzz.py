@@ -35,8 +35,9 @@ from lib.models.detection import detect
 from lib.models.formats import open_weights
 from lib.models.regression import read_regression_file
 from lib.models.untrained import make_model
+from lib.sequences.inputs import input_sources
 from lib.sequences.inventory import preflight
-from lib.sequences.records import read_records
+from lib.sequences.records import read_file
 from lib.settings import DEFAULT_CONFIG, load_settings
 from schema.parquet import FOOTER_KEY
 from tests.conftest import UNIPROT_PART
@@ -314,7 +315,9 @@ def _read_fasta(path: Path) -> None:
 
 def _read_streams(path: Path) -> None:
     rules = load_settings(overrides={"input.fasta": str(path)}).input
-    found = [(record.id, record.residues) for record in read_records(rules)]
+    (source,) = input_sources(rules)
+    batches = read_file(source, rules, 0, several=False)
+    found = [(record.id, record.residues) for batch in batches for record in batch]
     if found != _WHOLE:
         raise AssertionError(f"records {found} of a damaged file")
 
