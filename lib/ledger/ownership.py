@@ -8,7 +8,7 @@ from typing import IO
 
 from lib.errors import MachineError
 
-__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock"]
+__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock", "uuid_in_lock"]
 
 LOCK_NAME = ".lock"
 
@@ -47,3 +47,12 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def uuid_in_lock(folder: Path) -> str | None:
+    """Return the uuid of the run that a folder was made for; None if its lock does not say it."""
+    try:
+        said = (folder / LOCK_NAME).read_text("utf-8", "replace")
+    except OSError:
+        return None
+    return said.splitlines()[-1].partition(" ")[0] if said else None
