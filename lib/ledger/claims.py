@@ -54,9 +54,9 @@ def claim_folder(
 
 
 def _mark(session: Session, database: Path) -> str:
-    """Return what tells a database from its copies, and from any that had or has its path."""
+    """Return what tells a database from its copies, and from any that had its path, in a line."""
     made = session.scalar(select(func.min(SchemaVersion.created_at)))
-    return f"{database.stat().st_ino} {made} {database.resolve()}"
+    return f"{database.stat().st_ino} {made} {str(database.resolve())!a}"
 
 
 def _claimed(session: Session, folder: Path, uuid: str, mark: str) -> IO[bytes] | None:
@@ -65,7 +65,7 @@ def _claimed(session: Session, folder: Path, uuid: str, mark: str) -> IO[bytes] 
         return None
     there = {path.name for path in folder.iterdir()}
     begun = {name for name in there if name.startswith(_BEGUN)}
-    claim = f"{uuid} {mark}\n".encode(errors="surrogateescape")
+    claim = f"{uuid} {mark}\n".encode()
     if there == begun:
         lock = _new_lock(folder, claim)
     elif _is_of_dead_starts(session, folder, there - begun, mark):
@@ -81,7 +81,7 @@ def _claimed(session: Session, folder: Path, uuid: str, mark: str) -> IO[bytes] 
 def _is_of_dead_starts(session: Session, folder: Path, there: Set[str], mark: str) -> bool:
     """Return whether starts of this database made all that is in a folder, and none got its run."""
     lock = folder / LOCK_NAME
-    said = lock.read_text("utf-8", "surrogateescape") if lock.is_file() else ""
+    said = lock.read_text("utf-8", "replace") if lock.is_file() else ""
     *claims, cut_off = said.split("\n")
     uuids, marks = {claim[:_UUID] for claim in claims}, {claim[_UUID:] for claim in claims}
     if cut_off or marks != {f" {mark}"}:

@@ -9,7 +9,7 @@ from typing import IO
 
 from lib.errors import MachineError
 
-__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock"]
+__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock", "uuid_in_lock"]
 
 LOCK_NAME = ".lock"
 # Who only looks has the lock for a moment, in which nobody can take it: `is_held`.
@@ -62,3 +62,12 @@ def is_held(folder: Path) -> bool | None:
     except OSError:
         return None
     return False
+
+
+def uuid_in_lock(folder: Path) -> str | None:
+    """Return the uuid of the run that a folder was made for; None if its lock does not say it."""
+    try:
+        said = (folder / LOCK_NAME).read_text("utf-8", "replace")
+    except OSError:
+        return None
+    return said.splitlines()[-1].partition(" ")[0] if said else None

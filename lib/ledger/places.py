@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
-from lib.ledger.ownership import LOCK_NAME
+from lib.ledger.ownership import LOCK_NAME, uuid_in_lock
 from lib.ledger.sqlite_file import database_path
 
 __all__ = [
@@ -117,7 +117,8 @@ def given_folder(run: StoredRun, output: Path) -> Path:
     """Return the folder of a run that lies at `output`, or within it under its old name.
 
     Raises SettingsError if there is no such folder, IdentityRefusedError unless a file in it names
-    the run in its footer. One that has nothing but a lock may be of a run that committed nothing.
+    the run in its footer. One that has nothing but a lock may be of a run that committed nothing,
+    if the lock does not say that it is another's.
     """
     name = PurePath(run.output_folder).name
     folder = output
@@ -131,6 +132,12 @@ def given_folder(run: StoredRun, output: Path) -> Path:
         is_empty = all(path.name.startswith(".") for path in _entries(folder))
         if not (is_empty and (folder / LOCK_NAME).exists()):
             raise IdentityRefusedError(f"run {run.id}: {folder} has no checkpoint file of it")
+        claimed = uuid_in_lock(folder)
+        if claimed not in (run.uuid, None):
+            raise IdentityRefusedError(
+                f"run {run.id}: uuid is {run.uuid} in the database, {claimed} in the lock of "
+                f"{folder}"
+            )
     elif other != run.uuid and run.uuid not in found:
         raise IdentityRefusedError(
             f"run {run.id}: uuid is {run.uuid} in the database, {other} in the footers of {folder}"

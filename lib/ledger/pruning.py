@@ -29,7 +29,7 @@ from lib.ledger.database import (
     utc_ago,
     utc_now,
 )
-from lib.ledger.ownership import LOCK_NAME, is_held
+from lib.ledger.ownership import LOCK_NAME, is_held, uuid_in_lock
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
@@ -157,7 +157,9 @@ def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning 
             return None
         pruning = _examined(engine, run)
         _record(engine, run)
-        for name in [*pruning.files, LOCK_NAME]:
+        # The folder of a run that was pruned before may be another run's by now.
+        lock = [LOCK_NAME] if uuid_in_lock(folder) in (run.uuid, None) else []
+        for name in [*pruning.files, *lock]:
             _remove(folder / name)
         with suppress(OSError):  # something is left there
             folder.rmdir()

@@ -227,6 +227,11 @@ def test_a_run_that_committed_nothing_goes_on_where_it_lies_now(
     ask(project, "DELETE FROM checkpoints WHERE run_id = 2")
     for path in (elsewhere / "run-000002").glob("*.parquet"):
         path.unlink()
+    ((one,), (two,)) = ask(project, "SELECT uuid FROM runs ORDER BY id")
+    others = elsewhere / "run-000002"  # also without a checkpoint
+    answer = call("resume", "--run", "1", "--output", others)
+    fact = f"run 1: uuid is {one} in the database, {two} in the lock of {others}"
+    assert (answer.status, answer.error) == (3, fact)
     assert call("resume", "--output", elsewhere).status == 0
     assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
 
