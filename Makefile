@@ -87,19 +87,19 @@ export esm_config := $(value CONFIG)
 export esm_format := $(value FORMAT)
 export esm_to := $(value TO)
 export esm_query := $(value QUERY)
-model := $${esm_model:+--esm-model "$$esm_model"}
+model := $${esm_model:+--esm-model="$$esm_model"}
 # As in config.ini: a path, or words that each name one.
 input := $${esm_input:+--set "input.fasta=$$esm_input"}
-output := $${esm_output:+--output "$$esm_output"}
-run := $${esm_run:+--run "$$esm_run"}
-label := $${esm_label:+--label "$$esm_label"}
-ray := $${esm_ray:+--ray "$$esm_ray"}
+output := $${esm_output:+--output="$$esm_output"}
+run := $${esm_run:+--run="$$esm_run"}
+label := $${esm_label:+--label="$$esm_label"}
+ray := $${esm_ray:+--ray="$$esm_ray"}
 # What computes on a cluster needs Ray, and so does every machine of the cluster.
 cluster := $(if $(RAY),$(venv)/.installed-cluster)
-config := $${esm_config:+--config "$$esm_config"}
-format := $${esm_format:+--format "$$esm_format"}
-to := $${esm_to:+--to "$$esm_to"}
-query := $${esm_query:+--query "$$esm_query"}
+config := $${esm_config:+--config="$$esm_config"}
+format := $${esm_format:+--format="$$esm_format"}
+to := $${esm_to:+--to="$$esm_to"}
+query := $${esm_query:+--query="$$esm_query"}
 
 demo_model := models/esm2_untrained_t6_8M.pt
 

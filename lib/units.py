@@ -90,9 +90,12 @@ def moment(text: str) -> str:
 
 
 def seconds_between(start: str | None, stop: str | None) -> float | None:
-    """Return the seconds between two ISO 8601 times, or None if either is missing or malformed."""
+    """Return the seconds between two ISO 8601 times, or None if either is missing or malformed.
+
+    0 if the second is the earlier: the clock was set back in between.
+    """
     first, last = _parsed(start), _parsed(stop)
-    return None if first is None or last is None else (last - first).total_seconds()
+    return None if first is None or last is None else max(0.0, (last - first).total_seconds())
 
 
 def _parsed(text: str | None) -> datetime | None:

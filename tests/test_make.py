@@ -78,6 +78,23 @@ def test_values_reach_the_scripts_as_they_are(
         assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("embed", ["config", "esm-model", "output", "label", "ray"]),
+        ("export", ["run", "format", "to"]),
+        ("neighbours", ["query"]),
+    ],
+)
+def test_a_value_may_begin_with_a_dash(target: str, options: list[str]) -> None:
+    """Before, it was taken for an option: `argument --label: expected one argument`."""
+    names = ["CONFIG", "MODEL", "OUTPUT", "LABEL", "RAY", "RUN", "FORMAT", "TO", "QUERY"]
+    variables = {name: f"-{name.lower()} x" for name in names}
+    shown = make(target, "python=echo", variables=variables).stdout
+    for option in options:
+        assert f"--{option}=-{option.removeprefix('esm-')} x" in shown
+
+
 def test_variables_on_the_command_line(place: Place, small_model: Path) -> None:
     done = make(
         "embed", f"MODEL={small_model}", f"INPUT={SOME_PROTEINS}", f"CONFIG={place.config}",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from lib.errors import IdentityRefusedError, LedgerError, WeightsError
+from lib.errors import IdentityRefusedError, LedgerError, MachineError, WeightsError
 from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
 from lib.jobs.estimate import Estimate, estimate_run
 from lib.jobs.loading import LoadedModel, load_model, try_model
@@ -106,10 +107,12 @@ def audit_run(url: str, run_id: int, overrides: Overrides, output: Path | None =
         refuse_pruned(run.id, run.pruned_at)
     finally:
         engine.dispose()
-    errors: list[LedgerError] = [
-        IdentityRefusedError(finding.fact)
-        for finding in (*audit(run, files=True), *audit_completeness(run))
-    ]
+    errors: list[LedgerError] = []
+    try:
+        for finding in chain(audit(run, files=True), audit_completeness(run)):
+            errors.append(IdentityRefusedError(finding.fact))
+    except MachineError as error:
+        errors.append(error)
     settings, detection, sha256 = None, None, None
     try:
         settings = settings_of(run, overrides)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import IdentityRefusedError
-from lib.files import file_sha256
+from lib.files import disk_errors, file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
 from lib.ledger.footer import read_footer
 from lib.ledger.identity import first_difference, run_config, run_identity
@@ -40,7 +41,10 @@ class Finding:
 
 
 def audit(run: Run, *, files: bool) -> Iterator[Finding]:
-    """Yield what is wrong with a run's metadata, its checkpoints' and, if asked, their files."""
+    """Yield what is wrong with a run's metadata, its checkpoints' and, if asked, their files.
+
+    Raises MachineError, as `audit_files` does, for a file that cannot be opened: it may be good.
+    """
     try:
         config = run_config(run)
     except IdentityRefusedError as error:
@@ -68,7 +72,10 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
 
 
 def audit_files(run: Run) -> Iterator[Finding]:
-    """Yield what is wrong with the files of a run whose rows have been found good."""
+    """Yield what is wrong with the files of a run whose rows have been found good.
+
+    Raises MachineError for a file that cannot be opened: it may be good.
+    """
     yield from _audit_plan(run)
     for checkpoint in run.checkpoints:
         yield from _audit_file(run, checkpoint)
@@ -142,7 +149,7 @@ def _audit_row(run: Run, config: ESM2Config, checkpoint: Checkpoint) -> Iterator
 def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     path = Path(run.output_folder) / checkpoint.path
     try:
-        footer = read_footer(path)
+        footer = _footer(path)
     except ValueError as error:
         yield Finding(_of(checkpoint, str(error)), damaged=True, checkpoint=checkpoint)
         return
@@ -172,13 +179,15 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def difference(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
-    """Return how a file differs from what the row of a checkpoint says; its pages are not read."""
+    """Return how a file differs from what the row of a checkpoint says; its pages are not read.
+
+    Raises MachineError for one that cannot be opened.
+    """
     try:
-        if path.is_file() and path.stat().st_size != checkpoint.bytes:
-            return f"{path.stat().st_size} bytes, {checkpoint.bytes} in the database"
-        footer = read_footer(path)
-    except OSError as error:
-        return str(error.strerror)
+        with disk_errors(path):
+            if path.is_file() and path.stat().st_size != checkpoint.bytes:
+                return f"{path.stat().st_size} bytes, {checkpoint.bytes} in the database"
+        footer = _footer(path)
     except ValueError as error:
         return str(error)
     identity = footer.get("identity")
@@ -189,6 +198,20 @@ def difference(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
     if positions != (checkpoint.first_position, checkpoint.stop_position):
         return "its footer has other positions than the database"
     return None
+
+
+def _footer(path: Path) -> dict[str, Any]:
+    """Return the footer of a checkpoint file.
+
+    Raises ValueError for a file that is lost or altered, MachineError for one that cannot be
+    opened.
+    """
+    with disk_errors(path):
+        if path.is_symlink() or not path.is_file():
+            return read_footer(path)  # which says what it is
+        file = path.open("rb")
+    with file:
+        return read_footer(path, file)
 
 
 def _audit_leftovers(run: Run) -> Iterator[Finding]:

@@ -134,11 +134,13 @@ def _folders(output: Path) -> list[Path]:
     """Return the folders with checkpoint files, by name."""
     with disk_errors(output):
         found = [output, *sorted(output.iterdir())] if output.is_dir() else []
-        return [path for path in found if path.is_dir() and _checkpoints(path)]
+        folders = [path for path in found if path.is_dir()]
+    return [path for path in folders if _checkpoints(path)]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = sorted(folder.iterdir())
+    with disk_errors(folder):
+        found = sorted(folder.iterdir())
     return [path for path in found if checkpoint_number(path.name) is not None]
 
 

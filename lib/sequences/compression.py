@@ -2,7 +2,8 @@
 
 If bytes after the first stream do not begin another stream, bz2.open, lzma.open and zstd.open
 treat them as the end of the file. In a file of several streams (pbzip2 and pixz write such files)
-one damaged byte can then silently lose the rest of the records; here it is an error.
+one damaged byte can then silently lose the rest of the records; here it is an error. Behind a
+stream of gzip zeros are padding, and behind one of xz zeros in fours.
 
 A `DigestedRead` takes the digest of the bytes that its reader gets, below the decompressor.
 """
@@ -128,16 +129,19 @@ def open_decompressed(
         content.myfileobj = file  # type: ignore[assignment]  # closed with it, as by gzip.open
         return content
     if kind in _DECOMPRESSORS:
-        return io.BufferedReader(_Streams(file, _DECOMPRESSORS[kind]), _CHUNK)
+        return io.BufferedReader(_Streams(file, _DECOMPRESSORS[kind], padded=kind == ".xz"), _CHUNK)
     return file
 
 
 class _Streams(io.RawIOBase):
     """The content of all compressed streams of a file, one after the other."""
 
-    def __init__(self, file: io.BufferedReader, start: Callable[[], _Decompressor]) -> None:
+    def __init__(
+        self, file: io.BufferedReader, start: Callable[[], _Decompressor], *, padded: bool
+    ) -> None:
         self._file = file
         self._start = start
+        self._padded = padded
         self._stream = start()
 
     def readable(self) -> bool:
@@ -148,6 +152,8 @@ class _Streams(io.RawIOBase):
             data = b""
             if self._stream.eof:
                 data = self._stream.unused_data or self._file.read(_CHUNK)
+                if self._padded:
+                    data = self._without_padding(data)
                 if not data:
                     return 0
                 self._stream = self._start()
@@ -159,6 +165,17 @@ class _Streams(io.RawIOBase):
             if content:
                 buffer[: len(content)] = content
                 return len(content)
+
+    def _without_padding(self, data: bytes) -> bytes:
+        """Return what follows the zeros between streams, which come in fours (xz format, 2.2)."""
+        zeros, rest = 0, b""
+        while data and not rest:
+            rest = data.lstrip(b"\0")
+            zeros += len(data) - len(rest)
+            data = rest or self._file.read(_CHUNK)
+        if zeros % 4:
+            raise lzma.LZMAError(f"stream padding of {zeros} bytes, not a multiple of 4")
+        return data
 
     def close(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -301,6 +303,36 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     audit = script("validate", "--run", "1")
     assert audit.status == 3
     assert fact in audit.out
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, --recompute-damaged set the good file aside and computed it again."""
+    interrupted_run(place, small_model)
+    shut = place.output / "run-000001" / "checkpoint-000002.parquet"
+    names = {path.name for path in shut.parent.iterdir()}
+    true = Path.open
+
+    def refused(path: Path, *how: Any, **named: Any) -> Any:  # noqa: ANN401
+        if path == shut:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return true(path, *how, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    fact = f"{shut}: Permission denied"
+    for argv in (
+        ["resume"],
+        ["resume", "--recompute-damaged"],
+        ["relocate", "--output", shut.parent],
+    ):
+        answer = script(*argv, "--run", "1")
+        assert (answer.status, answer.error) == (4, fact)
+    audit = script("validate", "--run", "1")
+    assert (audit.status, fact in audit.out) == (4, True)
+    monkeypatch.undo()
+    assert {path.name for path in shut.parent.iterdir()} == names
+    assert script("resume", "--run", "1").status == 0
 
 
 def test_recompute_damaged_drops_and_computes_again(

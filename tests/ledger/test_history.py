@@ -17,7 +17,7 @@ import pytest
 
 from lib.ledger.comments import table_comments, view_comments
 from lib.ledger.database import open_for_writing, transaction, utc_now
-from lib.units import count, duration, size
+from lib.units import count, duration, seconds_between, size
 from schema.tables import Attempt, Checkpoint, Model, Run
 from scripts import query
 from tests import processes
@@ -292,6 +292,13 @@ def test_units_as_people_say_them() -> None:
     assert [count(n) for n in (0, 2.5, 9, 117, 2978.7, 1e8)] == [
         "0", "2.5", "9", "117", "2,979", "100,000,000",
     ]  # fmt: skip
+
+
+def test_a_clock_that_was_set_back_makes_no_time_below_nothing() -> None:
+    """Before, `history` said `took -179972.4 s`."""
+    noon, later = "2026-05-31T12:00:00.000Z", "2026-05-31T12:00:01.500Z"
+    assert (seconds_between(noon, later), seconds_between(later, noon)) == (1.5, 0)
+    assert seconds_between(noon, None) is seconds_between("noon", later) is None
 
 
 def long_run(place: Place, model: Path) -> Process:

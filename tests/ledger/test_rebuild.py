@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -215,6 +218,22 @@ def test_without_files_nothing_is_made(call: Call, project: Path) -> None:
         assert answer.status == 2
         assert answer.error == f"output folder {project / place}: no checkpoint file in it"
     assert not (project / "runs.sqlite").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    call: Call, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the output folder was, which may be read."""
+    true = Path.iterdir
+
+    def refused(path: Path) -> Iterator[Path]:
+        if path == folder(project, 2):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return true(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    answer = call("rebuild", "--output", project / "embeddings")
+    assert (answer.status, answer.error) == (4, f"{folder(project, 2)}: Permission denied")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,31 @@ def test_bytes_behind_the_last_stream_are_refused(tmp_path: Path, kind: str, beh
     refusal(tmp_path / f"a.{kind}", COMPRESS[kind](b">a\nMK\n") + behind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "zeros", "is_padding"),
+    [
+        ("gz", 3, True),
+        ("xz", 4, True),
+        ("xz", (1 << 18) + 4, True),
+        ("xz", 3, False),
+        ("xz", (1 << 18) + 1, False),
+        ("bz2", 4, False),
+        ("zst", 4, False),
+    ],
+)
+def test_zeros_between_and_behind_streams_are_padding_as_the_format_says(
+    tmp_path: Path, kind: str, zeros: int, is_padding: bool
+) -> None:
+    """Before, xz refused what `xz --test` calls good."""
+    path, padding = tmp_path / f"a.fasta.{kind}", bytes(zeros)
+    first, second = map(COMPRESS[kind], (b">a\nMK\n", b">b\nGG\n"))
+    for content in (first + padding, first + padding + second + padding):
+        if is_padding:
+            assert len(read(path, content)) == 1 + (len(content) > len(first + padding))
+        else:
+            refusal(path, content)
+
+
 def test_a_gzip_file_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.fasta.gz"
     records = read(path, gzip.compress(b">a\nMK\n") + gzip.compress(b">b\nGG\n"))
