@@ -7,9 +7,22 @@ from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, post_load, validate
 
-__all__ = ["VOCABULARY", "WEIGHTS_FORMATS", "ESM2Config", "ModelShape", "load_snapshot"]
+__all__ = [
+    "ALPHABET",
+    "VOCABULARY",
+    "WEIGHTS_FORMATS",
+    "ESM2Config",
+    "ModelShape",
+    "load_snapshot",
+]
 
-VOCABULARY = 33  # tokens in the ESM-2 alphabet
+# fair-esm 2.0.0, esm.data.Alphabet.from_architecture("ESM-1b"): a token's number is its place.
+ALPHABET = (
+    *("<cls>", "<pad>", "<eos>", "<unk>"),
+    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+    *("<null_1>", "<mask>"),
+)
+VOCABULARY = len(ALPHABET)
 # What a snapshot may have as its format; `+lora` where an adapter was merged into the weights.
 WEIGHTS_FORMATS = (
     *("fair-esm", "huggingface", "safetensors", "state-dict"),

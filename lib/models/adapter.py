@@ -20,6 +20,7 @@ from lib.models.huggingface import WEIGHT_FILES
 from lib.models.naming import model_name
 from lib.models.tensor_file import stored_tensors
 from lib.models.tensor_names import HEADS, fair_esm_name, is_of_trunk
+from lib.models.vocabulary import refuse_other_numbers
 from lib.models.weights import TensorInfo, read_json
 from schema.settings import ModelSettings
 
@@ -112,6 +113,7 @@ def read_adapter(folder: Path) -> Adapter:
     config_file, file = HeldFile(folder / _CONFIG), HeldFile(stored[0])
     config = read_json(config_file)
     _refuse_other_kinds(config, folder)
+    refuse_other_numbers(folder)
     tensors = stored_tensors(file)
     pairs, replacements = _sorted_out(tensors, config.get("modules_to_save") or [], file.path)
     factors = {

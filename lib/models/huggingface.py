@@ -27,6 +27,7 @@ from lib.models.huggingface_config import (
 from lib.models.stored import ROTARY, StoredTensor, with_rotary_of_every_layer
 from lib.models.tensor_file import read_stored, stored_tensors
 from lib.models.tensor_names import fair_esm_name, hugging_face_name, is_of_trunk
+from lib.models.vocabulary import refuse_other_numbers
 from lib.models.weights import TensorInfo, Weights, read_json
 
 __all__ = ["WEIGHT_FILES", "HuggingFaceFolder"]
@@ -73,6 +74,7 @@ class HuggingFaceFolder:
         config_file = HeldFile(path / _CONFIG)
         config = read_json(config_file)
         refuse_other_models(config, path)
+        refuse_other_numbers(path)
         files = tuple(map(HeldFile, _weight_files(path)))
         stored = with_rotary_of_every_layer(_without_heads(_stored_in(files)), path)
         if not any(name.endswith(ROTARY) for name in stored):

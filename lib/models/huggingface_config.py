@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import WeightsError
+from lib.models.vocabulary import OF_SEQUENCES
 
 __all__ = ["metadata", "refuse_other_models", "refuse_other_rotary", "unknown_keys"]
 
@@ -24,9 +25,6 @@ _WORDS = {
 _NORM_EPS = 1e-5
 _NORM_EPS_IF_ABSENT = 1e-12
 _ROTARY_BASE = 10000
-# With token dropout, transformers zeroes the embedding of the mask token: it must not be one that
-# a sequence can hold. These are <cls>, <eos> and the letters.
-_TOKENS_OF_SEQUENCES = {0, 2, *range(4, 31)}
 # Any value but an empty one makes the network another one.
 _REFUSED_IF_SET = {
     "is_decoder": "attention to earlier residues only",
@@ -154,7 +152,8 @@ def _refuse_other_masks(config: Mapping[str, Any], folder: Path) -> None:
         return
     if not isinstance(mask, int) or isinstance(mask, bool):
         raise WeightsError(f"{folder}: mask_token_id {_shown(mask)} with token_dropout")
-    if mask in _TOKENS_OF_SEQUENCES:
+    # transformers zeroes the embedding of this token.
+    if mask in OF_SEQUENCES:
         raise WeightsError(
             f"{folder}: mask_token_id {mask} with token_dropout: a token that sequences hold; "
             "ESM-2 has 32"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from schema.esm2_config import ALPHABET
+
 __all__ = ["CLS", "EOS", "LETTERS", "tokenise"]
 
-# fair-esm 2.0.0, esm.data.Alphabet.from_architecture("ESM-1b"): four special tokens, then these.
-LETTERS = b"LAGVSERTIDPKQNFYMHWCXBUZO.-"
-CLS, EOS, UNKNOWN = 0, 2, 3
+LETTERS = "".join(token for token in ALPHABET if len(token) == 1).encode()
+CLS, EOS, UNKNOWN = map(ALPHABET.index, ("<cls>", "<eos>", "<unk>"))
 _TABLE = np.full(256, UNKNOWN, dtype=np.uint8)
-_TABLE[np.frombuffer(LETTERS, dtype=np.uint8)] = np.arange(4, 4 + len(LETTERS))
+_TABLE[np.frombuffer(LETTERS, dtype=np.uint8)] = list(map(ALPHABET.index, LETTERS.decode()))
 
 
 def tokenise(sequences: list[bytes]) -> npt.NDArray[np.uint8]:

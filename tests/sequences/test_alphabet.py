@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.sequences.alphabet import CLS, EOS, LETTERS, tokenise
+from schema.esm2_config import ALPHABET
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def test_the_letters_are_all_that_fair_esm_knows(reference: esm.data.Alphabet) -
     single = {token for token in reference.all_toks if len(token) == 1}
     assert single == set(LETTERS.decode())
     assert (reference.cls_idx, reference.eos_idx) == (CLS, EOS)
+    assert tuple(reference.all_toks) == ALPHABET
 
 
 @settings(deadline=None)
