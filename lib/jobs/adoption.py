@@ -22,7 +22,12 @@ from sqlalchemy import Engine
 from lib.files import disk_errors
 from lib.ledger.checkpoints import FinishedFile, attempt_of, leftovers
 from lib.ledger.commit import FinishedStretch, add_checkpoint
-from lib.ledger.identity import first_difference, run_columns, run_identity
+from lib.ledger.identity import (
+    first_difference,
+    identity_in_footer,
+    identity_on_record,
+    run_columns,
+)
 from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership
 from lib.ledger.unlisted import opened_unlisted
@@ -138,8 +143,7 @@ def _verified(planned: _Planned, path: Path) -> FinishedStretch:
 
 def _check_footer(run: Run, footer: dict[str, Any]) -> range:
     """Return the positions that a footer names, if it is of this run and nobody has them."""
-    identity = footer.get("identity")
-    difference = first_difference(run_identity(run), identity if isinstance(identity, dict) else {})
+    difference = first_difference(identity_on_record(run), identity_in_footer(footer))
     if difference:
         key, was, now = difference
         raise ValueError(f"{key} is {was} in the database, {now} in its footer")

@@ -19,7 +19,7 @@ from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.ledger.audit import Finding, audit
 from lib.ledger.history import refuse_pruned
-from lib.ledger.identity import first_difference, run_identity
+from lib.ledger.identity import first_difference, identity_in_footer, identity_on_record
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.ledger.runs import load_run
 from lib.ledger.sources import Wanted, has_sources, source_runs
@@ -154,9 +154,7 @@ def verified_source(run: Run, checkpoint: Checkpoint, *, digest: bool) -> Verifi
     verified = verified_file(listed, digest=digest)
     with verified.opened() as file:
         footer = file.footer()
-    identity = footer.get("identity")
-    found = dict(identity) if isinstance(identity, dict) else {}
-    expected = run_identity(run)
+    found, expected = identity_in_footer(footer), identity_on_record(run)
     for key in ("first_position", "stop_position"):
         found[key], expected[key] = footer.get(key), getattr(checkpoint, key)
     difference = first_difference(expected, found)

@@ -11,7 +11,12 @@ from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
 from lib.ledger.footer import read_footer
-from lib.ledger.identity import first_difference, run_config, run_identity
+from lib.ledger.identity import (
+    first_difference,
+    identity_in_footer,
+    identity_on_record,
+    run_config,
+)
 from lib.ledger.reuse_plan import check_plan
 from lib.sequences.inputs import combined_sha256
 from schema.esm2_config import ESM2Config, load_snapshot
@@ -153,13 +158,12 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(_of(checkpoint, str(error)), damaged=True, checkpoint=checkpoint)
         return
-    expected = run_identity(run) | {
+    expected = identity_on_record(run) | {
         "first_position": checkpoint.first_position,
         "stop_position": checkpoint.stop_position,
         "reused_run_id": checkpoint.reused_run_id,
     }
-    identity, reused = footer.get("identity"), footer.get("reused")
-    found = dict(identity) if isinstance(identity, dict) else {}
+    found, reused = identity_in_footer(footer), footer.get("reused")
     found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
     found["reused_run_id"] = reused.get("run") if isinstance(reused, dict) else None
     difference = first_difference(expected, found)

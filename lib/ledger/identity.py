@@ -25,6 +25,8 @@ __all__ = [
     "check_settings",
     "check_sha256",
     "first_difference",
+    "identity_in_footer",
+    "identity_on_record",
     "is_compiled",
     "run_columns",
     "run_config",
@@ -160,7 +162,7 @@ def check_settings(run: Run, settings: Settings) -> None:
 
     Raises IdentityRefusedError at the first difference, and for a plan of another version.
     """
-    expected = run_identity(run) | {"compile": is_compiled(run)}
+    expected = identity_on_record(run)
     wanted = settings_identity(settings) | {"compile": settings.compute.compile}
     difference = first_difference({key: expected[key] for key in wanted}, wanted)
     if difference:
@@ -174,9 +176,21 @@ def check_settings(run: Run, settings: Settings) -> None:
         )
 
 
-def is_compiled(run: Run) -> bool:
-    """Return whether the network of a run is compiled; settings older than the option: no."""
-    compute = run.settings.get("compute") if isinstance(run.settings, dict) else None
+def identity_on_record(run: Run) -> dict[str, Any]:
+    """Return what identifies a run, and what its settings on record say of how it is computed."""
+    return run_identity(run) | {"compile": is_compiled(run.settings)}
+
+
+def identity_in_footer(footer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same as a checkpoint's footer has it."""
+    identity = footer.get("identity")
+    found = dict(identity) if isinstance(identity, dict) else {}
+    return found | {"compile": is_compiled(footer.get("settings"))}
+
+
+def is_compiled(settings: object) -> bool:
+    """Return whether a run with these settings compiles its network; older than the option: no."""
+    compute = settings.get("compute") if isinstance(settings, dict) else None
     return isinstance(compute, dict) and compute.get("compile") is True
 
 

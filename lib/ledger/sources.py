@@ -44,7 +44,7 @@ class Wanted:
 
         A compiled network rounds differently: neither kind of run serves the other.
         """
-        if is_compiled(run) != self.settings.compute.compile:
+        if is_compiled(run.settings) != self.settings.compute.compile:
             return False
         include = self.settings.output.include
         kept = vector_columns(run.include, run.repr_layers)

@@ -149,6 +149,10 @@ ROWS = {
         "run 1: plan is 'by chance', this program's",
     ),
     "another uuid": ("UPDATE runs SET uuid = 'x'", "uuid is x in the database"),
+    "another network, compiled": (
+        "UPDATE runs SET settings = json_set(settings, '$.compute.compile', json('true'))",
+        "compile is True in the database, False in the file's footer",
+    ),
     "broken settings": ("UPDATE runs SET settings = '[]'", "run 1: stored settings"),
     "overlapping positions": (
         "UPDATE checkpoints SET first_position = first_position - 1 WHERE first_position > 0",
