@@ -7,8 +7,10 @@
 --older-than takes every run that no process has worked on for so many hours (12h), days (90d) or
 weeks (2w). A run with a live owner is refused. What goes are the checkpoint files that the database
 lists, the reuse plan, the copy of standard input and temporary files; whatever else lies in the
-folder stays and is named. A pruning that was cut short can be said again. Exit status: 0 done, 2 no
-such run, 3 malformed rows, 4 owned by a live process, or disk or database failed.
+folder stays and is named. A pruning that was cut short can be said again. A run whose folder is not
+there may be on a disk that is not mounted: --older-than passes it over and names it, and --run
+refuses it if the folder around it is missing, too. Exit status: 0 done, 2 no such run, 3 malformed
+rows, 4 owned by a live process, or disk or database failed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Engine, func, select, update
 
-from lib.errors import IdentityRefusedError
+from lib.errors import IdentityRefusedError, MachineError
 from lib.files import disk_errors
 from lib.ledger.audit import difference
 from lib.ledger.checkpoints import attempt_of
@@ -97,13 +97,21 @@ def prunings(
     """Prune runs of a run database, and yield each when it is done.
 
     wanted: the number of a run, or all that have been idle for longer and have files. dry_run:
-    whether the database is only read, and nothing is changed. `say` is told what
-    `open_for_writing` tells. Raises what `prune` raises.
+    whether the database is only read, and nothing is changed. `say` is told which idle runs are
+    passed over as they have no folder, and what `open_for_writing` tells. Raises what `prune`
+    raises.
     """
     with _opened(url, writing=not dry_run, say=say) as engine:
         age = None if isinstance(wanted, int) else wanted
+        pruned = try_pruning if dry_run else prune
         for run_id in [wanted] if isinstance(wanted, int) else idle_runs(engine, wanted):
-            pruning = try_pruning(engine, run_id) if dry_run else prune(engine, run_id, age)
+            try:
+                pruning = pruned(engine, run_id, age)
+            except _NoFolderError as error:
+                if age is None:
+                    raise
+                say(str(error))
+                continue
             if pruning is not None and not (age is not None and pruning.changes_nothing):
                 yield pruning
 
@@ -135,11 +143,12 @@ def idle_runs(engine: Engine, age: timedelta) -> list[int]:
     return found
 
 
-def try_pruning(engine: Engine, run_id: int) -> Pruning:
+def try_pruning(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning:
     """Return what `prune` would do, and change nothing; raises what it raises."""
     run = load_run(engine, run_id)
     if is_held(Path(run.output_folder)):
         raise owned_by_another(run)
+    _refuse_lost(run, age)
     return _examined(engine, run)
 
 
@@ -148,17 +157,23 @@ def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning 
 
     age: None, or do nothing and return None if the last sign of life of the run is not older: it
     may have been continued meanwhile. Raises SettingsError if there is no such run, MachineError
-    if a live process owns it or the disk fails.
+    if a live process owns it, its disk seems not to be mounted, its folder cannot be written to or
+    the disk fails.
     """
     folder = Path(load_run(engine, run_id).output_folder)
     with _held(engine, run_id, folder):
         run = load_run(engine, run_id)
         if age is not None and run_id not in _idle(engine, age):
             return None
+        _refuse_lost(run, age)
         pruning = _examined(engine, run)
         _record(engine, run)
-        for name in [*pruning.files, LOCK_NAME]:
-            _remove(folder / name)
+        try:
+            for name in [*pruning.files, LOCK_NAME]:
+                _remove(folder / name)
+        except MachineError as error:
+            fact = f"run {run_id}: recorded as pruned, files are left (make prune RUN={run_id})"
+            raise MachineError(f"{fact}: {error}") from None
         with suppress(OSError):  # something is left there
             folder.rmdir()
     return pruning
@@ -174,6 +189,25 @@ def _idle(engine: Engine, age: timedelta) -> list[int]:
     query = select(Run.id).where(last < utc_ago(age)).order_by(Run.id)
     with transaction(engine) as session:
         return list(session.scalars(query))
+
+
+class _NoFolderError(MachineError):
+    """The files of a run are not there, and may be on a disk that is not mounted."""
+
+
+def _refuse_lost(run: Run, age: timedelta | None) -> None:
+    """Raise _NoFolderError if the folder of a run is not there, which may come back.
+
+    age: None, or let a run be pruned whose folder alone is lost: its user has named it.
+    """
+    if run.pruned_at is not None:
+        return
+    folder = Path(run.output_folder)
+    for place in [folder.parent] if age is None else [folder]:
+        with disk_errors(place):
+            is_there = place.is_dir()
+        if not is_there:
+            raise _NoFolderError(f"run {run.id}: output folder {place}: no such folder")
 
 
 @contextmanager
@@ -209,11 +243,17 @@ def _remove(path: Path) -> None:
 
 
 def _examined(engine: Engine, run: Run) -> Pruning:
-    """Go through the folder of a run and tell what goes from what stays."""
+    """Go through the folder of a run and tell what goes from what stays.
+
+    Raises MachineError if no file can be removed from there.
+    """
     folder = Path(run.output_folder)
     files, left = dict[str, int](), dict[str, str]()
     listed = _Listed(engine, run)
     with disk_errors(folder):
+        # Before the run is recorded as pruned. A trial file would not fit on a full disk.
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise MachineError(f"{folder}: not writable")
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name == LOCK_NAME:
                 continue
