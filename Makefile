@@ -149,7 +149,7 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 
 .PHONY: prune
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
-	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
+	@$(python) scripts/prune.py $(config) $(run) $(output) $(ARGS)
 
 .PHONY: rebuild
 rebuild: $(installed) ## make a lost run database anew from the files in OUTPUT=

@@ -24,7 +24,7 @@ from lib.files import disk_errors, sync_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
-from lib.ledger.ownership import LOCK_NAME, HeldError, take_lock
+from lib.ledger.ownership import LOCK_NAME, HeldError, is_held, take_lock
 from lib.ledger.places import (
     StoredRun,
     given_folder,
@@ -34,6 +34,7 @@ from lib.ledger.places import (
 )
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
 from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
+from lib.ledger.whereabouts import write_folder
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -198,14 +199,26 @@ def own(
 def hold_lock(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder.
 
-    Raises MachineError if a live process has it, whom it names, or the folder does not allow it.
+    Raises MachineError if a live process has it, or that of the folder on record, whom it names, or
+    the folder does not allow it.
     """
     try:
         lock = take_lock(folder)
     except HeldError:
         raise owned_by_another(load_run(engine, run_id)) from None
     with lock:
+        on_record = load_run(engine, run_id)
+        if _is_held_elsewhere(Path(on_record.output_folder), folder):
+            raise owned_by_another(on_record)
         yield
+
+
+def _is_held_elsewhere(on_record: Path, folder: Path) -> bool:
+    """Return whether a live process works in the folder on record; False if that is `folder`."""
+    with suppress(OSError):  # it is not there
+        if on_record.samefile(folder):
+            return False
+    return is_held(on_record)
 
 
 def owned_by_another(run: Run) -> MachineError:
@@ -221,9 +234,15 @@ def start_attempt(
 
     `dropped` checkpoints are taken off the record in the same transaction, so that a run never
     looks finished without them. Attempts that ended without a word are marked as lost: their
-    lock was free.
+    lock was free. The folder that the run is continued in becomes the one on record, where others
+    look for its lock. Raises SettingsError if the run was pruned meanwhile, MachineError if another
+    process has begun to continue it in another folder.
     """
+    database = Path(engine.url.database or "")
     with transaction(engine) as session:
+        folder = Path(run.output_folder)
+        _refuse_taken(session, run.id, folder, database)
+        write_folder(session, run.id, folder, database)
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
         session.execute(
             update(Attempt)
@@ -239,13 +258,22 @@ def start_attempt(
         session.execute(
             update(Run).where(Run.id == run.id).values(status="running", finished_at=None)
         )
-        attempt = _attempt(run.id, facts, Path(engine.url.database or ""))
+        attempt = _attempt(run.id, facts, database)
         session.add(attempt)
     run.status = "running"
     for checkpoint in dropped:
         run.checkpoints.remove(checkpoint)
     with _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
+
+
+def _refuse_taken(session: Session, run_id: int, folder: Path, database: Path) -> None:
+    """Refuse a run that has been pruned, or continued in another folder, since it was loaded."""
+    run = session.get_one(Run, run_id)
+    refuse_pruned(run.id, run.pruned_at)
+    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
+    if _is_held_elsewhere(stored.folder(database), folder):
+        raise owned_by_another(run)
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:

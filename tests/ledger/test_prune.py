@@ -320,6 +320,10 @@ def test_standard_input_that_was_kept_goes_unless_another_run_reads_it(
     assert script("embed", *flags, "--input", kept).status == 0
     assert script("prune", "--run", "2").out.startswith("run 2: pruned, 2 files")
     assert not folder(place, 2).exists()
+    there = folder(place).rename(place.folder / "there")
+    answer = script("prune", "--run", "1", "--output", there, "--dry-run")
+    assert f"run 1: left {kept.name}: input of run 3\n" in answer.out
+    there.rename(folder(place))
     answer = script("prune", "--run", "1")
     assert f"run 1: left {kept.name}: input of run 3\n" in answer.out
     assert script("validate", "--run", "3").status == 0
@@ -521,6 +525,7 @@ def test_rows_of_the_wrong_types_are_one_line(
         ([], "--run or --older-than: one of them is needed, and not both"),
         (["--run", "1", "--older-than", "1d"], "one of them is needed, and not both"),
         (["--run", "7"], "run 7: not in database "),
+        (["--older-than", "1d", "--output", "elsewhere"], "--output: only with --run"),
     ],
 )
 def test_what_is_refused(
@@ -613,6 +618,8 @@ def test_make_prune(place: Place, embed: Callable[..., Answer], quick_python: Pa
     dry = make("prune", "RUN=1", "ARGS=--dry-run", *flags)
     assert "run 1: would be pruned, 1 file (" in dry.stdout
     assert make("prune", "ARGS=--older-than 90d", *flags).stdout == "no run that old has files\n"
+    copy = shutil.copytree(place.output, place.folder / "copy")
+    assert "not the one on record" in make("prune", "RUN=1", f"OUTPUT={copy}", *flags).stderr
     assert folder(place).exists()
     assert make("prune", "RUN=1", *flags).stdout.startswith("run 1: pruned, 1 file (")
     assert not folder(place).exists()
