@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
-from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
+from lib.jobs.admission import (
+    input_in_hand,
+    settings_to_continue,
+    weights_in_hand,
+    why_not_resumable,
+)
 from lib.jobs.estimate import Estimate, estimate_run
 from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
@@ -110,7 +115,7 @@ def audit_run(url: str, run_id: int, overrides: Overrides, output: Path | None =
     ]
     settings, detection, sha256 = None, None, None
     try:
-        settings = settings_of(run, overrides)
+        settings = settings_to_continue(run, overrides)
         check_settings(run, settings)
         detection, sha256 = weights_in_hand(run, settings)
     except LedgerError as error:

@@ -33,8 +33,14 @@ from lib.ledger.places import (
     stored_path,
 )
 from lib.ledger.reuse_plan import ReusePlan, is_plan_name, plan_path, write_plan
-from lib.ledger.standard_input import drop_names, is_kept, keep_in_folder, remove_unlisted
-from lib.ledger.whereabouts import write_folder
+from lib.ledger.standard_input import (
+    drop_names,
+    is_kept,
+    keep_in_folder,
+    kept_name,
+    remove_unlisted,
+)
+from lib.ledger.whereabouts import write_folder, write_input
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -228,21 +234,27 @@ def owned_by_another(run: Run) -> MachineError:
 
 @contextmanager
 def start_attempt(
-    engine: Engine, run: Run, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
+    engine: Engine,
+    run: Run,
+    facts: AttemptFacts,
+    inventory: Inventory,
+    dropped: Sequence[Checkpoint] = (),
 ) -> Iterator[Ownership]:
     """Record a further attempt at a run whose lock is held, and its end if the block fails.
 
     `dropped` checkpoints are taken off the record in the same transaction, so that a run never
     looks finished without them. Attempts that ended without a word are marked as lost: their
     lock was free. The folder that the run is continued in becomes the one on record, where others
-    look for its lock. Raises SettingsError if the run was pruned meanwhile, MachineError if another
-    process has begun to continue it in another folder.
+    look for its lock, and the files that `inventory` was read from become its input there. Raises
+    SettingsError if the run was pruned meanwhile, MachineError if another process has begun to
+    continue it in another folder.
     """
-    database = Path(engine.url.database or "")
+    database, folder = Path(engine.url.database or ""), Path(run.output_folder)
+    paths = _input_paths(run, inventory)
     with transaction(engine) as session:
-        folder = Path(run.output_folder)
         _refuse_taken(session, run.id, folder, database)
         write_folder(session, run.id, folder, database)
+        write_input(session, run.id, paths, database)
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
         session.execute(
             update(Attempt)
@@ -261,10 +273,22 @@ def start_attempt(
         attempt = _attempt(run.id, facts, database)
         session.add(attempt)
     run.status = "running"
+    for file, path in zip(run.inputs, paths, strict=True):
+        set_committed_value(file, "path", str(path))
+    set_committed_value(run, "input_path", str(paths[0]))
     for checkpoint in dropped:
         run.checkpoints.remove(checkpoint)
     with _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
+
+
+def _input_paths(run: Run, inventory: Inventory) -> list[Path]:
+    """Return where the input of a run lies; the copy of standard input stays the one it kept."""
+    name, paths = kept_name(run.uuid), []
+    for file, found in zip(run.inputs, inventory.files, strict=True):
+        path = Path(file.path)
+        paths.append(path if path.name == name and path.exists() else found.source.path)
+    return paths
 
 
 def _refuse_taken(session: Session, run_id: int, folder: Path, database: Path) -> None:

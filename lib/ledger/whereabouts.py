@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from sqlalchemy import select
@@ -10,7 +11,7 @@ from sqlalchemy.orm import Session
 from lib.ledger.places import stored_path
 from schema.tables import Input, Run
 
-__all__ = ["write_folder"]
+__all__ = ["write_folder", "write_input"]
 
 
 def write_folder(session: Session, run_id: int, folder: Path, database: Path) -> None:
@@ -27,3 +28,11 @@ def write_folder(session: Session, run_id: int, folder: Path, database: Path) ->
     ):
         one.input_path = f"{place}/{PurePath(one.input_path).name}"
     run.output_folder = place
+
+
+def write_input(session: Session, run_id: int, paths: Sequence[Path], database: Path) -> None:
+    """Record where the files of a run's input lie, in their order."""
+    run = session.get_one(Run, run_id)
+    for file, path in zip(run.inputs, paths, strict=True):
+        file.path = stored_path(path, database)
+    run.input_path = run.inputs[0].path

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.ledger.footer import read_footer
 from tests import processes
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.reference import assert_same_bits
@@ -172,7 +173,12 @@ def test_an_input_that_was_moved_continues_its_run(
     interrupted_run(place, small_model)
     moved = place.folder / "moved.fasta"
     shutil.copy(UNIPROT_PART, moved)
-    assert script("resume", "--input", moved).status == 0
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "resume", "--input", moved)
+    rows = script("query", "select path from inputs union select input_path from runs", "--json")
+    assert rows.json == [{"path": "./moved.fasta"}]  # as the next resume takes it
+    assert script("resume").status == 0
+    *_, last = sorted((place.output / "run-000001").glob("*.parquet"))
+    assert read_footer(last)["inputs"][0]["path"] == str(moved)
 
 
 def test_other_pack_sizes_may_continue_a_run_and_compute_every_record_once(
