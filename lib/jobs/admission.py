@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from lib.errors import (
     IdentityRefusedError,
@@ -33,6 +33,7 @@ from lib.ledger.identity import (
 from lib.ledger.reuse_plan import ReusePlan, read_plan
 from lib.ledger.standard_input import kept_name
 from lib.models.detection import Detection, detect
+from lib.models.layers import select_layers
 from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import Overrides, Settings, from_snapshot, override
@@ -42,6 +43,7 @@ from schema.tables import Checkpoint, Run
 __all__ = [
     "Admission",
     "admit",
+    "check_overrides",
     "input_in_hand",
     "settings_of",
     "settings_to_continue",
@@ -78,7 +80,7 @@ def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admissi
     refuse_pruned(run.id, run.pruned_at)
     _refuse(audit(run, files=False))
     settings = settings_to_continue(run, overrides)
-    check_settings(run, settings)
+    check_overrides(run, settings, overrides)
     detection, sha256 = weights_in_hand(run, settings)
     inventory = input_in_hand(run, settings)
     findings = list(audit_files(run))
@@ -118,6 +120,29 @@ def settings_to_continue(run: Run, overrides: Overrides) -> Settings:
         return settings
     files = [kept if path == STANDARD_INPUT else path for path in settings.input.fasta]
     return replace(settings, input=replace(settings.input, fasta=files))
+
+
+def check_overrides(run: Run, settings: Settings, overrides: Overrides) -> None:
+    """Compare a run with the settings it is to continue with, and with what they do not decide.
+
+    Its layers are in its model's metadata, and its folder is on record. Raises
+    IdentityRefusedError at the first difference, SettingsError for layers that no model has.
+    """
+    check_settings(run, settings)
+    asked = settings.model.repr_layers
+    if overrides.get("model.repr_layers") and asked is not None:
+        layers = list(select_layers(asked, run_config(run).num_layers))
+        if layers != run.repr_layers:
+            raise IdentityRefusedError(
+                f"run {run.id}: repr_layers is {run.repr_layers} in the run, {layers} in its "
+                "settings"
+            )
+    folder = str(Path(run.output_folder).parent)
+    if overrides.get("output.folder") and settings.output.folder != folder:
+        raise IdentityRefusedError(
+            f"run {run.id}: output folder is {folder} in the run, {settings.output.folder} in its "
+            "settings"
+        )
 
 
 def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lib.errors import IdentityRefusedError, LedgerError, WeightsError
 from lib.jobs.admission import (
+    check_overrides,
     input_in_hand,
     settings_to_continue,
     weights_in_hand,
@@ -18,7 +19,6 @@ from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
 from lib.ledger.history import refuse_pruned
-from lib.ledger.identity import check_settings
 from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
@@ -116,7 +116,7 @@ def audit_run(url: str, run_id: int, overrides: Overrides, output: Path | None =
     settings, detection, sha256 = None, None, None
     try:
         settings = settings_to_continue(run, overrides)
-        check_settings(run, settings)
+        check_overrides(run, settings, overrides)
         detection, sha256 = weights_in_hand(run, settings)
     except LedgerError as error:
         errors.append(error)
