@@ -98,6 +98,11 @@ def test_a_finished_run_of_the_same_identity_and_input_is_named(
     change(reusing, "UPDATE runs SET esm2_config = NULL, model_id = NULL WHERE id = 2")
     change(reusing, "UPDATE runs SET pruned_at = '2026' WHERE id = 1")
     assert said(embed(REAL[:4]), twin) == []
+    path = folder(reusing, 9) / "checkpoint-000001.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert said(embed(REAL[:4]), twin) == []
+    shutil.rmtree(folder(reusing, 10))
+    assert said(embed(REAL[:4]), twin) == []
 
 
 def test_a_model_of_the_same_name_has_other_vectors(
