@@ -45,7 +45,7 @@ takes.export            := RUN OUTPUT FORMAT TO CONFIG ARGS
 takes.neighbours        := MODEL OUTPUT RUN QUERY TO CONFIG ARGS
 takes.crate             := RUN OUTPUT TO CONFIG ARGS
 takes.report            := RUN OUTPUT TO CONFIG ARGS
-takes.prune             := RUN CONFIG ARGS
+takes.prune             := RUN OUTPUT CONFIG ARGS
 takes.rebuild           := OUTPUT CONFIG ARGS
 takes.relocate          := RUN OUTPUT CONFIG ARGS
 takes.model             := CONFIG ARGS
@@ -197,7 +197,7 @@ report: $(installed) ## write RUN= as one page of HTML: facts, warnings, figures
 
 .PHONY: prune
 prune: $(installed) ## take the files of RUN= off the disk, keep its history (ARGS=--dry-run: only say)
-	@$(python) scripts/prune.py $(config) $(run) $(ARGS)
+	@$(python) scripts/prune.py $(config) $(run) $(output) $(ARGS)
 
 .PHONY: rebuild
 rebuild: $(installed) ## make a lost run database anew from the files in OUTPUT=

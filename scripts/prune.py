@@ -2,13 +2,17 @@
 
     python scripts/prune.py --run 3 --dry-run
     python scripts/prune.py --run 3
+    python scripts/prune.py --run 3 --output /new/place/embeddings
     python scripts/prune.py --older-than 90d --dry-run
 
 --older-than takes every run that no process has worked on for so many hours (12h), days (90d) or
 weeks (2w). A run with a live owner is refused. What goes are the checkpoint files that the database
 lists, the reuse plan, the copy of standard input and temporary files; whatever else lies in the
-folder stays and is named. A pruning that was cut short can be run again. Exit status: 0 done, 2 no
-such run, 3 malformed rows, 4 owned by a live process, or disk or database failed.
+folder stays and is named. A pruning that was cut short can be run again. A run whose folder is not
+there may be on a disk that is not mounted: --older-than passes it over and names it, and --run
+refuses it if the folder around it is missing, too. --output says where its folder lies now, if not
+where the record says. Exit status: 0 done, 2 no such run or folder, 3 malformed rows or the folder
+of another run, 4 owned by a live process, or disk or database failed.
 """
 
 from __future__ import annotations
@@ -21,7 +25,13 @@ from datetime import timedelta
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
-from lib.console.arguments import arguments, database_url, run_number
+from lib.console.arguments import (
+    arguments,
+    database_url,
+    folder_argument,
+    folder_of_run,
+    run_number,
+)
 from lib.console.output import note, print_json, print_line
 from lib.console.program import run_script
 from lib.errors import SettingsError
@@ -35,13 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--older-than", type=_age, metavar="AGE", help="every run that was idle for so long: 90d"
     )
+    folder_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would go; change nothing")
     parsed = parser.parse_args(argv)
     if (parsed.run is None) == (parsed.older_than is None):
         raise SettingsError("--run or --older-than: one of them is needed, and not both")
+    output = folder_of_run(parsed)
+    if parsed.run is None and output is not None:
+        raise SettingsError("--output: only with --run")
     wanted = parsed.older_than if parsed.run is None else parsed.run
-    done = []
-    for pruning in prunings(database_url(parsed), wanted, dry_run=parsed.dry_run, say=note):
+    url, done = database_url(parsed), []
+    for pruning in prunings(url, wanted, output, dry_run=parsed.dry_run, say=note):
         done.append(pruning.json())
         if not parsed.json:
             print_line("\n".join(pruning.describe(dry_run=parsed.dry_run)))

@@ -6,9 +6,9 @@
 
 Settings come from the run database, not from config.ini as it is today, but for [cluster]: where
 the work is done may change. --esm-model, --input and --output may say where the same weights, the
-same FASTA and the run's folder lie now. Exit status: 0 done, 2 nothing to resume or weights not
-found, 3 identity refused, 4 disk, database or memory failed, 130, 143 or 129 interrupted with the
-work so far committed.
+same FASTA and the run's folder lie now, which the record has then; - stands for the standard input
+that was kept. Exit status: 0 done, 2 nothing to resume or weights not found, 3 identity refused, 4
+disk, database or memory failed, 130, 143 or 129 interrupted with the work so far committed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(line)
         with (
             interruption.deferred(),
-            start_attempt(engine, run, model.facts, damaged) as ownership,
+            start_attempt(engine, run, model.facts, inventory, damaged) as ownership,
         ):
             rules = model.settings.input
             for line in adopt_leftovers(engine, ownership, rules, inventory, admission.reuse):

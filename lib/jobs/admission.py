@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 
 from lib.errors import (
     IdentityRefusedError,
@@ -30,17 +31,22 @@ from lib.ledger.identity import (
     run_config,
 )
 from lib.ledger.reuse_plan import ReusePlan, read_plan
+from lib.ledger.standard_input import kept_name
 from lib.models.detection import Detection, detect
+from lib.models.layers import select_layers
 from lib.sequences.inputs import input_sources, source_sha256
 from lib.sequences.inventory import Inventory, preflight
 from lib.settings import Overrides, Settings, from_snapshot, override
+from schema.settings import STANDARD_INPUT
 from schema.tables import Checkpoint, Run
 
 __all__ = [
     "Admission",
     "admit",
+    "check_overrides",
     "input_in_hand",
     "settings_of",
+    "settings_to_continue",
     "weights_in_hand",
     "why_not_resumable",
 ]
@@ -73,8 +79,8 @@ def admit(run: Run, overrides: Overrides, *, recompute_damaged: bool) -> Admissi
     """
     refuse_pruned(run.id, run.pruned_at)
     _refuse(audit(run, files=False))
-    settings = settings_of(run, overrides)
-    check_settings(run, settings)
+    settings = settings_to_continue(run, overrides)
+    check_overrides(run, settings, overrides)
     detection, sha256 = weights_in_hand(run, settings)
     inventory = input_in_hand(run, settings)
     findings = list(audit_files(run))
@@ -103,6 +109,40 @@ def settings_of(run: Run, overrides: Overrides) -> Settings:
         last = run.attempts[-1].weights_path
         settings = replace(settings, model=replace(settings.model, esm_model=last))
     return override(settings, overrides)
+
+
+def settings_to_continue(run: Run, overrides: Overrides) -> Settings:
+    """Return the settings of a run, `-` in the input being the standard input that it kept."""
+    settings = settings_of(run, overrides)
+    name = kept_name(run.uuid)
+    kept = next((file.path for file in run.inputs if PurePath(file.path).name == name), None)
+    if kept is None or settings.input.fasta is None:
+        return settings
+    files = [kept if path == STANDARD_INPUT else path for path in settings.input.fasta]
+    return replace(settings, input=replace(settings.input, fasta=files))
+
+
+def check_overrides(run: Run, settings: Settings, overrides: Overrides) -> None:
+    """Compare a run with the settings it is to continue with, and with what they do not decide.
+
+    Its layers are in its model's metadata, and its folder is on record. Raises
+    IdentityRefusedError at the first difference, SettingsError for layers that no model has.
+    """
+    check_settings(run, settings)
+    asked = settings.model.repr_layers
+    if overrides.get("model.repr_layers") and asked is not None:
+        layers = list(select_layers(asked, run_config(run).num_layers))
+        if layers != run.repr_layers:
+            raise IdentityRefusedError(
+                f"run {run.id}: repr_layers is {run.repr_layers} in the run, {layers} in its "
+                "settings"
+            )
+    folder = str(Path(run.output_folder).parent)
+    if overrides.get("output.folder") and settings.output.folder != folder:
+        raise IdentityRefusedError(
+            f"run {run.id}: output folder is {folder} in the run, {settings.output.folder} in its "
+            "settings"
+        )
 
 
 def weights_in_hand(run: Run, settings: Settings) -> tuple[Detection, str]:

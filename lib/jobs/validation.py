@@ -8,13 +8,18 @@ from itertools import chain
 from pathlib import Path
 
 from lib.errors import IdentityRefusedError, LedgerError, MachineError, WeightsError
-from lib.jobs.admission import input_in_hand, settings_of, weights_in_hand, why_not_resumable
+from lib.jobs.admission import (
+    check_overrides,
+    input_in_hand,
+    settings_to_continue,
+    weights_in_hand,
+    why_not_resumable,
+)
 from lib.jobs.estimate import Estimate, estimate_run
 from lib.jobs.loading import LoadedModel, load_model, try_model
 from lib.ledger.audit import audit, audit_completeness
 from lib.ledger.database import open_for_reading
 from lib.ledger.history import refuse_pruned
-from lib.ledger.identity import check_settings
 from lib.ledger.runs import load_run, unfinished_runs
 from lib.ledger.sqlite_file import database_path
 from lib.models.detection import Detection, detect
@@ -115,8 +120,8 @@ def audit_run(url: str, run_id: int, overrides: Overrides, output: Path | None =
         errors.append(error)
     settings, detection, sha256 = None, None, None
     try:
-        settings = settings_of(run, overrides)
-        check_settings(run, settings)
+        settings = settings_to_continue(run, overrides)
+        check_overrides(run, settings, overrides)
         detection, sha256 = weights_in_hand(run, settings)
     except LedgerError as error:
         errors.append(error)

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Engine, func, select, update
 
-from lib.errors import IdentityRefusedError
+from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.files import disk_errors
 from lib.ledger.audit import difference
 from lib.ledger.checkpoints import attempt_of
@@ -33,6 +33,7 @@ from lib.ledger.ownership import LOCK_NAME, is_held, uuid_in_lock
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
+from lib.ledger.whereabouts import write_folder
 from lib.units import count, counted, printable, size
 from schema.tables import Attempt, Input, Run
 
@@ -92,18 +93,31 @@ class Pruning:
 
 
 def prunings(
-    url: str, wanted: int | timedelta, *, dry_run: bool, say: Callable[[str], None]
+    url: str,
+    wanted: int | timedelta,
+    output: Path | None = None,
+    *,
+    dry_run: bool,
+    say: Callable[[str], None],
 ) -> Iterator[Pruning]:
     """Prune runs of a run database, and yield each when it is done.
 
-    wanted: the number of a run, or all that have been idle for longer and have files. dry_run:
-    whether the database is only read, and nothing is changed. `say` is told what
-    `open_for_writing` tells. Raises what `prune` raises.
+    wanted: the number of a run, or all that have been idle for longer and have files; output: as in
+    `prune`. dry_run: whether the database is only read, and nothing is changed. `say` is told which
+    idle runs are passed over as they have no folder, and what `open_for_writing` tells. Raises what
+    `prune` raises.
     """
     with _opened(url, writing=not dry_run, say=say) as engine:
         age = None if isinstance(wanted, int) else wanted
+        pruned = try_pruning if dry_run else prune
         for run_id in [wanted] if isinstance(wanted, int) else idle_runs(engine, wanted):
-            pruning = try_pruning(engine, run_id) if dry_run else prune(engine, run_id, age)
+            try:
+                pruning = pruned(engine, run_id, age, output)
+            except _NoFolderError as error:
+                if age is None:
+                    raise
+                say(str(error))
+                continue
             if pruning is not None and not (age is not None and pruning.changes_nothing):
                 yield pruning
 
@@ -135,35 +149,66 @@ def idle_runs(engine: Engine, age: timedelta) -> list[int]:
     return found
 
 
-def try_pruning(engine: Engine, run_id: int) -> Pruning:
+def try_pruning(
+    engine: Engine, run_id: int, age: timedelta | None = None, output: Path | None = None
+) -> Pruning:
     """Return what `prune` would do, and change nothing; raises what it raises."""
-    run = load_run(engine, run_id)
-    if is_held(Path(run.output_folder)):
-        raise owned_by_another(run)
+    run = _load(engine, run_id, output)
+    _refuse_lost(run, age)
     return _examined(engine, run)
 
 
-def prune(engine: Engine, run_id: int, age: timedelta | None = None) -> Pruning | None:
+def prune(
+    engine: Engine, run_id: int, age: timedelta | None = None, output: Path | None = None
+) -> Pruning | None:
     """Record a run as pruned and remove its files; run it again if it was cut short.
 
     age: None, or do nothing and return None if the last sign of life of the run is not older: it
-    may have been continued meanwhile. Raises SettingsError if there is no such run, MachineError
-    if a live process owns it or the disk fails.
+    may have been continued meanwhile. output: where its folder lies, as in `load_run`, which is
+    recorded, too. Raises SettingsError if there is no such run, or its folder on record is there
+    and is not `output`; MachineError if a live process owns it, its disk seems not to be mounted,
+    its folder cannot be written to or the disk fails; and what `given_folder` raises.
     """
-    folder = Path(load_run(engine, run_id).output_folder)
+    folder = Path(_load(engine, run_id, output).output_folder)
     with _held(engine, run_id, folder):
-        run = load_run(engine, run_id)
+        run = load_run(engine, run_id, output)
         if age is not None and run_id not in _idle(engine, age):
             return None
+        _refuse_lost(run, age)
         pruning = _examined(engine, run)
         _record(engine, run)
         # The folder of a run that was pruned before may be another run's by now.
         lock = [LOCK_NAME] if uuid_in_lock(folder) in (run.uuid, None) else []
-        for name in [*pruning.files, *lock]:
-            _remove(folder / name)
+        try:
+            for name in [*pruning.files, *lock]:
+                _remove(folder / name)
+        except MachineError as error:
+            fact = f"run {run_id}: recorded as pruned, files are left (make prune RUN={run_id})"
+            raise MachineError(f"{fact}: {error}") from None
         with suppress(OSError):  # something is left there
             folder.rmdir()
     return pruning
+
+
+def _load(engine: Engine, run_id: int, output: Path | None) -> Run:
+    """Return a run that no process owns; with `output`, its folder on record has moved there.
+
+    A run is not recorded as pruned for a copy of its folder.
+    """
+    run = load_run(engine, run_id)
+    on_record = Path(run.output_folder)
+    if is_held(on_record):
+        raise owned_by_another(run)
+    if output is None:
+        return run
+    run = load_run(engine, run_id, output)
+    folder = Path(run.output_folder)
+    if is_held(folder):
+        raise owned_by_another(run)
+    if on_record.is_dir() and not on_record.samefile(folder):
+        fact = f"output folder {folder}: not the one on record, which is there: {on_record}"
+        raise SettingsError(f"run {run_id}: {fact}")
+    return run
 
 
 def _idle(engine: Engine, age: timedelta) -> list[int]:
@@ -176,6 +221,25 @@ def _idle(engine: Engine, age: timedelta) -> list[int]:
     query = select(Run.id).where(last < utc_ago(age)).order_by(Run.id)
     with transaction(engine) as session:
         return list(session.scalars(query))
+
+
+class _NoFolderError(MachineError):
+    """The files of a run are not there, and may be on a disk that is not mounted."""
+
+
+def _refuse_lost(run: Run, age: timedelta | None) -> None:
+    """Raise _NoFolderError if the folder of a run is not there, which may come back.
+
+    age: None, or let a run be pruned whose folder alone is lost: its user has named it.
+    """
+    if run.pruned_at is not None:
+        return
+    folder = Path(run.output_folder)
+    for place in [folder.parent] if age is None else [folder]:
+        with disk_errors(place):
+            is_there = place.is_dir()
+        if not is_there:
+            raise _NoFolderError(f"run {run.id}: output folder {place}: no such folder")
 
 
 @contextmanager
@@ -191,11 +255,12 @@ def _held(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
 
 
 def _record(engine: Engine, run: Run) -> None:
-    """Record that a run is pruned. An attempt that has not ended is lost, so that it ends."""
-    if run.pruned_at is not None:
-        return
+    """Record where a run lies and that it is pruned. An attempt that has not ended is lost."""
     now = utc_now()
     with transaction(engine) as session:
+        write_folder(session, run.id, Path(run.output_folder), Path(engine.url.database or ""))
+        if run.pruned_at is not None:
+            return
         session.execute(update(Run).where(Run.id == run.id).values(pruned_at=now))
         session.execute(
             update(Attempt)
@@ -211,11 +276,17 @@ def _remove(path: Path) -> None:
 
 
 def _examined(engine: Engine, run: Run) -> Pruning:
-    """Go through the folder of a run and tell what goes from what stays."""
+    """Go through the folder of a run and tell what goes from what stays.
+
+    Raises MachineError if no file can be removed from there.
+    """
     folder = Path(run.output_folder)
     files, left = dict[str, int](), dict[str, str]()
     listed = _Listed(engine, run)
     with disk_errors(folder):
+        # Before the run is recorded as pruned. A trial file would not fit on a full disk.
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise MachineError(f"{folder}: not writable")
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name == LOCK_NAME:
                 continue
@@ -233,6 +304,7 @@ class _Listed:
 
     def __init__(self, engine: Engine, run: Run) -> None:
         self._engine, self._run = engine, run
+        self._on_record = Path(load_run(engine, run.id).output_folder)
         self._checkpoints = {one.path: one for one in run.checkpoints}
         self._inputs = {Path(one.path).name: one for one in run.inputs}
         # 0: of versions before the attempt was part of the name.
@@ -274,6 +346,8 @@ class _Listed:
             listed = list(session.scalars(others))
         for run_id in listed:
             for other in load_run(self._engine, run_id).inputs:
+                if Path(other.path) == self._on_record / path.name:  # which may have moved
+                    return f"input of run {run_id}"
                 with suppress(OSError):
                     if path.samefile(other.path):
                         return f"input of run {run_id}"

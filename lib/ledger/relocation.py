@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
-from sqlalchemy import Engine, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine
 
 from lib.errors import IdentityRefusedError
 from lib.ledger.audit import difference
 from lib.ledger.database import transaction
 from lib.ledger.history import refuse_pruned
 from lib.ledger.ownership import is_held
-from lib.ledger.places import stored_path
 from lib.ledger.reuse_plan import check_plan
 from lib.ledger.runs import load_run, owned_by_another
-from schema.tables import Input, Run
+from lib.ledger.whereabouts import write_folder
+from schema.tables import Run
 
 __all__ = ["Relocation", "relocate"]
 
@@ -51,7 +50,7 @@ def relocate(engine: Engine, run_id: int, output: Path) -> Relocation:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise IdentityRefusedError(f"run {run_id}: {faults[0]}{more}")
         check_plan(run)
-        _write_down(session, run_id, stored_path(folder, Path(engine.url.database or "")))
+        write_folder(session, run_id, folder, Path(engine.url.database or ""))
     return Relocation(run_id, before, folder, len(run.checkpoints))
 
 
@@ -65,19 +64,3 @@ def _faults(run: Run, folder: Path) -> Iterator[str]:
         path = Path(file.path)
         if path.parent == folder and (not path.is_file() or path.stat().st_size != file.bytes):
             yield f"{path.name}: not the input that was kept"
-
-
-def _write_down(session: Session, run_id: int, place: str) -> None:
-    """Record the folder of a run, and with it the copy of standard input that is kept there."""
-    run = session.get_one(Run, run_id)
-    before = run.output_folder
-    within = f"{before}/"
-    for file in session.scalars(
-        select(Input).where(Input.path.startswith(within, autoescape=True))
-    ):
-        file.path = f"{place}/{PurePath(file.path).name}"
-    for one in session.scalars(
-        select(Run).where(Run.input_path.startswith(within, autoescape=True))
-    ):
-        one.input_path = f"{place}/{PurePath(one.input_path).name}"
-    run.output_folder = place

@@ -23,7 +23,7 @@ from lib.ledger.claims import claim_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
-from lib.ledger.ownership import HeldError, take_lock
+from lib.ledger.ownership import HeldError, is_held, take_lock
 from lib.ledger.places import (
     StoredRun,
     given_folder,
@@ -33,6 +33,7 @@ from lib.ledger.places import (
 )
 from lib.ledger.reuse_plan import ReusePlan, plan_path, write_plan
 from lib.ledger.standard_input import drop_names, keep_in_folder, kept_name, remove_unlisted
+from lib.ledger.whereabouts import write_folder, write_input
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
 from lib.settings import Settings, snapshot
@@ -201,14 +202,26 @@ def own(
 def hold_lock(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder.
 
-    Raises MachineError if a live process has it, whom it names, or the folder does not allow it.
+    Raises MachineError if a live process has it, or that of the folder on record, whom it names, or
+    the folder does not allow it.
     """
     try:
         lock = take_lock(folder)
     except HeldError:
         raise owned_by_another(load_run(engine, run_id)) from None
     with lock:
+        on_record = load_run(engine, run_id)
+        if _is_held_elsewhere(Path(on_record.output_folder), folder):
+            raise owned_by_another(on_record)
         yield
+
+
+def _is_held_elsewhere(on_record: Path, folder: Path) -> bool:
+    """Return whether a live process works in the folder on record; False if that is `folder`."""
+    with suppress(OSError):  # it is not there
+        if on_record.samefile(folder):
+            return False
+    return is_held(on_record) is True
 
 
 def owned_by_another(run: Run) -> MachineError:
@@ -218,15 +231,27 @@ def owned_by_another(run: Run) -> MachineError:
 
 @contextmanager
 def start_attempt(
-    engine: Engine, run: Run, facts: AttemptFacts, dropped: Sequence[Checkpoint] = ()
+    engine: Engine,
+    run: Run,
+    facts: AttemptFacts,
+    inventory: Inventory,
+    dropped: Sequence[Checkpoint] = (),
 ) -> Iterator[Ownership]:
     """Record a further attempt at a run whose lock is held, and its end if the block fails.
 
     `dropped` checkpoints are taken off the record in the same transaction, so that a run never
     looks finished without them. Attempts that ended without a word are marked as lost: their
-    lock was free.
+    lock was free. The folder that the run is continued in becomes the one on record, where others
+    look for its lock, and the files that `inventory` was read from become its input there. Raises
+    SettingsError if the run was pruned meanwhile, MachineError if another process has begun to
+    continue it in another folder.
     """
+    database, folder = Path(engine.url.database or ""), Path(run.output_folder)
+    paths = _input_paths(run, inventory)
     with transaction(engine) as session:
+        _refuse_taken(session, run.id, folder, database)
+        write_folder(session, run.id, folder, database)
+        write_input(session, run.id, paths, database)
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
         session.execute(
             update(Attempt)
@@ -242,13 +267,34 @@ def start_attempt(
         session.execute(
             update(Run).where(Run.id == run.id).values(status="running", finished_at=None)
         )
-        attempt = _attempt(run.id, facts, Path(engine.url.database or ""))
+        attempt = _attempt(run.id, facts, database)
         session.add(attempt)
     run.status = "running"
+    for file, path in zip(run.inputs, paths, strict=True):
+        set_committed_value(file, "path", str(path))
+    set_committed_value(run, "input_path", str(paths[0]))
     for checkpoint in dropped:
         run.checkpoints.remove(checkpoint)
     with _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
+
+
+def _input_paths(run: Run, inventory: Inventory) -> list[Path]:
+    """Return where the input of a run lies; the copy of standard input stays the one it kept."""
+    name, paths = kept_name(run.uuid), []
+    for file, found in zip(run.inputs, inventory.files, strict=True):
+        path = Path(file.path)
+        paths.append(path if path.name == name and path.exists() else found.source.path)
+    return paths
+
+
+def _refuse_taken(session: Session, run_id: int, folder: Path, database: Path) -> None:
+    """Refuse a run that has been pruned, or continued in another folder, since it was loaded."""
+    run = session.get_one(Run, run_id)
+    refuse_pruned(run.id, run.pruned_at)
+    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
+    if _is_held_elsewhere(stored.folder(database), folder):
+        raise owned_by_another(run)
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:

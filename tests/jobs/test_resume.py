@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lib.ledger.footer import read_footer
 from tests import processes
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.reference import assert_same_bits
@@ -174,7 +175,12 @@ def test_an_input_that_was_moved_continues_its_run(
     interrupted_run(place, small_model)
     moved = place.folder / "moved.fasta"
     shutil.copy(UNIPROT_PART, moved)
-    assert script("resume", "--input", moved).status == 0
+    killed_at(place, ("lib.ledger.commit.add_checkpoint", "after", 1), "resume", "--input", moved)
+    rows = script("query", "select path from inputs union select input_path from runs", "--json")
+    assert rows.json == [{"path": "./moved.fasta"}]  # as the next resume takes it
+    assert script("resume").status == 0
+    *_, last = sorted((place.output / "run-000001").glob("*.parquet"))
+    assert read_footer(last)["inputs"][0]["path"] == str(moved)
 
 
 def test_other_pack_sizes_may_continue_a_run_and_compute_every_record_once(
@@ -193,9 +199,24 @@ def test_settings_of_identity_cannot_be_changed_on_resume(
     script: Script, place: Place, small_model: Path
 ) -> None:
     interrupted_run(place, small_model)
-    answer = script("resume", "--set", "input.max_residues=500")
-    assert answer.status == 3
-    assert answer.error == "run 1: max_residues is 1022 in the run, 500 in its settings"
+    for setting, fact in {
+        "input.max_residues=500": "max_residues is 1022 in the run, 500 in its settings",
+        "model.repr_layers=0": "repr_layers is [1, 2] in the run, [0] in its settings",
+        "model.repr_layers=2 1": "repr_layers is [1, 2] in the run, [2, 1] in its settings",
+        f"output.folder={place.folder}": (
+            f"output folder is {place.output} in the run, {place.folder} in its settings"
+        ),
+    }.items():
+        for name in ("resume", "verify", "validate"):
+            answer = script(name, "--run", "1", "--set", setting)
+            assert answer.status == 3, (name, setting)
+            # What other settings make of the input, validate says, too.
+            assert (answer.out.splitlines() or [answer.error])[0] == f"run 1: {fact}"
+    deeper = script("resume", "--run", "1", "--set", "model.repr_layers=3")
+    assert (deeper.status, deeper.error) == (2, "repr_layer 3 exceeds model depth 2")
+    same = ["--set", "model.repr_layers=1 -1", "--set", f"output.folder={place.output}"]
+    for name in ("validate", "resume"):
+        assert script(name, "--run", "1", *same).status == 0
 
 
 def test_resume_takes_the_newest_unfinished_run(

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.embeddings import open_run
+from lib.jobs import loading
 from lib.jobs.reuse import SEARCH_BYTES, LostSourceError, SourceFiles, _Search
 from lib.ledger.footer import read_footer
 from lib.models.detection import Detection
@@ -99,6 +100,11 @@ def test_a_finished_run_of_the_same_identity_and_input_is_named(
     change(reusing, "UPDATE runs SET status = 'interrupted' WHERE id = 3")
     change(reusing, "UPDATE runs SET esm2_config = NULL, model_id = NULL WHERE id = 2")
     change(reusing, "UPDATE runs SET pruned_at = '2026' WHERE id = 1")
+    assert said(embed(REAL[:4]), twin) == []
+    path = folder(reusing, 9) / "checkpoint-000001.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert said(embed(REAL[:4]), twin) == []
+    shutil.rmtree(folder(reusing, 10))
     assert said(embed(REAL[:4]), twin) == []
 
 
@@ -233,14 +239,13 @@ def test_what_is_not_the_same_is_computed(embed: Callable[..., Answer], flags: l
 
 
 def test_a_compiled_run_serves_compiled_runs_alone(
-    reusing: Place, embed: Callable[..., Answer]
+    reusing: Place, embed: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed(REAL[:5])
-    compiled = "json_set(settings, '$.compute.compile', json('true'))"
-    change(reusing, f"UPDATE runs SET settings = {compiled} WHERE id = 1")
+    monkeypatch.setattr(loading, "_compile", lambda _network: None)  # which takes long
+    embed(REAL[:5], "--set", "compute.compile=yes")
     answer = embed(REAL[:5])
     assert said(answer) == said(answer, "has these") == []
-    # Run 2 is newer. Nothing is left to compute, so that nothing is compiled here.
+    # Run 2 is newer.
     answer = embed(REAL[:5], "--set", "compute.compile=yes")
     assert said(answer) == ["reused: 5 of 5 sequences, from run 1"]
     assert said(answer, "has these") == ["run 1 has these vectors"]

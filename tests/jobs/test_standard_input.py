@@ -144,6 +144,19 @@ def test_standard_input_stands_among_files(
     files = [place.folder / "a", "-", place.folder / "c"]
     flags = ["--esm-model", small_model, *QUICK]
     assert script("embed", *flags, "--input", *files).status == 0
+    files[2] = (place.folder / "c").rename(place.folder / "moved")
+    (place.output / "run-000001" / "checkpoint-000003.parquet").unlink()
+    again = ["resume", "--run", "1", "--recompute-damaged"]
+    assert script(*again).error == f"{place.folder / 'c'}: no such file"
+    assert script(*again, "--input", *files).status == 0
+    assert script("validate", "--run", "1").status == 0  # as it remembers
+    (copy,) = kept(place)
+    paths = script("query", "select file from record_files", "--json").json
+    assert [row["file"] for row in paths] == [
+        "./a",
+        f"./{copy.relative_to(place.folder)}",
+        "./moved",
+    ]
     assert script("embed", *flags, "--input", SOME_PROTEINS).status == 0
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
     twice = script("embed", *flags, "--input", "-", "-")
@@ -240,14 +253,19 @@ def test_a_signal_while_reading_leaves_nothing(place: Place, small_model: Path) 
     assert nothing_is_left(place)
 
 
-@pytest.mark.usefixtures("piped")
 def test_a_run_continues_with_its_copy_alone(
     script: Script, place: Place, small_model: Path, feed: Feed
 ) -> None:
-    assert script("embed", *embed(small_model)).status == 0
     feed(SOME_PROTEINS)
+    assert script("embed", *embed(small_model)).status == 0
+    assert script("embed", *embed(small_model, SOME_PROTEINS)).status == 0
+    (place.folder / "other").write_text(">a\nMK\n")
     for name in ("resume", "validate", "verify"):
-        answer = script(name, "--run", "1", "--input", "-")
+        feed(place.folder / "other")
+        kept = script(name, "--run", "1", "--input", "-")
+        assert kept.status == 0, (name, kept)
+        assert sys.stdin.read() == ">a\nMK\n"  # which nobody has read
+        answer = script(name, "--run", "2", "--input", "-")  # which kept none
         fact = "standard input (-) is only read for a new run"
         assert fact in (answer.out + answer.err), name
         assert answer.status == 2

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from lib.embeddings import open_run
+from lib.errors import MachineError
 from lib.ledger.ownership import take_lock
 from lib.ledger.places import stored_path
 from tests import processes
@@ -234,6 +237,110 @@ def test_a_run_that_committed_nothing_goes_on_where_it_lies_now(
     assert (answer.status, answer.error) == (3, fact)
     assert call("resume", "--output", elsewhere).status == 0
     assert_same_bits(elsewhere / "run-000002", elsewhere / "run-000001")
+
+
+def test_where_a_run_goes_on_is_on_record_while_it_does(
+    call: Call, project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(elsewhere, project / "copy")
+    (project / "embeddings").mkdir()
+    before = contents(elsewhere)
+    seen: list[str] = []
+
+    def meanwhile(*_: object) -> Iterator[str]:
+        """Try what another process might, now that the attempt has begun."""
+        for name, *flags in [
+            ("prune",), ("prune", "--dry-run"), ("prune", "--output", copy),
+            ("resume", "--output", copy), ("relocate", "--output", copy),
+        ]:  # fmt: skip
+            seen.append(call(name, "--run", "2", *flags).error)
+        return iter(())
+
+    monkeypatch.setattr("scripts.resume.adopt_leftovers", meanwhile)
+    assert call("resume", "--run", "2", "--output", elsewhere).status == 0
+    assert len(seen) == 5
+    assert all(error.startswith("run 2: owned by process ") for error in seen), seen
+    assert ask(project, "SELECT output_folder FROM runs WHERE id = 2") == [
+        (str(elsewhere / "run-000002"),)
+    ]
+    assert call("validate", "--run", "2").status == 0
+    assert {name: held for name, held in contents(elsewhere).items() if name in before} == before
+
+
+@pytest.mark.parametrize(
+    "command", [("resume",), ("prune",), ("prune", "--dry-run")], ids=lambda one: " ".join(one)
+)
+def test_a_copy_of_the_folder_of_a_live_run_is_refused(
+    call: Call, project: Path, command: tuple[str, ...]
+) -> None:
+    copy = shutil.copytree(project / "embeddings", project / "copy")
+    with take_lock(folder(project, 2)):
+        before = contents(project)
+        name, *flags = command
+        answer = call(name, "--run", "2", *flags, "--output", copy)
+    assert (answer.status, answer.error[:24]) == (4, "run 2: owned by process ")
+    assert contents(project) == before
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "status", "fact"),
+    [
+        (["relocate", "--output", "copy"], 4, "run 2: owned by process "),
+        (["prune"], 2, "run 2: its files were pruned at "),
+    ],
+    ids=["continued in another folder", "pruned"],
+)
+def test_a_run_that_was_taken_before_the_attempt_began_is_refused(
+    call: Call, project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch,
+    meanwhile: list[str], status: int, fact: str,
+) -> None:  # fmt: skip
+    shutil.copytree(elsewhere, project / "copy")
+    (project / "embeddings").mkdir()
+    monkeypatch.chdir(project)
+    with ExitStack() as held:
+
+        def taken(*_: object) -> Iterator[str]:
+            name, *flags = meanwhile
+            assert call(name, "--run", "2", *flags).status == 0
+            held.enter_context(take_lock(project / "copy" / "run-000002"))
+            return iter(())
+
+        monkeypatch.setattr("scripts.resume.drop_files", taken)
+        answer = call("resume", "--run", "2", "--output", elsewhere)
+    assert (answer.status, answer.error[: len(fact)]) == (status, fact)
+    assert ask(project, "SELECT count(*) FROM attempts WHERE run_id = 2") == [(1,)]
+
+
+def test_a_run_is_pruned_where_it_lies_now(
+    call: Call, project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "embeddings").mkdir()
+    shutil.copytree(elsewhere / "run-000001", folder(project))
+    before = contents(project)
+    flags = ["--run", "1", "--output", str(elsewhere)]
+    for dry in ([], ["--dry-run"]):
+        answer = call("prune", *flags, *dry)
+        assert (answer.status, answer.error) == (
+            2,
+            f"run 1: output folder {elsewhere / 'run-000001'}: not the one on record, which is "
+            f"there: {folder(project)}",
+        )
+    assert contents(project) == before
+    shutil.rmtree(folder(project))
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.ledger.pruning._remove", refuse)
+        assert call("prune", *flags).error == (
+            "run 1: recorded as pruned, files are left (make prune RUN=1): not today"
+        )
+    answer = call("prune", "--run", "1")  # where that lay is on record
+    assert answer.out.startswith("run 1: pruned, "), answer
+    assert answer.out.endswith(f" removed from {elsewhere / 'run-000001'}\n")
+    assert not (elsewhere / "run-000001").exists()
+    assert (elsewhere / "run-000002").exists()
+
+
+def refuse(_: Path) -> None:
+    raise MachineError("not today")
 
 
 # ---- The folder of a run is lost

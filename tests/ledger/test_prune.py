@@ -18,6 +18,7 @@ from lib.errors import SettingsError
 from lib.ledger.questions import questions
 from tests import processes
 from tests.conftest import DATA, UNIPROT_PART, Place, Script
+from tests.ledger.test_read_only import powerless
 from tests.processes import Answer
 from tests.reference import fasta, write_fasta
 from tests.test_make import make
@@ -249,6 +250,48 @@ def test_without_its_folder_a_run_is_recorded_as_pruned(
     assert not folder(place).exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["", "dry run"])
+def test_what_may_be_on_a_disk_that_is_not_mounted_is_not_pruned(
+    script: Script, place: Place, embed: Callable[..., Answer], flags: list[str]
+) -> None:
+    embed(REAL[:1])
+    embed(REAL[:2], "--no-reuse")
+    days_ago(place, 1, 91)
+    whole = contents(folder(place))
+    folder(place).rename(place.folder / "one")
+    idle = script("prune", "--older-than", "90d", *flags)
+    assert (idle.status, idle.out) == (0, "no run that old has files\n")
+    assert idle.err == f"run 1: output folder {folder(place)}: no such folder\n"
+    days_ago(place, 2, 91)
+    both = script("prune", "--older-than", "90d", "--dry-run")
+    assert both.err == idle.err
+    assert both.out.startswith("run 2: would be pruned, 1 file (")
+    (place.folder / "one").rename(folder(place))
+    place.output.rename(place.folder / "unmounted")
+    refused = script("prune", "--run", "1", *flags)
+    fact = f"run 1: output folder {place.output}: no such folder"
+    assert (refused.status, refused.error) == (4, fact)
+    assert not place.output.exists()
+    (place.folder / "unmounted").rename(place.output)
+    assert ask(place, "SELECT pruned_at FROM runs") == [(None,), (None,)]
+    kept = contents(folder(place))
+    assert {path: kept[path] for path in whole} == whole
+    assert script("validate", "--run", "1").status == 0
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_recorded(
+    script: Script, place: Place, embed: Callable[..., Answer]
+) -> None:
+    embed(REAL[:1])
+    folder(place).chmod(0o555)
+    for dry in ([], ["--dry-run"]):
+        flags = ["--run", "1", *dry, "--config", place.config]
+        answer = processes.run("prune", *flags, prepare=powerless)
+        assert (answer.status, answer.error) == (4, f"{folder(place)}: not writable")
+    folder(place).chmod(0o755)
+    assert script("validate", "--run", "1").status == 0
+
+
 def test_a_run_of_version_1_and_one_without_metadata_are_pruned(
     script: Script, place: Place
 ) -> None:
@@ -276,6 +319,10 @@ def test_standard_input_that_was_kept_goes_unless_another_run_reads_it(
     assert script("embed", *flags, "--input", kept).status == 0
     assert script("prune", "--run", "2").out.startswith("run 2: pruned, 2 files")
     assert not folder(place, 2).exists()
+    there = folder(place).rename(place.folder / "there")
+    answer = script("prune", "--run", "1", "--output", there, "--dry-run")
+    assert f"run 1: left {kept.name}: input of run 3\n" in answer.out
+    there.rename(folder(place))
     answer = script("prune", "--run", "1")
     assert f"run 1: left {kept.name}: input of run 3\n" in answer.out
     assert script("validate", "--run", "3").status == 0
@@ -477,6 +524,7 @@ def test_rows_of_the_wrong_types_are_one_line(
         ([], "--run or --older-than: one of them is needed, and not both"),
         (["--run", "1", "--older-than", "1d"], "one of them is needed, and not both"),
         (["--run", "7"], "run 7: not in database "),
+        (["--older-than", "1d", "--output", "elsewhere"], "--output: only with --run"),
     ],
 )
 def test_what_is_refused(
@@ -549,6 +597,8 @@ def test_a_file_that_cannot_be_removed_is_one_line_and_it_can_be_said_again(
     monkeypatch.setattr(Path, "unlink", unlink)
     answer = script("prune", "--run", "1")
     assert answer.status == 4
+    fact = "run 1: recorded as pruned, files are left (make prune RUN=1): "
+    assert answer.error.startswith(fact)
     assert answer.error.endswith("checkpoint-000002.parquet: Permission denied")
     monkeypatch.undo()
     days_ago(place, 1, 2)
@@ -567,6 +617,8 @@ def test_make_prune(place: Place, embed: Callable[..., Answer], quick_python: Pa
     dry = make("prune", "RUN=1", "ARGS=--dry-run", *flags)
     assert "run 1: would be pruned, 1 file (" in dry.stdout
     assert make("prune", "ARGS=--older-than 90d", *flags).stdout == "no run that old has files\n"
+    copy = shutil.copytree(place.output, place.folder / "copy")
+    assert "not the one on record" in make("prune", "RUN=1", f"OUTPUT={copy}", *flags).stderr
     assert folder(place).exists()
     assert make("prune", "RUN=1", *flags).stdout.startswith("run 1: pruned, 1 file (")
     assert not folder(place).exists()
