@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,35 @@ def handled_by(
         yield
     finally:
         signal.signal(number, before)
+
+
+class _SeenFile:
+    """A file that tells from which threads it is called."""
+
+    def __init__(self, file: object, threads: set[int]) -> None:
+        self._file, self._threads = file, threads
+
+    def __getattr__(self, name: str) -> object:
+        self._threads.add(threading.get_native_id())
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def reading_threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Collect the threads from which Arrow calls the open files that it reads.
+
+    One that still does so when the process ends aborts it: no thread but the main one may.
+    """
+    import pyarrow.parquet as pq
+
+    seen: set[int] = set()
+    opened = pq.ParquetFile
+
+    def seen_file(source: object, **options: object) -> object:
+        return opened(_SeenFile(source, seen), **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", seen_file)
+    return seen
 
 
 def run_program(folder: Path, program: str) -> str:

@@ -35,7 +35,7 @@ from lib.files import new_path
 from lib.ledger.history import altered_rows, query, refuse_pruned
 from lib.ledger.places import StoredRun, given_folder
 from lib.ledger.sqlite_file import database_path
-from schema.parquet import CONTACTS, VectorColumn
+from schema.parquet import CONTACTS, VectorColumn, checkpoint_columns
 
 __all__ = ["RunEmbeddings", "open_run", "run_facts", "values"]
 
@@ -52,9 +52,10 @@ def open_run(
 ) -> RunEmbeddings:
     """Open a run of a run database (a SQLite path or URL) for reading.
 
-    Every file that the database lists must exist, have the listed size, and name the run in its
-    footer; with `verify` its SHA-256 must also be the listed one. Whatever is read later is read
-    from the same files, or refused. `partial` opens an unfinished run with the records that it has.
+    Every file that the database lists must exist, have the listed size, and name the run, its
+    columns and the listed number of records in its footer; with `verify` its SHA-256 must also be
+    the listed one. Whatever is read later is read from the same files, or refused. `partial` opens
+    an unfinished run with the records that it has.
     output: where the folder of the run lies, if it has moved away from the database.
 
     Raises SettingsError if the run does not exist, is not finished or is pruned, and
@@ -88,10 +89,20 @@ def open_run(
     ).dictionaries()
     with altered_rows(url):
         folder = _locate(facts, inputs, database_path(url), output)
-    files = [
-        ListedFile(facts, folder / one["path"], one["bytes"], one["sha256"], bool(one["copied"]))
-        for one in listed
-    ]
+        columns = checkpoint_columns(
+            facts["include"],
+            facts["repr_layers"],
+            facts["esm2_config"]["hidden_dim"],
+            facts["per_tok_dtype"],
+            digests=bool(facts["has_digests"]),
+        )
+        files = [
+            ListedFile(
+                facts, folder / one["path"], one["bytes"], one["sha256"],
+                columns, one["records"], bool(one["copied"]),
+            )
+            for one in listed
+        ]  # fmt: skip
     verified = [verified_file(file, digest=verify) for file in files]
     return RunEmbeddings(facts, inputs, attempts, verified)
 

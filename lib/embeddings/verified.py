@@ -38,13 +38,16 @@ Stamp = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_n
 class ListedFile:
     """A checkpoint file as the database lists it.
 
-    run: the row of its run, by column; copied: whether its rows are of an earlier run.
+    run: the row of its run, by column; columns: those of the run; records: rows in the file;
+    copied: whether its rows are of an earlier run.
     """
 
     run: Mapping[str, Any]
     path: Path
     bytes: int
     sha256: str
+    columns: pa.Schema
+    records: int
     copied: bool = False
 
     @property
@@ -105,9 +108,18 @@ class OpenedFile:
 
     def __init__(self, verified: VerifiedFile, file: BufferedReader) -> None:
         self._verified, self._file = verified, file
-        self._parquet = pq.ParquetFile(
-            file, page_checksum_verification=True, buffer_size=_READ_AHEAD, pre_buffer=False
-        )
+        # No thread of Arrow may call a Python file: one that does when the process ends aborts it
+        # (https://github.com/apache/arrow/issues/34314). pre_buffer has threads of its own.
+        with _read_errors(verified.listed):
+            self._parquet = pq.ParquetFile(
+                file, page_checksum_verification=True, buffer_size=_READ_AHEAD, pre_buffer=False
+            )
+
+    @property
+    def columns(self) -> pa.Schema:
+        """The columns, as the footer names them."""
+        with _read_errors(self._verified.listed):
+            return self._parquet.schema_arrow
 
     @property
     def row_groups(self) -> range:
@@ -127,16 +139,17 @@ class OpenedFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Return columns of a row group.
 
-        Raises IdentityRefusedError if the file has changed meanwhile.
+        Raises IdentityRefusedError if the file has changed meanwhile, or its pages are not whole.
         """
-        table = self._parquet.read_row_group(group, columns=[*columns])
+        with _read_errors(self._verified.listed):
+            table = self._parquet.read_row_group(group, columns=[*columns], use_threads=False)
         self._verified.refuse_if_changed(self._file)
         return table
 
     def batches(self, group: int, columns: Sequence[str], most_rows: int) -> Iterator[pa.Table]:
         """Yield columns of a row group, at most so many rows or about 2 MB at once.
 
-        Raises IdentityRefusedError if the file has changed meanwhile.
+        Raises IdentityRefusedError if the file has changed meanwhile, or its pages are not whole.
         """
         there = self._parquet.metadata.row_group(group)
         chunks = [there.column(number) for number in range(there.num_columns)]
@@ -147,13 +160,19 @@ class OpenedFile:
         )
         rows = max(1, min(most_rows, there.num_rows * _BATCH_BYTES // max(1, size)))
         # Without threads, of which each would keep what it has freed.
-        for batch in self._parquet.iter_batches(rows, [group], [*columns], use_threads=False):
+        batches = self._parquet.iter_batches(rows, [group], [*columns], use_threads=False)
+        while True:
+            with _read_errors(self._verified.listed):
+                batch = next(batches, None)
+            if batch is None:
+                return
             self._verified.refuse_if_changed(self._file)
             yield pa.Table.from_batches([batch])
 
 
 def verified_file(listed: ListedFile, *, digest: bool) -> VerifiedFile:
-    """Check that a file has the listed size and names its run in the footer; no row is read.
+    """Check that a file has the listed size, and that its footer names its run, the columns of the
+    run and the listed number of records; no row is read.
 
     digest: whether its SHA-256 is to be compared too. Raises IdentityRefusedError at the first
     difference, MachineError if the disk fails.
@@ -168,6 +187,7 @@ def verified_file(listed: ListedFile, *, digest: bool) -> VerifiedFile:
         if digest and hashlib.file_digest(file, "sha256").hexdigest() != listed.sha256:
             raise IdentityRefusedError(f"{listed.place}: sha256 differs from the database")
         _check_footer(listed, file)
+        _check_rows(listed, OpenedFile(verified, file))
         verified.refuse_if_changed(file)
     return verified
 
@@ -184,6 +204,31 @@ def _check_footer(listed: ListedFile, file: BufferedReader) -> None:
             raise IdentityRefusedError(
                 f"{listed.place}: {key} in its footer differs from the database"
             )
+
+
+def _check_rows(listed: ListedFile, opened: OpenedFile) -> None:
+    if not opened.columns.equals(listed.columns):
+        raise IdentityRefusedError(f"{listed.place}: its columns are not those of the run")
+    records = sum(opened.row_counts)
+    if records != listed.records:
+        raise IdentityRefusedError(
+            f"{listed.place}: {records} records, {listed.records} in the database"
+        )
+
+
+@contextmanager
+def _read_errors(listed: ListedFile) -> Iterator[None]:
+    """Refuse a file that Arrow cannot read; errors of the system and of the memory pass."""
+    try:
+        yield
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # What Arrow finds wrong with a file is an OSError, too, but has no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        fact = " ".join(str(error).split())[:200]
+        raise IdentityRefusedError(f"{listed.place}: {fact}") from None
 
 
 @contextmanager

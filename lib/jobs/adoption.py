@@ -186,7 +186,7 @@ def _check_rows(planned: _Planned, parquet: pq.ParquetFile, positions: range) ->
         raise ValueError("its columns are not those of the run")
     parts = []
     for group in range(parquet.num_row_groups):
-        table = parquet.read_row_group(group)
+        table = parquet.read_row_group(group, use_threads=False)
         table.validate(full=True)
         parts.append(table.select(describing))
     found = pa.concat_tables(parts) if parts else columns.empty_table().select(describing)

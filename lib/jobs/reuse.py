@@ -19,7 +19,12 @@ from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.ledger.audit import Finding, audit
 from lib.ledger.history import refuse_pruned
-from lib.ledger.identity import first_difference, identity_in_footer, identity_on_record
+from lib.ledger.identity import (
+    first_difference,
+    identity_in_footer,
+    identity_on_record,
+    run_columns,
+)
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.ledger.runs import load_run
 from lib.ledger.sources import Wanted, has_sources, source_runs
@@ -150,7 +155,9 @@ def verified_source(run: Run, checkpoint: Checkpoint, *, digest: bool) -> Verifi
     """
     path = Path(run.output_folder) / checkpoint.path
     row = {key: getattr(run, key) for key in ("id", "uuid", "esm2_config", "input_sha256")}
-    listed = ListedFile(row, path, checkpoint.bytes, checkpoint.sha256)
+    listed = ListedFile(
+        row, path, checkpoint.bytes, checkpoint.sha256, run_columns(run), checkpoint.records
+    )
     verified = verified_file(listed, digest=digest)
     with verified.opened() as file:
         footer = file.footer()

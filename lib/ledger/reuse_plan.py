@@ -154,7 +154,10 @@ def read_plan(run: Run, inventory: Inventory) -> ReusePlan | None:
     if run.reuse_sha256 is None:
         return None
     with _opened(run) as file:
-        table = pq.read_table(file, page_checksum_verification=True)
+        # Without threads of Arrow: one that still calls a Python file when the process ends aborts
+        # it (https://github.com/apache/arrow/issues/34314).
+        parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+        table = parquet.read(use_threads=False)
         sources = _sources(footer_of(table.schema.metadata)["sources"])
         reused = Reused(numbers(table.column("record")), inventory.records)
         rows = numbers(table.column("row"))

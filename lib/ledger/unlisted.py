@@ -21,7 +21,11 @@ __all__ = ["UnlistedFile", "opened_unlisted"]
 
 @dataclass(frozen=True)
 class UnlistedFile:
-    """An open file: its columns, what the ledger wrote into its footer, and what it was."""
+    """An open file: its columns, what the ledger wrote into its footer, and what it was.
+
+    To be read with use_threads=False: a thread of Arrow that still calls a Python file when the
+    process ends aborts it (https://github.com/apache/arrow/issues/34314).
+    """
 
     parquet: pq.ParquetFile
     footer: dict[str, Any]
@@ -45,7 +49,7 @@ def opened_unlisted(path: Path) -> Iterator[UnlistedFile]:
     try:
         with (
             path.open("rb") as opened,
-            pq.ParquetFile(opened, page_checksum_verification=True) as parquet,
+            pq.ParquetFile(opened, page_checksum_verification=True, pre_buffer=False) as parquet,
         ):
             state = os.fstat(opened.fileno())
             yield UnlistedFile(parquet, footer_of(parquet.metadata.metadata), state, opened)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,6 +68,16 @@ def test_ids_and_matrices_stand_in_the_order_of_the_file(embedded: Runs) -> None
             matrix = run.matrix(kind, layer)
             assert matrix.dtype == np.float32
             assert matrix.tobytes() == np.stack([rows[i][column] for i in range(18)]).tobytes()
+
+
+def test_files_are_read_in_the_main_thread(
+    embedded: Runs, place: Place, reading_threads: set[int]
+) -> None:
+    """A thread of Arrow that called the file when the process ended aborted it, at times."""
+    run = open_run(place.database, 1)
+    run.matrix()
+    run.residues(0)
+    assert reading_threads == {threading.get_native_id()}
 
 
 def test_a_matrix_on_disk_is_the_one_in_memory_and_replaces_nothing(
@@ -137,6 +148,55 @@ def test_files_that_are_not_what_the_database_lists_are_refused(
     second.unlink()
     with pytest.raises(IdentityRefusedError, match="no such regular file"):
         open_run(place.database, 1)
+
+
+# Bytes of a footer in which one bit is flipped: (pattern, place of the byte in it, bit).
+FLIPS = {
+    "FLOAT becomes BOOLEAN": (b"\x15\x08\x25\x02\x18\x07element", 1, 8),
+    "mean_2 is called something else": (b"\x18\x06mean_2", 7, 1),
+    "ids are bytes": (b"\x18\x02id\x25\x00\x4c\x1c", 7, 8),
+}
+
+
+@pytest.mark.parametrize("flip", FLIPS)
+def test_a_flipped_bit_in_a_footer_is_refused(embedded: Runs, place: Place, flip: str) -> None:
+    """Vectors of 0 and 1 used to be read, and ids that are bytes."""
+    file = embedded[1] / "checkpoint-000001.parquet"
+    content, (pattern, offset, bit) = bytearray(file.read_bytes()), FLIPS[flip]
+    content[content.rindex(pattern) + offset] ^= bit
+    file.write_bytes(content)
+    with pytest.raises(IdentityRefusedError, match=f"{file}: its columns are not those of the run"):
+        open_run(place.database, 1)
+
+
+def test_a_footer_with_other_records_than_the_database_is_refused(
+    embedded: Runs, place: Place
+) -> None:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
+        session.connection().exec_driver_sql("UPDATE checkpoints SET records = records + 1")
+    with pytest.raises(IdentityRefusedError, match=r"parquet: \d records, \d in the database$"):
+        open_run(place.database, 1)
+
+
+def test_a_page_that_is_not_what_its_checksum_says_is_refused(
+    embedded: Runs, place: Place, script: Script
+) -> None:
+    """It used to be told as a failure of the disk."""
+    file = embedded[1] / "checkpoint-000001.parquet"
+    content, parquet = bytearray(file.read_bytes()), pq.ParquetFile(file)
+    columns = parquet.metadata.row_group(0)
+    number = parquet.schema_arrow.names.index("mean_2")
+    place_of = columns.column(number)
+    assert place_of.path_in_schema.startswith("mean_2")
+    end = place_of.data_page_offset + place_of.total_compressed_size
+    content[end - 1] ^= 1
+    file.write_bytes(content)
+    run = open_run(place.database, 1)
+    with pytest.raises(IdentityRefusedError, match=f"run 1: {file}: .*CRC checksum"):
+        run.matrix()
+    answer = script("export", "--run", "1", "--format", "npy", "--to", place.folder / "out")
+    assert answer.status == 3
+    assert f"run 1: {file}: could not verify page integrity" in answer.error
 
 
 # ---- A file that changes after it was checked

@@ -72,7 +72,8 @@ def copy(folder: Path, columns: list[VectorColumn], rows: range) -> tuple[Path, 
     inventory = preflight(settings)
     path, chosen = folder / "source.parquet", np.array(rows)
     source = Source(1, "one", path.name, "", range(len(rows)))
-    listed = ListedFile(RUN, path, path.stat().st_size, "")
+    stored = pq.read_metadata(path).num_rows
+    listed = ListedFile(RUN, path, path.stat().st_size, "", pq.read_schema(path), stored)
     parts: list[int] = []
     copying = Copying(
         ReusePlan([source], Reused(chosen, inventory.records), chosen.astype(np.int32)),

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
@@ -682,7 +683,11 @@ def test_a_signal_while_copying_commits_what_is_copied(
 
 
 def test_copied_files_are_adopted_when_the_database_was_restored(
-    script: Script, reusing: Place, small_model: Path, embed: Callable[..., Answer]
+    script: Script,
+    reusing: Place,
+    small_model: Path,
+    embed: Callable[..., Answer],
+    reading_threads: set[int],
 ) -> None:
     embed(REAL[:15])
     path = write_fasta(reusing.folder / "grown.fasta", shuffled(grown(REAL[:15])))
@@ -700,6 +705,8 @@ def test_copied_files_are_adopted_when_the_database_was_restored(
     assert len(said(answer, "verified and adopted")) == len(expected) - 4
     assert sorted(ask(reusing, rows)) == sorted(expected)
     assert script("validate", "--run", "2").status == 0
+    # Plan, sources and adopted files.
+    assert reading_threads == {threading.get_native_id()}
 
 
 def ask(place: Place, statement: str) -> list[tuple[object, ...]]:

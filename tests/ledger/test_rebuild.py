@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def footers_without_totals(at: Path, was_at: Path, project: Path) -> None:
         pq.write_table(table.replace_schema_metadata(metadata), path, write_page_checksum=True)
 
 
-def test_all_that_footers_know_is_on_record_again(call: Call, project: Path) -> None:
+def test_all_that_footers_know_is_on_record_again(
+    call: Call, project: Path, reading_threads: set[int]
+) -> None:
     flags = ["--esm-model", project / "models" / "small.pt", "--input", project / "proteins.fasta"]
     assert "reused: 12 of 12" in call("embed", *flags, *QUICK).err  # run 3, from 1
     tables = {"runs": LOST_OF_RUNS, "inputs": set[str](), "checkpoints": LOST_OF_CHECKPOINTS}
@@ -65,8 +68,10 @@ def test_all_that_footers_know_is_on_record_again(call: Call, project: Path) -> 
     models = rows(project, "models", set())
     files = contents(project / "embeddings")
     lose_database(project)
+    reading_threads.clear()
     answer = call("rebuild", "--output", project / "embeddings")
     assert answer.status == 0, answer.err
+    assert reading_threads == {threading.get_native_id()}
     lines = answer.out.splitlines()
     assert lines[0] == (
         f"run 1 finished: {len([*folder(project).glob('*.parquet')])} checkpoints with 12 of 12 "
