@@ -146,7 +146,7 @@ def test_a_variable_of_the_shell_is_nobodys_business(place: Place) -> None:
     ("words", "name", "targets"),
     [
         ("embed RUN=1", "RUN", "embed (MODEL INPUT OUTPUT LABEL RAY CONFIG ARGS)"),
-        ("prune OUTPUT=x RUN=1", "OUTPUT", "prune (RUN CONFIG ARGS)"),
+        ("backup OUTPUT=x TO=y", "OUTPUT", "backup (TO CONFIG ARGS)"),
         ("setup history RUN=1 MODEL=x", "MODEL", "setup history (RAY RUN CONFIG ARGS)"),
         ("RUN=1", "RUN", "help (it has none)"),
     ],

@@ -73,6 +73,8 @@ def open_run(
             attempt["versions"] = dict(json.loads(attempt["versions"]))
     if facts["esm2_config"] is None:
         raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
+    if "hidden_dim" not in facts["esm2_config"]:
+        raise IdentityRefusedError(f"run {run}: model metadata lacks hidden_dim")
     listed = query(
         url,
         "SELECT path, bytes, sha256, records, reused_run_id IS NOT NULL AS copied "
