@@ -48,6 +48,7 @@ __all__ = [
     "checked_label",
     "create_run",
     "end_attempt",
+    "end_lost_attempts",
     "finish_run",
     "hold_lock",
     "load_run",
@@ -225,11 +226,7 @@ def start_attempt(
     """
     with transaction(engine) as session:
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
-        session.execute(
-            update(Attempt)
-            .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
-            .values(ended_at=utc_now(), outcome="lost")
-        )
+        end_lost_attempts(session, run.id)
         of_run = select(Attempt.id).where(Attempt.run_id == run.id)
         session.execute(
             update(Worker)
@@ -246,6 +243,17 @@ def start_attempt(
         run.checkpoints.remove(checkpoint)
     with _ended_on_the_record(engine, Ownership(run, attempt.id)) as ownership:
         yield ownership
+
+
+def end_lost_attempts(session: Session, run_id: int) -> None:
+    """Record attempts that ended without a word as lost, at the time of their last sign of life."""
+    committed = select(func.max(Checkpoint.committed_at)).where(Checkpoint.attempt_id == Attempt.id)
+    last = func.max(Attempt.heartbeat_at, func.coalesce(committed.scalar_subquery(), ""))
+    session.execute(
+        update(Attempt)
+        .where(Attempt.run_id == run_id, Attempt.ended_at.is_(None))
+        .values(ended_at=last, outcome="lost")
+    )
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:
