@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,10 @@ from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
 from lib.ledger.history import altered_rows, query, refuse_pruned
+from lib.ledger.ownership import shown_status
 from lib.ledger.places import StoredRun, given_folder
 from lib.ledger.sqlite_file import database_path
+from schema.esm2_config import load_snapshot
 from schema.parquet import CONTACTS, VectorColumn, checkpoint_columns
 
 __all__ = ["RunEmbeddings", "open_run", "run_facts", "values"]
@@ -44,7 +47,7 @@ Array = npt.NDArray[Any]
 
 def open_run(
     database: str | Path,
-    run: int,
+    run: SupportsIndex,
     *,
     partial: bool = False,
     verify: bool = False,
@@ -62,17 +65,25 @@ def open_run(
     IdentityRefusedError if a file differs from what the database lists, now or when it is read, or
     if `output` is of another run.
     """
-    url = str(database)
+    url, run = str(database), operator.index(run)  # SQLite would take an int64 of numpy for bytes
     facts = run_facts(url, run)
     refuse_pruned(run, facts["pruned_at"])
+    inputs = query(
+        url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
+    ).dictionaries()
+    with altered_rows(url):
+        folder = _locate(facts, inputs, database_path(url), output)
+    facts["status"] = shown_status(facts["status"], folder)
     attempts = query(
         url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
     ).dictionaries()
     with altered_rows(url):
         for attempt in attempts:
             attempt["versions"] = dict(json.loads(attempt["versions"]))
-    if facts["esm2_config"] is None:
-        raise IdentityRefusedError(f"run {run}: no model metadata (NULL)")
+    try:
+        config = load_snapshot(facts["esm2_config"])
+    except ValueError as error:
+        raise IdentityRefusedError(f"run {run}: {error}") from None
     listed = query(
         url,
         "SELECT path, bytes, sha256, records, reused_run_id IS NOT NULL AS copied "
@@ -84,15 +95,11 @@ def open_run(
         raise SettingsError(
             f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
         )
-    inputs = query(
-        url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
-    ).dictionaries()
     with altered_rows(url):
-        folder = _locate(facts, inputs, database_path(url), output)
         columns = checkpoint_columns(
             facts["include"],
             facts["repr_layers"],
-            facts["esm2_config"]["hidden_dim"],
+            config.hidden_dim,
             facts["per_tok_dtype"],
             digests=bool(facts["has_digests"]),
         )
@@ -129,7 +136,7 @@ def _locate(
     stored = StoredRun.of_row(facts)
     folder = stored.folder(database)
     if output is not None:
-        folder = given_folder(stored, Path(output))
+        folder = given_folder(stored, Path(output)).absolute()
     facts["output_folder"] = str(folder)
     for row, name in [(facts, "input_path"), *((one, "path") for one in inputs)]:
         row[name] = str(stored.path(row[name], database, folder))
@@ -139,7 +146,8 @@ def _locate(
 class RunEmbeddings:
     """The vectors of one run, in FASTA order; `open_run` makes it.
 
-    facts: the row of the run in the table `runs`, by column.
+    facts: the row of the run in the table `runs`, by column; a status `killed` is of a running run
+        without a live process.
     inputs: the rows of its input files in the table `inputs`, in their order.
     attempts: device_name and versions of every attempt at it.
     files: its checkpoint files, as they were checked.

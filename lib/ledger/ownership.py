@@ -8,7 +8,7 @@ from typing import IO
 
 from lib.errors import MachineError
 
-__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock"]
+__all__ = ["LOCK_NAME", "HeldError", "is_held", "shown_status", "take_lock"]
 
 LOCK_NAME = ".lock"
 
@@ -47,3 +47,11 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def shown_status(status: str, folder: Path) -> str:
+    """Return the status of a run, `killed` if it is running and no live process holds its folder.
+
+    To be asked right after the status was read: a run that ends in between looks killed.
+    """
+    return "killed" if status == "running" and not is_held(folder) else status
