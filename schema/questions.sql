@@ -4,25 +4,30 @@
 
 -- Which runs used this model on this input?
 SELECT run, model, layers, released, status, started, label FROM run_history
-WHERE model LIKE '%{model: esm2_t33_650M_UR50D}%' AND input LIKE '%{input: proteins.fasta}%';
+WHERE model LIKE '%{model: esm2_t33_650M_UR50D}%' AND EXISTS (
+    SELECT * FROM record_files
+    WHERE record_files.run = run_history.run AND file LIKE '%{input: proteins.fasta}%'
+);
 
 -- What is unfinished, and how far is it?
 SELECT run, status, percent, attempts, heartbeat FROM run_progress
 WHERE status NOT IN ('finished', 'pruned');
 
 -- How many tokens per second, by model and machine?
-SELECT m.name AS model, a.host, a.device_name,
+SELECT m.name AS model, coalesce(w.host, a.host) AS machine, coalesce(w.device_name, a.device_name) AS processor,
        round(sum(c.residues + 2 * (c.stop_position - c.first_position)) / sum(c.seconds)) AS tokens_per_second
-FROM checkpoints c JOIN attempts a ON a.id = c.attempt_id
+FROM checkpoints c JOIN attempts a ON a.id = c.attempt_id LEFT JOIN workers w ON w.id = c.worker_id
 JOIN runs r ON r.id = c.run_id JOIN models m ON m.id = r.model_id
-GROUP BY m.id, a.host, a.device_name;
+WHERE c.reused_run_id IS NULL GROUP BY m.id, machine, processor;
 
 -- Which checkpoints lack metadata, or differ from their run?
 SELECT run, file, problem FROM checkpoint_audit WHERE problem IS NOT NULL;
 
 -- Which model made this file?
-SELECT run, model, model_sha256 FROM checkpoint_audit
-WHERE file LIKE '%{file: run-000001/checkpoint-000001.parquet}';
+SELECT run, model, model_sha256 FROM checkpoint_audit,
+    (SELECT rtrim(file, replace(file, '/', '')) AS folder FROM pragma_database_list WHERE name = 'main')
+WHERE file LIKE '%{file: run-000001/checkpoint-000001.parquet}'
+    OR folder || substr(file, 3) LIKE '%{file: run-000001/checkpoint-000001.parquet}';
 
 -- Which file is this record from?
 SELECT run, file, {record: 100} - first_record AS record_in_file FROM record_files
@@ -41,8 +46,9 @@ SELECT name, count(*) AS weights, group_concat(substr(sha256, 1, 8)) AS digests
 FROM models GROUP BY name HAVING count(DISTINCT sha256) > 1;
 
 -- Which runs were stopped, how often, and by what?
-SELECT run_id, count(*) AS attempts, group_concat(outcome, ' then ') AS outcomes, max(error) AS error
-FROM attempts GROUP BY run_id HAVING count(*) > 1 OR max(outcome) <> 'finished';
+SELECT run_id, count(*) AS attempts, max(error) AS error,
+       group_concat(coalesce(outcome, 'running or killed'), ' then ') AS outcomes
+FROM attempts GROUP BY run_id HAVING count(*) > 1 OR max(coalesce(outcome, '')) <> 'finished';
 
 -- How much disk does each run take?
 SELECT run_id, count(*) AS files, sum(c.bytes) / 1e6 AS megabytes

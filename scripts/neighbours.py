@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     column = targets.column("bos" if parsed.bos else "mean", parsed.layer)
     is_run = isinstance(parsed.query, int)
     query = parsed.query if is_run else embed_query(parsed, url, column)
-    queries = open_run(url, query)
+    queries = targets if query == parsed.run else open_run(url, query)
     write_nearest(targets, queries, parsed.to, column, parsed.neighbours)
     untrained = " (untrained weights)" if targets.model["untrained"] else ""
     line = (

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lib.catalog import shown_name
 from lib.jobs.estimate import Estimate
 from lib.jobs.loading import KnownModel
 from lib.jobs.validation import RunAudit, Validation
+from lib.ledger.ownership import shown_status
 from lib.ledger.runs import AttemptFacts
 from lib.models.detection import Detection
 from lib.models.download import Offer
@@ -252,8 +254,9 @@ def describe_audit(audit: RunAudit) -> list[str]:
     if audit.facts:
         return audit.facts
     done = count(sum(one.records for one in run.checkpoints))
+    status = shown_status(run.status, Path(run.output_folder))
     return [
-        f"run {run.id} ({run.status}): identity good, "
+        f"run {run.id} ({status}): identity good, "
         f"{counted(len(run.checkpoints), 'checkpoint')} with "
         f"{done} of {records(run.records_total)} good"
     ]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from lib.embeddings.provenance import described_path, facts_of, facts_text
+from lib.embeddings.provenance import described_path, facts_of, facts_path, facts_text
 from lib.embeddings.reading import RunEmbeddings, values
 from lib.embeddings.selection import ordered_vectors
 from lib.errors import IdentityRefusedError, LedgerError, SettingsError
@@ -73,6 +73,8 @@ def refuse_target(to: Path, count: int) -> None:
     refuse_existing(to)
     if to.suffix not in _SUFFIXES:
         raise SettingsError(f"{to}: neither {' nor '.join(_SUFFIXES)}")
+    if to.suffix == ".csv":
+        refuse_existing(facts_path(to))
 
 
 def nearest(

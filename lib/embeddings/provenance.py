@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lib.embeddings.reading import RunEmbeddings
-from lib.files import new_path
+from lib.files import new_path, refuse_existing
 from schema.parquet import VectorColumn
 from schema.version import WRITER
 
@@ -18,6 +18,7 @@ __all__ = [
     "computed_with",
     "described_path",
     "facts_of",
+    "facts_path",
     "facts_text",
     "facts_to_publish",
 ]
@@ -99,16 +100,21 @@ def facts_text(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
+def facts_path(to: Path) -> Path:
+    """Return where the facts of a file stand whose format has no place for them."""
+    return to.with_name(to.name + ".json")
+
+
 @contextmanager
 def described_path(to: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a temporary path for `to`, as `new_path` does, and write the facts as `to`.json.
 
     For formats that have no place of their own for them.
     """
-    described = to.with_name(to.name + ".json")
+    refuse_existing(to)  # such as `/`, which has no name
     with (
         new_path(to, folder=False) as temporary,
-        new_path(described, folder=False) as temporary_facts,
+        new_path(facts_path(to), folder=False) as temporary_facts,
     ):
         temporary_facts.write_text(facts_text(facts), encoding="utf-8")
         yield temporary

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
 from lib.ledger.history import altered_rows, query, refuse_pruned
+from lib.ledger.ownership import shown_status
 from lib.ledger.places import StoredRun, given_folder
 from lib.ledger.sqlite_file import database_path
 from schema.parquet import CONTACTS, VectorColumn, checkpoint_columns
@@ -44,7 +46,7 @@ Array = npt.NDArray[Any]
 
 def open_run(
     database: str | Path,
-    run: int,
+    run: SupportsIndex,
     *,
     partial: bool = False,
     verify: bool = False,
@@ -62,9 +64,15 @@ def open_run(
     IdentityRefusedError if a file differs from what the database lists, now or when it is read, or
     if `output` is of another run.
     """
-    url = str(database)
+    url, run = str(database), operator.index(run)  # SQLite would take an int64 of numpy for bytes
     facts = run_facts(url, run)
     refuse_pruned(run, facts["pruned_at"])
+    inputs = query(
+        url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
+    ).dictionaries()
+    with altered_rows(url):
+        folder = _locate(facts, inputs, database_path(url), output)
+    facts["status"] = shown_status(facts["status"], folder)
     attempts = query(
         url, "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id", [run]
     ).dictionaries()
@@ -86,11 +94,7 @@ def open_run(
         raise SettingsError(
             f"run {run}: {facts['status']}, {done} of {facts['records_total']} records done"
         )
-    inputs = query(
-        url, "SELECT * FROM inputs WHERE run_id = ? ORDER BY number", [run]
-    ).dictionaries()
     with altered_rows(url):
-        folder = _locate(facts, inputs, database_path(url), output)
         columns = checkpoint_columns(
             facts["include"],
             facts["repr_layers"],
@@ -131,7 +135,7 @@ def _locate(
     stored = StoredRun.of_row(facts)
     folder = stored.folder(database)
     if output is not None:
-        folder = given_folder(stored, Path(output))
+        folder = given_folder(stored, Path(output)).absolute()
     facts["output_folder"] = str(folder)
     for row, name in [(facts, "input_path"), *((one, "path") for one in inputs)]:
         row[name] = str(stored.path(row[name], database, folder))
@@ -141,7 +145,8 @@ def _locate(
 class RunEmbeddings:
     """The vectors of one run, in FASTA order; `open_run` makes it.
 
-    facts: the row of the run in the table `runs`, by column.
+    facts: the row of the run in the table `runs`, by column; a status `killed` is of a running run
+        without a live process.
     inputs: the rows of its input files in the table `inputs`, in their order.
     attempts: device_name and versions of every attempt at it.
     files: its checkpoint files, as they were checked.

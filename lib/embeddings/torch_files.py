@@ -44,8 +44,9 @@ def write_esm_extract(run: RunEmbeddings, to: Path, _selection: Selection) -> No
     """Write a folder with a .pt per record: its label, {layer: float32 tensor} for each kind, and
     one tensor for contacts.
 
-    The label is the header and names the file, with `/` as `_`. Raises LedgerError for labels that
-    would share a file name or are too long for one.
+    The label is the id, a blank and the description, and names the file, with `/` as `_`. That of
+    esm-extract is the header, which differs if a tab or several blanks follow the id. Raises
+    LedgerError for labels that would share a file name or are too long for one.
     """
     described = run.table("id", "description")
     names = [_file_name(label) for label in _labels(described)]

@@ -15,12 +15,13 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from lib.catalog import shown_name
 from lib.embeddings import RunEmbeddings, open_run
-from lib.errors import InputError
+from lib.errors import InputError, SettingsError
 from lib.jobs.computing import made_ready, ready_plan
 from lib.jobs.embedding import Job, work
 from lib.jobs.fetching import offer_of, with_weights
@@ -42,25 +43,26 @@ def embed(
     sequences: Sequence[str] | Mapping[str, str],
     *,
     model: str | Path | None = None,
-    settings: Mapping[str, str] = {},
+    settings: Mapping[str, str | float | Path] = {},
     config: str | Path = DEFAULT_CONFIG,
     label: str | None = None,
     say: Callable[[str], None] = print,
 ) -> RunEmbeddings:
     """Embed sequences as a run on record, and open it.
 
-    sequences: a list, whose ids are its positions, or sequences by their id. model: a released
-    name or a path, as MODEL=; settings: "section.option" to text, as --set. Both are laid over
-    `config`, as a script does it. label: what history calls the run. What an earlier run embedded
-    alike is copied from it. `say` is told which run it is, what was changed in the sequences and
-    what it reuses. Ctrl-C commits what is finished and ends with an InterruptedRunError; resume.py
-    continues the run.
+    sequences: a list, whose ids are its positions, or sequences by their id, as in a dictionary or
+    a pandas Series, whose index has the ids. model: a released name or a path, as MODEL=; settings:
+    "section.option" to text, a number or a path, as --set. Both are laid over `config`, as a script
+    does it. label: what history calls the run. What an earlier run embedded alike is copied from
+    it. `say` is told which run it is, what was changed in the sequences and what it reuses. Ctrl-C
+    commits what is finished and ends with an InterruptedRunError; resume.py continues the run.
 
     Returns the vectors in the order of `sequences`: `matrix()` is (N, hidden_dim) float32. Raises
     what the scripts print as one line: a LedgerError, as InputError for a letter that is not in
     the alphabet.
     """
-    said = {**settings, "input.fasta": STANDARD_INPUT}
+    said = {name: _text(name, value) for name, value in settings.items()}
+    said["input.fasta"] = STANDARD_INPUT
     if model is not None:
         said["model.esm_model"] = str(model)
     chosen = load_settings(Path(config), said)
@@ -120,14 +122,11 @@ def _changes(inventory: Inventory, max_residues: int) -> Iterator[str]:
 
 def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:
     """Return sequences as FASTA; raises InputError for what would become another record."""
-    if isinstance(sequences, str):
-        raise InputError("sequences: one string, not a list of them")
-    named: Mapping[Any, Any]
-    named = sequences if isinstance(sequences, Mapping) else dict(enumerate(sequences))
+    named = _named(sequences)
     if not named:
         raise InputError("sequences: there are none")
     lines = []
-    for number, (name, sequence) in enumerate(named.items()):
+    for number, (name, sequence) in enumerate(named):
         if not isinstance(sequence, str):
             kind = type(sequence).__name__
             raise InputError(f"record {number} ({name}): its sequence is {kind}, not str")
@@ -136,3 +135,22 @@ def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:
                 raise InputError(f"record {number}: a line break in its {what}")
         lines.append(f">{name}\n{sequence}\n")
     return "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _named(sequences: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401 (anything may be given)
+    """Return (id, sequence) pairs; raises InputError for what has no order or several columns."""
+    if isinstance(sequences, str):
+        raise InputError("sequences: one string, not a list of them")
+    if isinstance(sequences, set | frozenset) or getattr(sequences, "ndim", 1) != 1:
+        kind = type(sequences).__name__
+        raise InputError(f"sequences: {kind}, not a list of them or sequences by their id")
+    # A Series of pandas is no Mapping.
+    pairs = sequences.items() if hasattr(sequences, "keys") else enumerate(sequences)
+    return [*pairs]
+
+
+def _text(name: str, value: object) -> str:
+    """Return the value of an option as --set has it; raises SettingsError for what is no value."""
+    if isinstance(value, str | Real | Path):
+        return str(value)
+    raise SettingsError(f"{name}: {type(value).__name__}, not text, a number or a path")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import MachineError, SettingsError
-from lib.ledger.ownership import is_held
+from lib.ledger.ownership import shown_status
 from lib.ledger.places import StoredRun, shown_path
 from lib.ledger.sqlite_file import connect_read_only, database_path, sqlite_errors
 
@@ -186,9 +186,7 @@ def _as_it_is(url: str, statement: str, parameters: Sequence[object] = ()) -> Ta
     for row in history.rows:
         shown = list(row)
         shown[folder] = str(folders[row[run]])
-        # Of a folder that this user may not read, it is not known.
-        if row[status] == "running" and is_held(folders[row[run]]) is False:
-            shown[status] = "killed"
+        shown[status] = shown_status(row[status], folders[row[run]])
         rows.append(shown)
     table = Table(columns, rows)
     return _shown(url, table, "input") if "input" in columns else table

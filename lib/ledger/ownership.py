@@ -9,7 +9,7 @@ from typing import IO
 
 from lib.errors import MachineError
 
-__all__ = ["LOCK_NAME", "HeldError", "is_held", "take_lock", "uuid_in_lock"]
+__all__ = ["LOCK_NAME", "HeldError", "is_held", "shown_status", "take_lock", "uuid_in_lock"]
 
 LOCK_NAME = ".lock"
 # Who only looks has the lock for a moment, in which nobody can take it: `is_held`.
@@ -62,6 +62,15 @@ def is_held(folder: Path) -> bool | None:
     except OSError:
         return None
     return False
+
+
+def shown_status(status: str, folder: Path) -> str:
+    """Return the status of a run, `killed` if it is running and no live process holds its folder.
+
+    Of a folder that this user may not read, it is not known. To be asked right after the status was
+    read: a run that ends in between looks killed.
+    """
+    return "killed" if status == "running" and is_held(folder) is False else status
 
 
 def uuid_in_lock(folder: Path) -> str | None:

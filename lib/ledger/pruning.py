@@ -31,7 +31,7 @@ from lib.ledger.database import (
 )
 from lib.ledger.ownership import LOCK_NAME, is_held, uuid_in_lock
 from lib.ledger.reuse_plan import check_plan, plan_path
-from lib.ledger.runs import hold_lock, load_run, owned_by_another
+from lib.ledger.runs import end_lost_attempts, hold_lock, load_run, owned_by_another
 from lib.ledger.standard_input import kept_name
 from lib.ledger.whereabouts import write_folder
 from lib.units import count, counted, printable, size
@@ -262,11 +262,7 @@ def _record(engine: Engine, run: Run) -> None:
         if run.pruned_at is not None:
             return
         session.execute(update(Run).where(Run.id == run.id).values(pruned_at=now))
-        session.execute(
-            update(Attempt)
-            .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
-            .values(ended_at=now, outcome="lost")
-        )
+        end_lost_attempts(session, run.id)
     run.pruned_at = now
 
 

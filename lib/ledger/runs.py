@@ -48,6 +48,7 @@ __all__ = [
     "checked_label",
     "create_run",
     "end_attempt",
+    "end_lost_attempts",
     "finish_run",
     "hold_lock",
     "load_run",
@@ -253,11 +254,7 @@ def start_attempt(
         write_folder(session, run.id, folder, database)
         write_input(session, run.id, paths, database)
         session.execute(delete(Checkpoint).where(Checkpoint.id.in_([one.id for one in dropped])))
-        session.execute(
-            update(Attempt)
-            .where(Attempt.run_id == run.id, Attempt.ended_at.is_(None))
-            .values(ended_at=utc_now(), outcome="lost")
-        )
+        end_lost_attempts(session, run.id)
         of_run = select(Attempt.id).where(Attempt.run_id == run.id)
         session.execute(
             update(Worker)
@@ -295,6 +292,17 @@ def _refuse_taken(session: Session, run_id: int, folder: Path, database: Path) -
     stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
     if _is_held_elsewhere(stored.folder(database), folder):
         raise owned_by_another(run)
+
+
+def end_lost_attempts(session: Session, run_id: int) -> None:
+    """Record attempts that ended without a word as lost, at the time of their last sign of life."""
+    committed = select(func.max(Checkpoint.committed_at)).where(Checkpoint.attempt_id == Attempt.id)
+    last = func.max(Attempt.heartbeat_at, func.coalesce(committed.scalar_subquery(), ""))
+    session.execute(
+        update(Attempt)
+        .where(Attempt.run_id == run_id, Attempt.ended_at.is_(None))
+        .values(ended_at=last, outcome="lost")
+    )
 
 
 def beat(engine: Engine, ownership: Ownership) -> None:

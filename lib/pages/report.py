@@ -101,7 +101,7 @@ def make_report(url: str, run_id: int, written: str, output: Path | None = None)
     found = None if run is None else survey(run)
     attempts = query(
         url,
-        "SELECT weights_path, device_name, versions FROM attempts WHERE run_id = ? ORDER BY id",
+        "SELECT device_name, versions FROM attempts WHERE run_id = ? ORDER BY id",
         [run_id],
     ).dictionaries()
     checkpoints = sorted(detail.checkpoints.dictionaries(), key=lambda one: one["checkpoint"])
@@ -126,7 +126,7 @@ def make_report(url: str, run_id: int, written: str, output: Path | None = None)
         warnings=warnings,
         summary=summary(line, facts["precision"], len(warnings)),
         facts=_facts(facts, detail),
-        properties=_properties(model, attempts),
+        properties=_properties(model, detail.attempts.dictionaries()),
         figures=[
             lengths_figure(found, facts["max_residues"]),
             throughput_figure(work),

@@ -413,3 +413,7 @@ def test_reading_needs_neither_torch_nor_sqlalchemy(embedded: Runs, place: Place
 def test_a_run_that_is_not_there(embedded: Runs, place: Place) -> None:
     with pytest.raises(SettingsError, match="run 7: not in database"):
         open_run(place.database, 7)
+
+
+def test_a_number_of_numpy_is_a_number(embedded: Runs, place: Place) -> None:
+    assert open_run(place.database, np.int64(1)).facts["id"] == 1

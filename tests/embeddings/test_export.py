@@ -363,6 +363,9 @@ def test_nothing_that_exists_is_replaced(
     answer = script("export", "--run", "1", "--format", form, "--to", to)
     assert (answer.status, answer.error) == (2, f"{to}: exists already")
     assert to.read_text() == "my work"
+    for nameless in ("/", ""):
+        answer = script("export", "--run", "1", "--format", form, "--to", nameless)
+        assert (answer.status, answer.error) == (2, f"{Path(nameless)}: exists already")
 
 
 def test_an_unfinished_run_only_with_partial(

@@ -167,6 +167,7 @@ def test_vectors_of_other_models_and_rules_are_refused(
     [
         (["--to", "x.tsv"], "x.tsv: neither .csv nor .parquet"),
         (["--to", "config.ini"], "config.ini: exists already"),
+        (["--to", "y.csv"], "y.csv.json: exists already"),
         (["--to", "none/x.csv"], "none: no such folder"),
         (["--to", "x.csv", "--neighbours", "0"], "neighbours 0: not 1 or more"),
         (["--to", "x.csv", "--query", "9"], "run 9: not in database "),
@@ -184,6 +185,7 @@ def test_what_cannot_be_written_or_found_is_refused_before_any_work(
 ) -> None:
     assert script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS).status == 0
     monkeypatch.chdir(place.folder)
+    (place.folder / "y.csv.json").touch()
     before = place.files()
     answer = script("neighbours", "--run", "1", "--query", SOME_PROTEINS, *flags)
     assert answer.status == 2

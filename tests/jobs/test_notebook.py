@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas  # type: ignore[import-untyped]
 import pytest
 
 from lib.embeddings import RunEmbeddings, open_run
-from lib.errors import InputError, InterruptedRunError, LedgerError
+from lib.errors import InputError, InterruptedRunError, LedgerError, SettingsError
 from lib.jobs.notebook import embed
 from lib.ledger.history import query
 from tests import processes
@@ -56,7 +57,7 @@ def test_a_list_has_its_positions_as_ids_and_settings_as_in_the_shell(
     settings = {
         "output.include": "mean bos",
         "model.repr_layers": "0 -1",
-        "input.max_residues": "9",
+        "input.max_residues": 9,
     }
     said: list[str] = []
     run = call(["MKTAYIAKQRQ", "mkv*", "MKTAYIAKQRQ"], settings=settings, say=said.append)
@@ -67,6 +68,11 @@ def test_a_list_has_its_positions_as_ids_and_settings_as_in_the_shell(
     bos = run.matrix("bos", 0)
     assert bos.shape == (3, 64)
     assert np.array_equal(bos[0], bos[2])
+
+
+def test_a_series_has_its_index_as_ids(call: Call) -> None:
+    """They used to be its positions."""
+    assert call(pandas.Series({"one": "MKV", "two": "MKTAY"})).ids == ["one", "two"]
 
 
 def test_the_run_can_be_verified_and_is_reused(
@@ -96,6 +102,9 @@ def test_the_run_can_be_verified_and_is_reused(
         ({"a\r>b": "MKV"}, "record 0: a line break in its id"),
         ([">MKV"], "record 0 (0): empty sequence"),
         ([";MKV"], "record 0 (0): empty sequence"),
+        ({"MKV"}, "sequences: set, not a list of them or sequences by their id"),
+        (pandas.DataFrame({"seq": ["MKV"]}), "sequences: DataFrame, not a list of them or "),
+        (pandas.Series(["MKV", "MKT"], ["a", "a"]), "record 1 (a): id repeats record 0's"),
         (["MKV", None], "record 1 (1): its sequence is NoneType, not str"),
         (["MKV", "MJV"], "record 1 (1): 'J' at residue 2 is not in the ESM-2 alphabet"),
         ({"": "MKV"}, "record 0: empty id"),
@@ -118,6 +127,8 @@ def test_what_is_not_a_list_of_proteins_is_refused(
 def test_settings_are_refused_as_in_the_shell(call: Call) -> None:
     with pytest.raises(LedgerError, match="unknown option 'includes'"):
         call(["MKV"], settings={"output.includes": "mean"})
+    with pytest.raises(SettingsError, match=r"output\.include: list, not text, a number or a path"):
+        call(["MKV"], settings={"output.include": ["mean"]})
 
 
 def test_another_thread_may_embed(call: Call) -> None:

@@ -68,6 +68,11 @@ def test_killed_at_chosen_points_and_resumed_gives_the_same_bits(
             ".lock",
         }
         assert [one["outcome"] for one in listed["attempts"]] == ["lost", "finished"]
+        first = listed["attempts"][0]
+        signs = [
+            one["committed"] for one in listed["checkpoints"] if one["attempt"] == first["attempt"]
+        ]
+        assert first["ended"] == max([first["heartbeat"], *signs])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -267,6 +272,8 @@ def test_a_run_has_one_live_owner(script: Script, place: Place, small_model: Pat
             f"since {attempt['started']}"
         )
         assert script("history", "--json").json[0]["status"] == "running"
+        answer = script("export", "--run", "1", "--format", "npy", "--to", place.folder / "out")
+        assert answer.error.startswith("run 1: running, ")
         other.kill()
     assert script("resume", "--run", "1").status == 0
 
@@ -278,6 +285,11 @@ def test_a_dead_owners_number_that_lives_again_does_not_own_the_run(
     with closing(sqlite3.connect(place.database)) as database, database:
         database.execute("UPDATE attempts SET pid = ?", [os.getpid()])
     assert script("history", "--json").json[0]["status"] == "killed"
+    # Everybody else says the same.
+    assert script("validate", "--run", "1").out.startswith("run 1 (killed): identity good, ")
+    export = ["export", "--run", "1", "--format", "npy", "--to", place.folder / "out", "--json"]
+    assert script(*export).error.startswith("run 1: killed, ")
+    assert script(*export, "--partial").json["status"] == "killed"
     assert script("resume", "--run", "1").status == 0
 
 

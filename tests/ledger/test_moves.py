@@ -162,7 +162,7 @@ def elsewhere(project: Path) -> Path:
 
 
 def test_every_command_takes_where_the_folder_lies_now(
-    call: Call, project: Path, elsewhere: Path
+    call: Call, project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = project / "out"
     for name, *flags in [
@@ -172,16 +172,26 @@ def test_every_command_takes_where_the_folder_lies_now(
         ("crate", "--run", "1", "--to", to / "crate"),
         ("export", "--run", "1", "--format", "csv", "--to", to / "out.csv"),
         ("neighbours", "--run", "1", "--query", "1", "--to", to / "nearest.csv"),
+        (
+            "neighbours",
+            "--run",
+            "1",
+            "--query",
+            project / "proteins.fasta",
+            "--to",
+            to / "found.csv",
+        ),
     ]:
         to.mkdir(exist_ok=True)
         assert call(name, *flags).status in (3, 4), name
-        if name == "neighbours":  # the query is a run, too
-            flags[3] = str(project / "proteins.fasta")
         answer = call(name, *flags, "--output", elsewhere)
         assert answer.status == 0, (name, answer)
     page = (project / "reports" / "run-000001.html").read_text()
     assert str(folder(elsewhere.parent)).replace("embeddings", "elsewhere") in page
-    opened = open_run(project / "runs.sqlite", 1, output=elsewhere / "run-000001")
+    assert str(project / "models" / "small.pt") in page
+    monkeypatch.chdir(elsewhere)
+    opened = open_run(project / "runs.sqlite", 1, output="run-000001")
+    monkeypatch.chdir(project)
     assert len(opened.matrix()) == 12
     answer = call("resume", "--output", elsewhere)
     assert answer.status == 0, answer.err

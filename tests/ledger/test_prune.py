@@ -432,6 +432,9 @@ def test_a_run_with_a_live_owner_is_refused(
     assert script("prune", "--older-than", "90d").out.startswith("run 1: pruned, ")
     assert not folder(place).exists()
     assert ask(place, "SELECT outcome FROM attempts") == [("lost",)]
+    # It ended when it gave its last sign of life, not now.
+    statement = "SELECT ended_at < pruned_at FROM attempts JOIN runs ON runs.id = run_id"
+    assert ask(place, statement) == [(1,)]
     assert script("resume").error.startswith("no unfinished run in ")
 
 
