@@ -234,14 +234,13 @@ class Place:
         environment = {**os.environ, **environment}
         return processes.run(name, *flags, folder=self.folder, environment=environment)
 
-    def run_afresh(self, name: str, *argv: str | Path, **environment: str) -> Answer:
+    def run_afresh(self, name: str, *argv: str | Path) -> Answer:
         """Run a script with a Python of its own, as a shell does."""
         done = subprocess.run(
             [sys.executable, ROOT / "scripts" / f"{name}.py", *argv, *self.flags(name, argv)],
             capture_output=True,
             text=True,
             cwd=self.folder,
-            env={**os.environ, **environment},
             timeout=300,
         )
         return Answer(done.returncode, done.stdout, done.stderr)

@@ -48,7 +48,7 @@ def test_the_fuzzer_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], None], fault: str
 ) -> None:
     if read is hang:
-        monkeypatch.setattr(fuzz, "_HANG_SECONDS", 1)
+        monkeypatch.setattr(fuzz, "_HANG_SECONDS", 0.2)
     target = fuzz._Target("x", ".x", lambda path, _: path.touch(), read)
     outcome = fuzz._fuzz(target, tmp_path, 1, 0)
     assert fault in outcome.lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -262,24 +263,23 @@ def test_non_finite_values_stop_the_run_and_name_the_record(
     from lib.network import pooling
 
     true_mean = pooling.mean
+    third_longest = sorted(range(15), key=lambda i: -len(fasta(SOME_PROTEINS)[i][1]))[2]
+    name, residues = fasta(SOME_PROTEINS)[third_longest]
 
-    def spoiled(hidden: object, groups: object) -> object:
-        result = true_mean(hidden, groups)  # type: ignore[arg-type]
-        if len(result) == 1 and len(done) == 2:
+    def spoiled(hidden: Any, groups: Any) -> Any:  # noqa: ANN401
+        result = true_mean(hidden, groups)
+        if [group.tokens for group in groups] == [len(residues) + 2]:
             result[0, 5] = float(value)
-        done.append(1)
         return result
 
-    done: list[int] = []
     monkeypatch.setattr(pooling, "mean", spoiled)
     answer = script(
         "embed", "--esm-model", small_model, "--input", SOME_PROTEINS,
         "--set", "compute.tokens_per_pack=10",
     )  # fmt: skip
     assert answer.status == 2
-    third_longest = sorted(range(15), key=lambda i: -len(fasta(SOME_PROTEINS)[i][1]))[2]
-    name = fasta(SOME_PROTEINS)[third_longest][0].split()[0]
-    assert answer.error == f"record {third_longest} ({name}): non-finite value in mean of layer 2"
+    place_of = f"record {third_longest} ({name.split()[0]})"
+    assert answer.error == f"{place_of}: non-finite value in mean of layer 2"
     monkeypatch.undo()
     (run,) = script("history", "--json").json
     assert (run["status"], run["records_done"]) == ("failed", 2)

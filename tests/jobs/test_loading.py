@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from lib.models.untrained import make_model
 from lib.network.esm2 import load_network
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -75,11 +78,16 @@ def test_what_torch_was_told_to_round_is_refused(
     assert (answer.status, answer.error) == ((4, expected) if ROUNDS else (0, ""))
 
 
-def test_what_the_environment_rounds_is_refused(place: Place, small_model: Path) -> None:
-    argv = "embed", "--esm-model", small_model, "--input", SOME_PROTEINS
-    answer = place.run_afresh(*argv, DNNL_DEFAULT_FPMATH_MODE="BF16")
-    assert answer.status == (4 if ROUNDS else 0)
-    assert ("are rounded: DNNL_DEFAULT_FPMATH_MODE = BF16, torch." in answer.err) == ROUNDS
+def test_what_the_environment_rounds_is_refused() -> None:
+    """`embed` asks the same. oneDNN reads the variable once, in a process of its own."""
+    program = "import torch; from lib.network.linear import refuse_rounding as refuse; "
+    done = subprocess.run(
+        [sys.executable, "-c", program + "refuse(torch.device('cpu'))"],
+        env={**os.environ, "DNNL_DEFAULT_FPMATH_MODE": "BF16"},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == (1 if ROUNDS else 0)
+    assert ("are rounded: DNNL_DEFAULT_FPMATH_MODE = BF16, torch." in done.stderr) == ROUNDS
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

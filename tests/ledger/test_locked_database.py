@@ -36,7 +36,7 @@ def test_a_lock_is_waited_for_longer_than_sqlite_does_by_itself(
     # Python's sqlite3 gives up after five seconds; here after a moment, if nobody says how long.
     for module in (sqlite3, sqlite3.dbapi2):
         monkeypatch.setattr(module, "connect", partial(sqlite3.connect, timeout=0.2))
-    seconds = 1
+    seconds = 0.5
     holders: list[subprocess.Popen[str]] = []
     true_open = database.open_for_writing
 
@@ -58,8 +58,8 @@ def test_a_lock_for_ever_is_one_line_in_bounded_time_and_no_work_is_lost(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert embed(script, small_model).status == 0
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.5)
-    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.5)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.2)
     true_add = commit.add_checkpoint
     holders: list[subprocess.Popen[str]] = []
 

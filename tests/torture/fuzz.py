@@ -122,7 +122,7 @@ def _try_many(target: _Target, path: Path, report: Path, numbers: range, seed: i
         target.write(path, draw)
         told["tried"] = number - numbers.start + 1
         report.write_text(json.dumps(told))  # if the reader kills this process
-        signal.alarm(_HANG_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _HANG_SECONDS)
         try:
             target.read(path)
         except (LedgerError, _RefusedError) as error:
