@@ -16,12 +16,7 @@ from lib.ledger.footer import read_footer
 from schema.parquet import FOOTER_KEY
 from tests.torture import fuzz
 
-
-def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    outcomes = fuzz.trials(tmp_path, 1, 1)
-    assert len({outcome.what for outcome in outcomes}) == 15
-    assert [outcome for outcome in outcomes if outcome.lost != "nothing"] == []
-    assert {outcome.trials for outcome in outcomes} == {80}
+# Mutated files are read or refused in tests/test_reliability.py, by the command of the page.
 
 
 def crash(_: Path) -> None:
