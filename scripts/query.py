@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
     parsed = parser.parse_args(argv)
     table = query(database_url(parsed), parsed.sql)
+    rows = [[cell.hex() if isinstance(cell, bytes) else cell for cell in row] for row in table.rows]
     if parsed.json or parsed.format == "json":
         print_json(table.dictionaries())
     elif parsed.format == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows([table.columns, *table.rows])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([table.columns, *rows])
     else:
-        print_table(table.columns, table.rows)
+        print_table(table.columns, rows)
     return 0
 
 

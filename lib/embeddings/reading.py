@@ -118,7 +118,8 @@ def run_facts(url: str, run: int) -> dict[str, Any]:
 
     Raises SettingsError if there is none, MachineError if it has been altered.
     """
-    found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries()
+    known = 0 < run < 1 << 63  # SQLite has no other numbers
+    found = query(url, "SELECT * FROM runs WHERE id = ?", [run]).dictionaries() if known else []
     if not found:
         raise SettingsError(f"run {run}: not in database {database_path(url)}")
     facts = found[0]

@@ -27,6 +27,8 @@ from schema.esm2_config import VOCABULARY, ModelShape
 
 __all__ = ["make_folder", "make_model"]
 
+# Of layers, hidden_dim and heads: no ESM-2 comes near, so that more is a slip of the pen.
+_LARGEST = 1 << 16
 _OUTLIER_CHANNELS = 4
 
 
@@ -158,11 +160,12 @@ def _save(content: dict[str, Any], part: Path, path: Path) -> None:
 
 
 def _check_shape(shape: ModelShape) -> None:
-    least = min(shape.num_layers, shape.hidden_dim, shape.attention_heads)
-    if least < 1 or not shape.has_even_heads:
+    sizes = shape.num_layers, shape.hidden_dim, shape.attention_heads
+    if min(sizes) < 1 or max(sizes) > _LARGEST or not shape.has_even_heads:
         raise SettingsError(
             f"{shape.num_layers} layers, hidden_dim {shape.hidden_dim}, {shape.attention_heads} "
-            "heads: all must be positive, and hidden_dim must divide into heads of even width"
+            f"heads: all must be from 1 to {_LARGEST}, and hidden_dim must divide into heads of "
+            "even width"
         )
 
 

@@ -417,3 +417,5 @@ def test_a_run_that_is_not_there(embedded: Runs, place: Place) -> None:
 
 def test_a_number_of_numpy_is_a_number(embedded: Runs, place: Place) -> None:
     assert open_run(place.database, np.int64(1)).facts["id"] == 1
+    with pytest.raises(SettingsError, match=f"run {10**20}: not in database"):
+        open_run(place.database, 10**20)

@@ -209,6 +209,8 @@ def test_query_prints_what_json_does_not_have_or_refuses_it(script: Script, a_ru
     assert (twice.status, twice.out) == (2, "")
     assert twice.error == "SQL: 2 columns are named a"
     assert script("query", "select 1 as a, 2 as a").out == "a  a\n1  2\n"
+    assert script("query", "select x'00ff' as bytes").out == "bytes\n00ff\n"
+    assert script("query", "--format", "csv", "select x'00ff' as b").out == "b\n00ff\n"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_like_takes_the_shape_of_a_release_and_dtype_its_type(script: Script, pl
     assert (shown["attention_heads"]["value"], shown["dtype"]["value"]) == (20, "float16")
 
 
-@pytest.mark.parametrize("shape", [(0, 64, 4), (2, 63, 4), (2, 64, 64), (2, -64, 4), (2, 64, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 64, 4), (2, 63, 4), (2, 64, 64), (2, -64, 4), (2, 64, 0), (10**20, 64, 4)]
+)
 def test_a_shape_that_no_esm2_can_have_is_refused(
     script: Script, place: Place, shape: tuple[int, int, int]
 ) -> None:
