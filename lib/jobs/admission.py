@@ -1,4 +1,4 @@
-"""Resumption: a run admitted to be continued, or refused at the first difference."""
+"""Admission: a run admitted to be continued, or refused at the first difference."""
 
 from __future__ import annotations
 
