@@ -21,7 +21,7 @@ from lib.units import count, duration, seconds_between, size
 from schema.tables import Attempt, Checkpoint, Model, Run
 from scripts import query
 from tests import processes
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script, handled_by
 from tests.processes import NOWHERE, Process
 from tests.reference import write_fasta
 
@@ -323,7 +323,9 @@ def watcher(place: Place, **how: Any) -> subprocess.Popen[str]:  # noqa: ANN401
         place.config,
     ]
     command += ["--watch", "--run", "1", "--every", "0.1"]
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **how)
+    # The tests may run in the background, where SIGINT is ignored, and would stay so.
+    with handled_by(signal.SIGINT, signal.SIG_DFL):
+        return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **how)
 
 
 def wait_for_a_checkpoint(place: Place) -> None:
