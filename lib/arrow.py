@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["Values", "arrow_array", "numbers"]
+__all__ = ["Values", "arrow_array", "numbers", "retyped"]
 
 Values = Sequence[Any] | npt.NDArray[Any]
 
@@ -46,6 +46,11 @@ def numbers(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
         if len(chunk)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, kind), *parts])
+
+
+def retyped(schema: pa.Schema, before: pa.DataType, after: pa.DataType) -> list[pa.Field]:
+    """Return the fields of a schema, those of one type with another instead."""
+    return [field.with_type(after) if field.type == before else field for field in schema]
 
 
 def _bytes(values: Values) -> pa.Array:

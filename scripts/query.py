@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
@@ -31,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     table = query(database_url(parsed), parsed.sql)
     rows = [[cell.hex() if isinstance(cell, bytes) else cell for cell in row] for row in table.rows]
+    table = replace(table, rows=rows)  # neither JSON nor csv has bytes
     if parsed.json or parsed.format == "json":
         print_json(table.dictionaries())
     elif parsed.format == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows([table.columns, *rows])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([table.columns, *table.rows])
     else:
-        print_table(table.columns, rows)
+        print_table(table.columns, table.rows)
     return 0
 
 

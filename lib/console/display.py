@@ -99,21 +99,12 @@ def detection_json(detection: Detection, proof: Proof | None) -> dict[str, Any]:
 
 def describe_input(inventory: Inventory, max_residues: int) -> list[str]:
     """Return the findings of the preflight as lines, with every change made to a sequence."""
-    lines = [
+    return [
         f"input {inventory.name}: {records(inventory.records)}, "
         f"{counted(inventory.sequences, 'different sequence')}, "
-        f"{count(inventory.residues)} residues to embed, longest {count(inventory.longest)}"
+        f"{count(inventory.residues)} residues to embed, longest {count(inventory.longest)}",
+        *inventory.changes(max_residues),
     ]
-    if inventory.truncated:
-        lines.append(f"truncated to {max_residues} residues: {records(inventory.truncated)}")
-    if inventory.mapped:
-        lines.append(f"unknown letters read as X: {inventory.mapped}")
-    if inventory.nucleotide_like:
-        many = records(inventory.nucleotide_like)
-        lines.append(f"only letters of ACGTUN (nucleotides?): {many}")
-    if inventory.with_gaps:
-        lines.append(f"gaps, - or . (an alignment?): {records(inventory.with_gaps)}")
-    return lines
 
 
 def describe_start(model: KnownModel) -> str:

@@ -49,18 +49,16 @@ def print_result(content: object, lines: Sequence[str], *, as_json: bool) -> Non
 
 
 def print_json(content: object) -> None:
-    """Print a result as JSON on stdout: bytes in hex, and null for numbers that are not finite."""
-    print(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print a result as JSON on stdout, with null for numbers that are not finite."""
+    print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _plain(value: object) -> object:
-    """Return a value with nothing in it that JSON does not have."""
+def _finite(value: object) -> object:
+    """Return a value with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, bytes):
-        return value.hex()
+        return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

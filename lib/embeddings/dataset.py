@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lib.arrow import retyped
 from lib.embeddings.provenance import facts_text, facts_to_publish
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, ordered_vectors
@@ -75,8 +76,7 @@ def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa
     vector = pa.list_(pa.float16() if half else pa.float32(), run.hidden_dim)
     kind = vector if column.is_pooled else pa.list_(vector)
     # A row group has few enough texts for Arrow's string, which every reader knows.
-    texts = {pa.large_string(): pa.string()}
-    fields = [field.with_type(texts.get(field.type, field.type)) for field in described.schema]
+    fields = retyped(described.schema, pa.large_string(), pa.string())
     return pa.schema([*fields, pa.field(str(column), kind)])
 
 

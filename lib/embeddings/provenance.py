@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lib.embeddings.reading import RunEmbeddings
-from lib.files import new_path, refuse_existing
+from lib.files import new_path
 from schema.parquet import VectorColumn
 from schema.version import WRITER
 
@@ -111,9 +111,8 @@ def described_path(to: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
     For formats that have no place of their own for them.
     """
-    refuse_existing(to)  # such as `/`, which has no name
     with (
-        new_path(to, folder=False) as temporary,
+        new_path(to, folder=False) as temporary,  # refuses `/`, which has no name for the other
         new_path(facts_path(to), folder=False) as temporary_facts,
     ):
         temporary_facts.write_text(facts_text(facts), encoding="utf-8")

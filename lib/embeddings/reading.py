@@ -30,6 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib.arrow import retyped
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
@@ -223,7 +224,9 @@ class RunEmbeddings:
         rank = np.empty(len(self), np.int64)
         rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
         # `take` puts the chunks of a column together first.
-        return _with_large_texts(pa.concat_tables(parts)).take(rank)
+        table = pa.concat_tables(parts)
+        large = pa.schema(retyped(table.schema, pa.string(), pa.large_string()))
+        return table.cast(large).take(rank)
 
     def column(self, kind: str, layer: int | None = None) -> VectorColumn:
         """Return the column of `kind` (mean, bos, per_tok) at `layer`.
@@ -361,12 +364,6 @@ def lists(column: pa.ChunkedArray) -> Iterator[Array]:
         numbers, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             yield numbers[start:stop]
-
-
-def _with_large_texts(table: pa.Table) -> pa.Table:
-    kinds = {pa.string(): pa.large_string()}
-    fields = [field.with_type(kinds.get(field.type, field.type)) for field in table.schema]
-    return table.cast(pa.schema(fields))
 
 
 def _pooled(kind: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -31,7 +31,7 @@ from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label, create_run
 from lib.ledger.standard_input import copied_standard_input
 from lib.models.detection import detect
-from lib.sequences.inventory import Inventory, preflight
+from lib.sequences.inventory import preflight
 from lib.settings import DEFAULT_CONFIG, load_settings
 from lib.units import records, size
 from schema.settings import STANDARD_INPUT
@@ -79,7 +79,7 @@ def embed(
             say(f"{offer.name}: {much} from {offer.url} to {offer.target}")
         copy = copied_standard_input(chosen.input, Path(chosen.output.folder), fasta)
         inventory = preflight(chosen.input, opened.enter_context(copy), digests=chosen.output.reuse)
-        for line in _changes(inventory, chosen.input.max_residues):
+        for line in inventory.changes(chosen.input.max_residues):
             say(line)
         engine = opened.enter_context(open_for_writing(chosen.database.url, say=say))
         detection = with_weights(chosen, detection, lambda _: nullcontext(lambda *_: None))
@@ -107,17 +107,6 @@ def embed(
                 )
             )  # fmt: skip
     return open_run(chosen.database.url, number)
-
-
-def _changes(inventory: Inventory, max_residues: int) -> Iterator[str]:
-    if inventory.truncated:
-        yield f"truncated to {max_residues} residues: {records(inventory.truncated)}"
-    if inventory.mapped:
-        yield f"unknown letters read as X: {inventory.mapped}"
-    if inventory.nucleotide_like:
-        yield f"only letters of ACGTUN (nucleotides?): {records(inventory.nucleotide_like)}"
-    if inventory.with_gaps:
-        yield f"gaps, - or . (an alignment?): {records(inventory.with_gaps)}"
 
 
 def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:

@@ -235,11 +235,11 @@ def _refuse_lost(run: Run, age: timedelta | None) -> None:
     if run.pruned_at is not None:
         return
     folder = Path(run.output_folder)
-    for place in [folder.parent] if age is None else [folder]:
-        with disk_errors(place):
-            is_there = place.is_dir()
-        if not is_there:
-            raise _NoFolderError(f"run {run.id}: output folder {place}: no such folder")
+    place = folder.parent if age is None else folder
+    with disk_errors(place):
+        is_there = place.is_dir()
+    if not is_there:
+        raise _NoFolderError(f"run {run.id}: output folder {place}: no such folder")
 
 
 @contextmanager

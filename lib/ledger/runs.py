@@ -211,14 +211,21 @@ def hold_lock(engine: Engine, run_id: int, folder: Path) -> Iterator[None]:
     except HeldError:
         raise owned_by_another(load_run(engine, run_id)) from None
     with lock:
-        on_record = load_run(engine, run_id)
-        if _is_held_elsewhere(Path(on_record.output_folder), folder):
-            raise owned_by_another(on_record)
+        with transaction(engine) as session:
+            run = session.get_one(Run, run_id)
+            is_held_elsewhere = _is_held_elsewhere(run, folder, Path(engine.url.database or ""))
+        if is_held_elsewhere:
+            raise owned_by_another(load_run(engine, run_id))
         yield
 
 
-def _is_held_elsewhere(on_record: Path, folder: Path) -> bool:
-    """Return whether a live process works in the folder on record; False if that is `folder`."""
+def _is_held_elsewhere(run: Run, folder: Path, database: Path) -> bool:
+    """Return whether a live process works in the folder on record; False if that is `folder`.
+
+    run: as its row is now.
+    """
+    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
+    on_record = stored.folder(database)
     with suppress(OSError):  # it is not there
         if on_record.samefile(folder):
             return False
@@ -289,8 +296,7 @@ def _refuse_taken(session: Session, run_id: int, folder: Path, database: Path) -
     """Refuse a run that has been pruned, or continued in another folder, since it was loaded."""
     run = session.get_one(Run, run_id)
     refuse_pruned(run.id, run.pruned_at)
-    stored = StoredRun(run.id, run.uuid, run.output_folder, run.settings)
-    if _is_held_elsewhere(stored.folder(database), folder):
+    if _is_held_elsewhere(run, folder, database):
         raise owned_by_another(run)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import lt
 from pathlib import Path
@@ -29,6 +29,7 @@ from lib.sequences.inputs import (
     refuse_if_changed,
 )
 from lib.sequences.records import Owner, Record, read_file, read_same_records
+from lib.units import records
 from schema.settings import InputSettings
 
 __all__ = [
@@ -84,6 +85,20 @@ class Inventory:
     digests: npt.NDArray[np.uint64] | None = None
     # Records that repeat a sequence of an earlier window, by the first record that has it.
     strays: dict[int, list[Owner]] = field(default_factory=dict)
+
+    def changes(self, max_residues: int) -> Iterator[str]:
+        """Yield lines on sequences that were changed, and on those that do not look like proteins.
+
+        max_residues: the length to which longer sequences were truncated.
+        """
+        if self.truncated:
+            yield f"truncated to {max_residues} residues: {records(self.truncated)}"
+        if self.mapped:
+            yield f"unknown letters read as X: {self.mapped}"
+        if self.nucleotide_like:
+            yield f"only letters of ACGTUN (nucleotides?): {records(self.nucleotide_like)}"
+        if self.with_gaps:
+            yield f"gaps, - or . (an alignment?): {records(self.with_gaps)}"
 
     def first_records(self) -> npt.NDArray[np.int64]:
         """Return (sequences,) the first record that has each different sequence, ascending."""

@@ -536,40 +536,40 @@ def lost_once_on(ray: InProcessRay, machine: str) -> Hook:
     return compute
 
 
-def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InProcessRay) -> None:
+def assert_only_the_other_is_replaced(runs: Runs, ray: InProcessRay) -> None:
+    """Lose a worker of machine 1; machine 0, where none is of use, gets no second one."""
     ray.machines = [{"CPU": 1.0}] * 3
+    ray.hooks["compute"] = lost_once_on(ray, "1")
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert ray.placed.count("0") == 1
+    assert ray.placed.count("1") == 2
+    runs.check()
 
+
+def test_no_worker_is_started_again_where_one_was_refused(runs: Runs, ray: InProcessRay) -> None:
     def stranger(actor: Handle, true: Any, settings: Any) -> Any:  # noqa: ANN401
         ready = true(settings)
         if ray.placed[ray.actors.index(actor)] != "0":
             return ready
         return replace(ready, config={**ready.config, "sha256": "0" * 64})
 
-    ray.hooks |= {"load": stranger, "compute": lost_once_on(ray, "1")}
-    answer = runs.embed()
-    assert answer.status == 0, answer.err
-    assert ray.placed.count("0") == 1
-    assert ray.placed.count("1") == 2
-    runs.check()
+    ray.hooks["load"] = stranger
+    assert_only_the_other_is_replaced(runs, ray)
 
 
 def test_a_machine_that_answers_nothing_keeps_no_worker_from_the_others(
     runs: Runs, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lib.jobs.crew._FIRST_PAUSE", 60.0)
-    ray.machines = [{"CPU": 1.0}] * 3
 
     def dead(actor: Handle, true: Any) -> Any:  # noqa: ANN401
         if ray.placed[ray.actors.index(actor)] == "0":
             raise ActorError("no such machine")
         return true()
 
-    ray.hooks |= {"greet": dead, "compute": lost_once_on(ray, "1")}
-    answer = runs.embed()
-    assert answer.status == 0, answer.err
-    assert ray.placed.count("0") == 1
-    assert ray.placed.count("1") == 2
-    runs.check()
+    ray.hooks["greet"] = dead
+    assert_only_the_other_is_replaced(runs, ray)
 
 
 def test_a_cluster_without_what_a_worker_needs_is_told_in_a_line(
