@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, users_environment
 
 README = (ROOT / "README.md").read_text()
 TREE = README.split("## The tree")[1].split("```")[1]
@@ -210,7 +210,12 @@ def test_every_target_has_a_line_of_help() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^\.PHONY: (\S+)$", makefile, re.MULTILINE)
     shown = subprocess.run(
-        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory"],
+        cwd=ROOT,
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert re.findall(r"^  ([a-z-]+) +\S", shown, re.MULTILINE) == targets
 

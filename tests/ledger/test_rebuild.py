@@ -130,7 +130,7 @@ def test_altered_and_strange_files_are_left_out_and_named(call: Call, project: P
     names = sorted(path.name for path in folder(project).glob("*.parquet"))
     altered = folder(project) / names[0]
     content = bytearray(altered.read_bytes())
-    content[len(content) // 3] ^= 1
+    content[300] ^= 1  # in a page: where a footer begins depends on the length of paths
     altered.write_bytes(content)
     shutil.copy(folder(project, 2) / names[0], folder(project) / "checkpoint-000100.parquet")
     before = contents(folder(project))
