@@ -222,6 +222,7 @@ def test_every_target_has_a_line_of_help() -> None:
 
 # What tests share; the last makes the folders of data that it stands beside.
 SHARED = {
+    "adapters.py",
     "catalogs.py",
     "in_process_ray.py",
     "interpreter.py",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.arrow import retyped
+from lib.arrow import arrow_array, retyped
 from lib.embeddings.provenance import facts_text, facts_to_publish
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, ordered_vectors
@@ -48,9 +48,11 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     """
     column = run.column(selection.kind, selection.layer)
     facts = facts_to_publish(run, [column])
-    described = run.table(*_DESCRIBING).add_column(0, "record", pa.array(run.records))
+    described = run.table(*_DESCRIBING).add_column(
+        0, "record", arrow_array(run.records, pa.int64())
+    )
     if "inputs" in facts:
-        names = pa.array([PurePath(path).name for path in run.input_files])
+        names = arrow_array([PurePath(path).name for path in run.input_files], pa.string())
         described = described.append_column("input_file", names.dictionary_encode())
     with (
         new_path(to, folder=True) as folder,
@@ -82,11 +84,13 @@ def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa
 
 def _lists(vectors: Sequence[npt.NDArray[Any]], width: int, column: VectorColumn) -> pa.Array:
     flat = np.concatenate([vector.reshape(-1) for vector in vectors])
-    made = pa.FixedSizeListArray.from_arrays(pa.array(flat), width)
+    made = pa.FixedSizeListArray.from_arrays(
+        arrow_array(flat, pa.from_numpy_dtype(flat.dtype)), width
+    )
     if column.is_pooled:
         return made
     ends = np.cumsum([0, *(len(vector) for vector in vectors)])
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), made)
+    return pa.ListArray.from_arrays(arrow_array(ends, pa.int32()), made)
 
 
 # ---- The card

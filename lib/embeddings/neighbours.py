@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from lib.arrow import arrow_array
 from lib.embeddings.provenance import described_path, facts_of, facts_path, facts_text
 from lib.embeddings.reading import RunEmbeddings, values
 from lib.embeddings.selection import ordered_vectors
@@ -230,4 +231,5 @@ def _rows(targets: RunEmbeddings, queries: RunEmbeddings, found: Neighbours) -> 
         "target": [targets.ids[place] for place in target.tolist()],
         "cosine": found.cosines.reshape(-1),
     }
-    return pa.table(content, schema=_SCHEMA)
+    arrays = [arrow_array(content[field.name], field.type) for field in _SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA)

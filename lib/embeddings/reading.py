@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.arrow import retyped
+from lib.arrow import arrow_array, numbers, retyped
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
@@ -209,8 +209,8 @@ class RunEmbeddings:
         """The path of the input file that each record is from, in FASTA order."""
         paths = [one["path"] for one in self.inputs]
         firsts = [one["first_record"] for one in self.inputs]
-        numbers = np.searchsorted(firsts, self.records, side="right") - 1
-        return [paths[number] for number in numbers.tolist()]
+        places = np.searchsorted(firsts, self.records, side="right") - 1
+        return [paths[place] for place in places.tolist()]
 
     def table(self, *columns: str) -> pa.Table:
         """Return columns that are not vectors (id, description, length...), in FASTA order.
@@ -219,14 +219,15 @@ class RunEmbeddings:
         """
         parts = [table for _positions, table in self.stored(*columns)]
         if not parts:
-            return pa.table({name: pa.array([], pa.large_string()) for name in columns})
+            fields = [pa.field(name, pa.large_string()) for name in columns]
+            return pa.Table.from_batches([], pa.schema(fields))
         # Places sort by file, row group and row, which is the order of the parts.
         rank = np.empty(len(self), np.int64)
         rank[np.lexsort(self._places.T[::-1])] = np.arange(len(self))
         # `take` puts the chunks of a column together first.
         table = pa.concat_tables(parts)
         large = pa.schema(retyped(table.schema, pa.string(), pa.large_string()))
-        return table.cast(large).take(rank)
+        return table.cast(large).take(arrow_array(rank, pa.int64()))
 
     def column(self, kind: str, layer: int | None = None) -> VectorColumn:
         """Return the column of `kind` (mean, bos, per_tok) at `layer`.
@@ -281,7 +282,7 @@ class RunEmbeddings:
 
         Returns (N + 1,) the position of each record's first value, and the type of the values.
         """
-        lengths = self.table("embedded_length").column("embedded_length").to_numpy()
+        lengths = numbers(self.table("embedded_length").column("embedded_length"))
         starts = np.zeros(len(self) + 1, np.int64)
         np.cumsum(lengths.astype(np.int64) * self.hidden_dim, out=starts[1:])
         dtype = np.dtype(self.facts["per_tok_dtype"])
@@ -336,8 +337,8 @@ class RunEmbeddings:
             with file.opened() as checkpoint:
                 for group in checkpoint.row_groups:
                     table = checkpoint.read(group, ["record", *names])
-                    numbers = table.column("record").to_numpy()
-                    yield np.searchsorted(self.records, numbers), table.select(names)
+                    here = numbers(table.column("record"))
+                    yield np.searchsorted(self.records, here), table.select(names)
 
     def _refuse_unkept(self, kind: str) -> None:
         if kind not in self.facts["include"]:
@@ -355,15 +356,15 @@ class RunEmbeddings:
 
 def values(column: pa.ChunkedArray) -> Array:
     """Return the values of a column of lists, flat."""
-    return np.asarray(pc.list_flatten(column).to_numpy())
+    return numbers(pc.list_flatten(column))
 
 
 def lists(column: pa.ChunkedArray) -> Iterator[Array]:
     """Yield the values of each row of a column of lists, flat."""
     for chunk in column.chunks:
-        numbers, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        flat, ends = numbers(chunk.values), numbers(chunk.offsets)
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-            yield numbers[start:stop]
+            yield flat[start:stop]
 
 
 def _pooled(kind: str) -> str:
@@ -384,13 +385,13 @@ def _find_records(
     files: list[VerifiedFile],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Return (N,) record numbers in the order on disk, and (N, 3) file, row group and row."""
-    numbers, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int32)]
+    records, places = [np.empty(0, np.int64)], [np.empty((0, 3), np.int32)]
     for i, file in enumerate(files):
         with file.opened() as checkpoint:
             for group in checkpoint.row_groups:
-                found = checkpoint.read(group, ["record"]).column(0).to_numpy()
+                found = numbers(checkpoint.read(group, ["record"]).column(0))
                 place = np.empty((len(found), 3), np.int32)
                 place[:, 0], place[:, 1], place[:, 2] = i, group, np.arange(len(found))
-                numbers.append(found)
+                records.append(found)
                 places.append(place)
-    return np.concatenate(numbers), np.concatenate(places)
+    return np.concatenate(records), np.concatenate(places)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
+from lib.arrow import arrow_array
 from lib.embeddings.provenance import described_path, facts_of
 from lib.embeddings.reading import RunEmbeddings
 from lib.embeddings.selection import Selection, ordered_vectors
@@ -27,7 +28,7 @@ def write_csv(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     column = run.column(selection.kind, selection.layer)
     names = [f"{column}_{i}" for i in range(run.hidden_dim)]
     described = run.table(*_DESCRIBING)
-    described = described.add_column(0, "record", pa.array(run.records))
+    described = described.add_column(0, "record", arrow_array(run.records, pa.int64()))
     step = max(1, _VALUES_AT_ONCE // run.hidden_dim)
     with (
         described_path(to, facts_of(run, [column])) as temporary,
@@ -37,7 +38,7 @@ def write_csv(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         for first in range(0, len(run), step):
             part = described.slice(first, step)
             for name, values in zip(names, np.array(vectors[first : first + step]).T, strict=True):
-                part = part.append_column(name, pa.array(values))
+                part = part.append_column(name, arrow_array(values, pa.float32()))
             writer.write_table(part)
 
 

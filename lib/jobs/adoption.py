@@ -189,7 +189,9 @@ def _check_rows(planned: _Planned, parquet: pq.ParquetFile, positions: range) ->
         table = parquet.read_row_group(group, use_threads=False)
         table.validate(full=True)
         parts.append(table.select(describing))
-    found = pa.concat_tables(parts) if parts else columns.empty_table().select(describing)
+    found = (
+        pa.concat_tables(parts) if parts else pa.Table.from_batches([], columns).select(describing)
+    )
     if not found.equals(_describing(planned, positions).select(describing)):
         raise ValueError("its records are not those of its positions")
 
@@ -197,7 +199,7 @@ def _check_rows(planned: _Planned, parquet: pq.ParquetFile, positions: range) ->
 def _describing(planned: _Planned, positions: range) -> pa.Table:
     """Return what describes the records of some positions, read from the input."""
     rules, inventory, reuse = planned.rules, planned.inventory, planned.reuse
-    parts = [DESCRIBING.empty_table()]
+    parts = [pa.Table.from_batches([], DESCRIBING)]
     reused = None if reuse is None else reuse.reused
     copied = range(positions.start, min(positions.stop, 0 if reused is None else len(reused)))
     if reused is not None and copied:

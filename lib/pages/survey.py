@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lib.arrow import numbers
 from lib.embeddings.reading import RunEmbeddings, values
 from lib.errors import IdentityRefusedError
 from schema.parquet import VectorColumn
@@ -78,8 +79,8 @@ def survey(run: RunEmbeddings) -> Survey:
     for positions, table in run.stored(*wanted):
         ids = table.column("id").to_pylist()
         names[positions] = [_short_digest(one) for one in ids]
-        lengths[positions] = table.column("length").to_numpy()
-        embedded[positions] = table.column("embedded_length").to_numpy()
+        lengths[positions] = numbers(table.column("length"))
+        embedded[positions] = numbers(table.column("embedded_length"))
         sampled = np.flatnonzero(positions % step == 0)
         for row in sampled.tolist():
             sample_ids[positions[row] // step] = ids[row]

@@ -401,11 +401,13 @@ def test_a_footer_that_says_nothing_is_refused(
         open_run(place.database, 1)
 
 
-def test_reading_needs_neither_torch_nor_sqlalchemy(embedded: Runs, place: Place) -> None:
+def test_reading_imports_no_torch_sqlalchemy_or_pandas(
+    embedded: Runs, place: Place
+) -> None:
     code = (
         "import sys; from lib.embeddings import open_run; "
         f"run = open_run({str(place.database)!r}, 1); run.ids; run.matrix(); run.residues(3); "
-        "sys.exit(bool({'torch', 'sqlalchemy'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'sqlalchemy', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -34,9 +34,9 @@ from lib.network import elementwise
 from lib.settings import load_settings
 from schema.parquet import FOOTER_KEY, VectorColumn
 from schema.tables import Run
+from tests.adapters import TENSORS, save_adapter
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
-from tests.models.test_adapter import TENSORS, save_adapter
 from tests.models.test_saved_by_transformers import SAVED
 from tests.processes import run_function
 from tests.reference import fasta, write_fasta

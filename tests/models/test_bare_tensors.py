@@ -29,9 +29,9 @@ from lib.models.untrained import make_folder, make_model
 from lib.network.esm2 import load_network
 from lib.sequences.alphabet import tokenise
 from lib.settings import load_settings
+from tests.adapters import TENSORS, save_adapter
 from tests.catalogs import SMALL, release
 from tests.conftest import DATA, SOME_PROTEINS, Place, Script
-from tests.models.test_adapter import TENSORS, save_adapter
 from tests.models.test_saved_by_transformers import SAVED, SEQUENCES, stored
 from tests.models.test_weights import Call
 from tests.reference import Array, Reference, worst_residue_error

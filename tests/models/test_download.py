@@ -29,9 +29,9 @@ from lib.models.regression import regression_path
 from lib.models.untrained import make_model
 from lib.settings import load_settings
 from lib.units import size
+from tests.adapters import QUERY, factors, save_adapter
 from tests.catalogs import release
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
-from tests.models.test_adapter import QUERY, factors, save_adapter
 
 NAME = "esm2_t6_8M_UR50D"
 

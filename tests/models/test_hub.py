@@ -27,9 +27,9 @@ from lib.models.untrained import make_folder
 from lib.settings import from_snapshot, load_settings, snapshot
 from lib.units import size
 from tests import processes
+from tests.adapters import QUERY, factors, save_adapter
 from tests.catalogs import put, release
 from tests.conftest import ROOT, Answer, Place, Script
-from tests.models.test_adapter import QUERY, factors, save_adapter
 
 NAME = "esm2_t6_8M_UR50D"
 COMMIT = "0" * 40

@@ -10,8 +10,8 @@ import pytest
 import lib.models.detection
 from lib.models.naming import model_name
 from lib.models.untrained import make_folder
+from tests.adapters import TENSORS, save_adapter
 from tests.conftest import SOME_PROTEINS, Place, Script
-from tests.models.test_adapter import TENSORS, save_adapter
 
 HASH = "08e4846e537177426273712802403f7ba8261b6c"
 SNAPSHOT = f"hub/models--our-lab--esm2-phages/snapshots/{HASH}"

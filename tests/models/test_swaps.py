@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from lib.models.regression import regression_path
 from lib.models.untrained import make_folder, make_model
 from tests import processes
+from tests.adapters import QUERY, factors, save_adapter
 from tests.conftest import SOME_PROTEINS, Place
-from tests.models.test_adapter import QUERY, factors, save_adapter
 from tests.reference import assert_same_bits
 
 KINDS = ("weights", "folder", "config.json", "shard", "adapter", "base", "contact regression")

@@ -12,7 +12,7 @@ import pytest
 
 from lib.models.untrained import make_folder
 from schema.esm2_config import ALPHABET
-from tests.models.test_adapter import TENSORS, save_adapter
+from tests.adapters import TENSORS, save_adapter
 from tests.models.test_huggingface import refusal_of_file
 from tests.models.test_weights import found
 

@@ -24,9 +24,9 @@ from lib.models.untrained import make_folder
 from lib.network import contacts
 from lib.network.contacts import ContactMaps
 from lib.settings import load_settings
+from tests.adapters import factors, save_adapter
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
 from tests.jobs.test_resume import QUICK, killed_at
-from tests.models.test_adapter import factors, save_adapter
 from tests.network.test_network import MIXED_PACK, contacts_of, load
 from tests.reference import Reference, assert_same_bits, fasta, read_run, write_fasta
 

@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import configure_mappers
 
@@ -26,12 +25,11 @@ import scripts.resume
 import scripts.validate
 from lib.console.program import guarded
 
-# Once here instead of in every fork: the scripts, what pyarrow imports at its first array, tables.
+# Once here instead of in every fork: the scripts and the tables.
 _MAINS = {
     one.__name__.rpartition(".")[2]: one.main
     for one in (scripts.embed, scripts.history, scripts.resume, scripts.validate)
 }
-pa.array([1.0])
 configure_mappers()
 
 # Before and after each of these is a moment. (os.fsync is told apart by what it syncs.)
