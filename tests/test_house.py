@@ -147,6 +147,12 @@ def test_sequences_ledger_and_embeddings_start_without_torch() -> None:
             assert "torch" not in started(name), name
 
 
+def test_a_worker_knows_no_database() -> None:
+    known = started("lib.jobs.worker")
+    assert "torch" in known
+    assert not known & {"sqlalchemy", "sqlite3"}
+
+
 @pytest.mark.parametrize("script", ["history", "query"])
 def test_what_only_reads_history_starts_without_torch_and_sqlalchemy(script: str) -> None:
     assert not started(f"scripts.{script}") & {"torch", "sqlalchemy", "pyarrow", "numpy"}

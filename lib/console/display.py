@@ -12,8 +12,8 @@ from lib.catalog import shown_name
 from lib.jobs.estimate import Estimate
 from lib.jobs.loading import KnownModel
 from lib.jobs.validation import RunAudit, Validation
+from lib.ledger.attempts import AttemptFacts
 from lib.ledger.ownership import shown_status
-from lib.ledger.runs import AttemptFacts
 from lib.models.detection import Detection
 from lib.models.download import Offer
 from lib.models.released import Proof

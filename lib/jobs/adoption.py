@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
 from lib.files import disk_errors
-from lib.ledger.checkpoints import FinishedFile, attempt_of, leftovers
-from lib.ledger.commit import FinishedStretch, add_checkpoint
+from lib.ledger.checkpoints import FinishedFile, FinishedStretch, attempt_of, leftovers
+from lib.ledger.commit import add_checkpoint
 from lib.ledger.identity import (
     first_difference,
     identity_in_footer,

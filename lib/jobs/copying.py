@@ -21,8 +21,7 @@ from lib.embeddings.verified import OpenedFile, VerifiedFile
 from lib.errors import IdentityRefusedError, MachineError
 from lib.jobs.reuse import LostSourceError
 from lib.jobs.stretches import OpenStretch, StretchRules, in_stretches
-from lib.ledger.checkpoints import row_group_slices
-from lib.ledger.commit import FinishedStretch
+from lib.ledger.checkpoints import FinishedStretch, row_group_slices
 from lib.ledger.reuse_plan import ReusePlan, Source
 from lib.network.pipeline import StoppedError
 from lib.sequences.inventory import WINDOW_RECORDS, Inventory

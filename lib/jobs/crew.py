@@ -26,9 +26,9 @@ from lib.jobs.interruption import Interruption
 from lib.jobs.loading import KnownModel, begin_config
 from lib.jobs.messages import Failure, Greeting, Readiness, own_versions
 from lib.jobs.ray_cluster import import_ray, machines, one_line, ray_errors, room
+from lib.ledger.attempts import AttemptFacts
 from lib.ledger.database import utc_now
 from lib.ledger.identity import first_difference
-from lib.ledger.runs import AttemptFacts
 from lib.ledger.workers import (
     NO_WORKER,
     WorkerFacts,

@@ -37,8 +37,7 @@ from lib.jobs.progress import computing_cost
 from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
 from lib.jobs.stretches import StretchRules
 from lib.jobs.worker import Order
-from lib.ledger.checkpoints import FinishedFile, temporary_name
-from lib.ledger.commit import FinishedStretch
+from lib.ledger.checkpoints import FinishedFile, FinishedStretch, temporary_name
 from lib.ledger.database import utc_now
 from lib.ledger.identity import run_config
 from lib.network.pipeline import StoppedError

@@ -21,7 +21,8 @@ from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.interruption import Interruption
 from lib.jobs.reuse import SourceFiles
 from lib.jobs.stretches import StretchRules, finished_stretches
-from lib.ledger.commit import Committer, FinishedStretch
+from lib.ledger.checkpoints import FinishedStretch
+from lib.ledger.commit import Committer
 from lib.ledger.footer import TOTALS
 from lib.ledger.identity import run_columns, run_identity
 from lib.ledger.reuse_plan import ReusePlan

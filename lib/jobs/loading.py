@@ -12,7 +12,7 @@ import torch
 
 from lib.errors import MachineError, WeightsError
 from lib.files import disk_errors
-from lib.ledger.runs import AttemptFacts
+from lib.ledger.attempts import AttemptFacts
 from lib.models.detection import Detection
 from lib.network.device import (
     choose_device,

@@ -18,8 +18,7 @@ import pyarrow as pa
 
 from lib.columns import Vectors
 from lib.errors import InputError, MachineError
-from lib.ledger.checkpoints import CheckpointWriter, temporary_name
-from lib.ledger.commit import FinishedStretch
+from lib.ledger.checkpoints import CheckpointWriter, FinishedStretch, temporary_name
 from lib.network.pipeline import StoppedError
 from lib.network.vectors import NonFiniteError
 from lib.sequences.plan import Pack

@@ -16,7 +16,7 @@ from lib.files import disk_errors
 from lib.jobs.loading import load_model
 from lib.jobs.messages import Answer, Failure, Readiness
 from lib.jobs.stretches import StretchRules, finished_stretches
-from lib.ledger.commit import FinishedStretch
+from lib.ledger.checkpoints import FinishedStretch
 from lib.models.detection import detect
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.plan import Pack

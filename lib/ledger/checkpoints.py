@@ -31,6 +31,7 @@ __all__ = [
     "ROW_GROUP_BYTES",
     "CheckpointWriter",
     "FinishedFile",
+    "FinishedStretch",
     "attempt_of",
     "checkpoint_name",
     "checkpoint_number",
@@ -61,6 +62,25 @@ class FinishedFile:
     records: int
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FinishedStretch:
+    """Computed work in a finished file that the database does not list yet.
+
+    positions: places in the plan. residues: computed for it. seconds: wall time it took.
+    reused_run_id: the run that its rows were copied from, None if they were computed;
+    residues_reused: of the sequences that were copied. worker_id:
+    the row of the worker that computed it; None if this process did.
+    """
+
+    file: FinishedFile
+    positions: range
+    residues: int
+    seconds: float
+    reused_run_id: int | None = None
+    residues_reused: int | None = None
+    worker_id: int | None = None
 
 
 class CheckpointWriter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine, select, update
@@ -11,31 +10,17 @@ from sqlalchemy.orm import Session
 
 from lib.errors import MachineError
 from lib.files import disk_errors, rename_new, sync_folder
-from lib.ledger.checkpoints import FinishedFile, checkpoint_name, checkpoint_number
+from lib.ledger.checkpoints import (
+    FinishedFile,
+    FinishedStretch,
+    checkpoint_name,
+    checkpoint_number,
+)
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.runs import Ownership, show_alive
 from schema.tables import Checkpoint, Worker
 
-__all__ = ["Committer", "FinishedStretch", "add_checkpoint", "rename_into_place"]
-
-
-@dataclass(frozen=True)
-class FinishedStretch:
-    """Computed work in a finished file that the database does not list yet.
-
-    positions: places in the plan. residues: computed for it. seconds: wall time it took.
-    reused_run_id: the run that its rows were copied from, None if they were computed;
-    residues_reused: of the sequences that were copied. worker_id:
-    the row of the worker that computed it; None if this process did.
-    """
-
-    file: FinishedFile
-    positions: range
-    residues: int
-    seconds: float
-    reused_run_id: int | None = None
-    residues_reused: int | None = None
-    worker_id: int | None = None
+__all__ = ["Committer", "add_checkpoint", "rename_into_place"]
 
 
 class Committer:

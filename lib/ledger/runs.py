@@ -19,6 +19,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors
+from lib.ledger.attempts import AttemptFacts
 from lib.ledger.claims import claim_folder
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
@@ -41,7 +42,6 @@ from schema.esm2_config import ESM2Config
 from schema.tables import Attempt, Base, Checkpoint, Input, Model, Run, Worker
 
 __all__ = [
-    "AttemptFacts",
     "Ownership",
     "beat",
     "check_types",
@@ -64,21 +64,6 @@ __all__ = [
 _KNOWN_LATER = ("released", "base_name", "base_sha256")
 _LONGEST_LABEL = 60
 _LARGEST_LIST = 2**31 - 1  # Arrow's lists are counted by int32
-
-
-@dataclass(frozen=True)
-class AttemptFacts:
-    """What is recorded of a process: everything that may differ between attempts at a run.
-
-    attention: how it is computed, in words; empty if this process computes nothing.
-    """
-
-    weights_path: Path
-    device: str
-    device_name: str
-    threads: int
-    tokens_per_pack: int
-    attention: str = ""
 
 
 @dataclass(frozen=True)
