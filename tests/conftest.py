@@ -6,6 +6,7 @@ import configparser
 import gc
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def users_environment() -> dict[str, str]:
 
 
 Script = Callable[..., Answer]
+Once = Callable[[Callable[[], object]], None]
 
 
 def pytest_configure() -> None:
@@ -258,6 +260,32 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     fresh = Place(tmp_path)
     fresh.config.write_text(DEFAULT_CONFIG.read_text().replace("\nreuse = yes\n", "\nreuse = no\n"))
     return fresh
+
+
+@pytest.fixture(scope="session")
+def _templates() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def once(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, _templates: dict[str, Path]
+) -> Once:
+    """Fill the place by calling a function, or with a copy of what its first call left there.
+
+    Paths of the place are stored as relative ones, so that a copied place works as the first did.
+    """
+
+    def fill(make: Callable[[], object]) -> None:
+        name = f"{make.__module__}.{make.__qualname__}"
+        if name in _templates:
+            shutil.copytree(_templates[name], place.folder, dirs_exist_ok=True)
+            return
+        make()
+        folder = tmp_path_factory.mktemp("template")
+        _templates[name] = shutil.copytree(place.folder, folder, dirs_exist_ok=True)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

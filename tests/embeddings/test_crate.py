@@ -20,25 +20,29 @@ from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from tests import processes
-from tests.conftest import SOME_PROTEINS, Place, Script
+from tests.conftest import SOME_PROTEINS, Once, Place, Script
 from tests.test_make import make
 
 
 @pytest.fixture
-def resumed(script: Script, place: Place, small_model: Path) -> None:
+def resumed(script: Script, place: Place, small_model: Path, once: Once) -> None:
     """Run 1: interrupted after two of four checkpoints, and finished by another attempt."""
-    place.set("output", "checkpoint_records", 4)
-    place.set("compute", "tokens_per_pack", 300)
-    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
-    assert script("embed", *flags).status == 0
-    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
-        change = session.connection().exec_driver_sql
-        change("UPDATE runs SET status = 'interrupted', finished_at = NULL")
-        change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT: interrupted'")
-        change("DELETE FROM checkpoints WHERE id > 2")
-    for path in place.output.glob("run-000001/checkpoint-00000[34].parquet"):
-        path.unlink()
-    assert script("resume").status == 0
+
+    def embed_and_resume() -> None:
+        place.set("output", "checkpoint_records", 4)
+        place.set("compute", "tokens_per_pack", 300)
+        flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+        assert script("embed", *flags).status == 0
+        with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
+            change = session.connection().exec_driver_sql
+            change("UPDATE runs SET status = 'interrupted', finished_at = NULL")
+            change("UPDATE attempts SET outcome = 'interrupted', error = 'SIGINT: interrupted'")
+            change("DELETE FROM checkpoints WHERE id > 2")
+        for path in place.output.glob("run-000001/checkpoint-00000[34].parquet"):
+            path.unlink()
+        assert script("resume").status == 0
+
+    once(embed_and_resume)
 
 
 def made(script: Script, place: Place, *flags: str) -> Path:

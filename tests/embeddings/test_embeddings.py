@@ -22,7 +22,7 @@ from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import file_sha256
 from lib.ledger.database import open_for_writing, transaction
 from schema.parquet import FOOTER_KEY
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.conftest import ROOT, SOME_PROTEINS, Once, Place, Script
 from tests.reference import fasta, read_run, write_fasta
 
 Runs = tuple[RunEmbeddings, Path]
@@ -30,21 +30,25 @@ Runs = tuple[RunEmbeddings, Path]
 
 @pytest.fixture
 def embedded(
-    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, once: Once
 ) -> Runs:
     """A run of five windows and many files; later windows repeat sequences of earlier ones."""
     monkeypatch.setattr("lib.sequences.inventory.WINDOW_RECORDS", 5)
-    entries = fasta(SOME_PROTEINS)
-    entries += [(f"again{i} of {i}", entries[i][1]) for i in (7, 0, 3)]
-    source = write_fasta(place.folder / "repeated.fasta", entries)
-    place.set("output", "checkpoint_records", 2)
-    place.set("output", "per_tok_dtype", "float16")
-    place.set("compute", "tokens_per_pack", 300)
-    answer = script(
-        "embed", "--esm-model", small_model, "--input", source,
-        "--include", "mean", "bos", "per_tok", "--repr-layers", "0", "-1",
-    )  # fmt: skip
-    assert answer.status == 0, answer.err
+
+    def embed() -> None:
+        entries = fasta(SOME_PROTEINS)
+        entries += [(f"again{i} of {i}", entries[i][1]) for i in (7, 0, 3)]
+        source = write_fasta(place.folder / "repeated.fasta", entries)
+        place.set("output", "checkpoint_records", 2)
+        place.set("output", "per_tok_dtype", "float16")
+        place.set("compute", "tokens_per_pack", 300)
+        answer = script(
+            "embed", "--esm-model", small_model, "--input", source,
+            "--include", "mean", "bos", "per_tok", "--repr-layers", "0", "-1",
+        )  # fmt: skip
+        assert answer.status == 0, answer.err
+
+    once(embed)
     folder = place.output / "run-000001"
     assert len(list(folder.glob("*.parquet"))) > 4
     return open_run(place.database, 1, verify=True), folder
@@ -401,9 +405,7 @@ def test_a_footer_that_says_nothing_is_refused(
         open_run(place.database, 1)
 
 
-def test_reading_imports_no_torch_sqlalchemy_or_pandas(
-    embedded: Runs, place: Place
-) -> None:
+def test_reading_imports_no_torch_sqlalchemy_or_pandas(embedded: Runs, place: Place) -> None:
     code = (
         "import sys; from lib.embeddings import open_run; "
         f"run = open_run({str(place.database)!r}, 1); run.ids; run.matrix(); run.residues(3); "

@@ -21,7 +21,7 @@ from lib.embeddings import RunEmbeddings, open_run
 from lib.embeddings.neighbours import _Best
 from lib.ledger.history import query
 from tests import processes
-from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Place, Script
+from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Once, Place, Script
 from tests.reference import fasta, write_fasta
 from tests.test_make import make
 
@@ -55,12 +55,16 @@ def check(frame: Any, queries: RunEmbeddings, targets: RunEmbeddings, count: int
 
 
 @pytest.fixture
-def runs(script: Script, place: Place, small_model: Path) -> None:
+def runs(script: Script, place: Place, small_model: Path, once: Once) -> None:
     """Run 1: a part of UniProt; run 2: other proteins; both by the same model."""
-    place.set("output", "checkpoint_records", 7)
-    for source in (UNIPROT_PART, SOME_PROTEINS):
-        answer = script("embed", "--esm-model", small_model, "--input", source)
-        assert answer.status == 0, answer.err
+
+    def embed_both() -> None:
+        place.set("output", "checkpoint_records", 7)
+        for source in (UNIPROT_PART, SOME_PROTEINS):
+            answer = script("embed", "--esm-model", small_model, "--input", source)
+            assert answer.status == 0, answer.err
+
+    once(embed_both)
 
 
 # As one block, and in blocks of a few queries and targets.

@@ -24,7 +24,7 @@ from lib.jobs import dispatch
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.reuse import LostSourceError, SourceFiles
-from tests.conftest import UNIPROT_PART, Place, Script
+from tests.conftest import UNIPROT_PART, Once, Place, Script
 from tests.in_process_ray import ActorError, Handle, Hook, InProcessRay, installed
 from tests.processes import Answer as Ended
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
@@ -46,7 +46,9 @@ class Runs:
     def __init__(self, script: Script, place: Place, model: Path) -> None:
         self.script, self.place = script, place
         self._flags = ["--esm-model", model, "--input", UNIPROT_PART, *QUICK]
-        assert script("embed", *self._flags).status == 0
+
+    def embed_here(self) -> None:
+        assert self.script("embed", *self._flags).status == 0
 
     def embed(self, *flags: str) -> Ended:
         return self.script("embed", *self._flags, "--ray", "auto", *flags)
@@ -71,8 +73,10 @@ class Runs:
 
 
 @pytest.fixture
-def runs(script: Script, place: Place, small_model: Path, ray: InProcessRay) -> Runs:
-    return Runs(script, place, small_model)
+def runs(script: Script, place: Place, small_model: Path, ray: InProcessRay, once: Once) -> Runs:
+    made = Runs(script, place, small_model)
+    once(made.embed_here)
+    return made
 
 
 @pytest.mark.parametrize("files", ["auto", "sent"])
@@ -101,6 +105,7 @@ def test_half_precision_long_sequences_and_every_column_are_as_on_one_machine(
     place.set("output", "per_tok_dtype", "float16")
     place.set("model", "repr_layers", "0 -1")
     runs = Runs(script, place, small_model)
+    runs.embed_here()
     answer = runs.embed()
     assert answer.status == 0, answer.err
     runs.check_files()

@@ -24,7 +24,7 @@ from lib.ledger import commit
 from lib.models.untrained import make_model
 from lib.network import esm2 as network
 from schema.tables import Checkpoint
-from tests.conftest import UNIPROT_PART, Answer, Place, Script
+from tests.conftest import UNIPROT_PART, Answer, Once, Place, Script
 
 
 def half_a_run(script: Script, model: Path, source: Path) -> None:
@@ -53,13 +53,17 @@ def half_a_run(script: Script, model: Path, source: Path) -> None:
 
 @pytest.fixture
 def attacked(
-    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, once: Once
 ) -> Place:
     """Run 1 with two checkpoints, interrupted; its weights and input are copies in the place."""
-    weights = place.folder / "weights.pt"
-    shutil.copy(small_model, weights)
-    shutil.copy(UNIPROT_PART, place.folder / "input.fasta")
-    half_a_run(script, weights, place.folder / "input.fasta")
+
+    def embed_half() -> None:
+        weights = place.folder / "weights.pt"
+        shutil.copy(small_model, weights)
+        shutil.copy(UNIPROT_PART, place.folder / "input.fasta")
+        half_a_run(script, weights, place.folder / "input.fasta")
+
+    once(embed_half)
 
     def read(*_: object) -> None:
         raise AssertionError("tensor data was read")

@@ -21,15 +21,18 @@ from lib.units import count, duration, seconds_between, size
 from schema.tables import Attempt, Checkpoint, Model, Run
 from scripts import query
 from tests import processes
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script, handled_by
+from tests.conftest import ROOT, SOME_PROTEINS, Once, Place, Script, handled_by
 from tests.processes import NOWHERE, Process
 from tests.reference import write_fasta
 
 
 @pytest.fixture
-def a_run(script: Script, small_model: Path) -> None:
-    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
-    assert answer.status == 0
+def a_run(script: Script, small_model: Path, once: Once) -> None:
+    def embed() -> None:
+        answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+        assert answer.status == 0
+
+    once(embed)
 
 
 def thousand_runs(place: Place) -> None:
