@@ -1,0 +1,43 @@
+"""The device: if this fails, a run is told to be faster in a precision that is slower here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib.network import device
+from lib.network.device import choose_precision
+from lib.settings import load_settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flag", "share", "hint"),
+    [
+        ("avx512_bf16", 0.3, ", but this CPU is faster in bfloat16"),
+        ("amx_bf16", 0.1, ", but this CPU is faster in bfloat16"),
+        ("bf16", 0.3, ", but this CPU is faster in bfloat16"),
+        ("avx512_bf16", 2.0, ""),  # as measured: units that take longer
+        ("avx2", 0.3, ""),
+    ],
+)
+def test_bfloat16_is_proposed_where_its_products_are_faster(
+    monkeypatch: pytest.MonkeyPatch, flag: str, share: float, hint: str
+) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: share}
+    monkeypatch.setattr(device, "cpu_flags", lambda: frozenset({"fpu", flag}))
+    monkeypatch.setattr(device, "_product_seconds", seconds.__getitem__)
+    device._bfloat16_is_faster.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        found = choose_precision(load_settings().compute, CPU)
+    finally:
+        device._bfloat16_is_faster.cache_clear()
+    assert found == ("float32", f"auto: float32 on CPU{hint}")
+    assert torch.get_num_threads() == threads
+
+
+def test_a_product_takes_a_time_in_either_precision() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 0 < device._product_seconds(dtype) < 10
