@@ -52,8 +52,7 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
         0, "record", arrow_array(run.records, pa.int64())
     )
     if "inputs" in facts:
-        names = arrow_array([PurePath(path).name for path in run.input_files], pa.string())
-        described = described.append_column("input_file", names.dictionary_encode())
+        described = described.append_column("input_file", _input_files(run))
     with (
         new_path(to, folder=True) as folder,
         ordered_vectors(run, column, to) as vectors,
@@ -71,6 +70,13 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
                     here = _lists(vectors[rows.start : rows.stop], run.hidden_dim, column)
                     file.write_table(pa.table([*texts.columns, here], schema=schema))
         (folder / "README.md").write_text(_card(facts, run.hidden_dim), encoding="utf-8")
+
+
+def _input_files(run: RunEmbeddings) -> pa.DictionaryArray:
+    names = [PurePath(path).name for path in run.input_files]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    places = arrow_array([numbers[name] for name in names], pa.int32())
+    return pa.DictionaryArray.from_arrays(places, arrow_array([*numbers], pa.string()))
 
 
 def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa.Schema:
