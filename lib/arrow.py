@@ -1,7 +1,7 @@
 """Arrow arrays made of numpy's and of lists, and numpy's of Arrow's, without pandas.
 
-`pyarrow.array` and `to_numpy` import pandas if it is installed, whatever the values are: 35 MB of
-memory and a quarter of a second.
+`pyarrow.array`, `to_numpy`, `empty_table` and `pyarrow.table` of a dict import pandas if it is
+installed, whatever the values are: 35 MB of memory and a quarter of a second.
 """
 
 from __future__ import annotations

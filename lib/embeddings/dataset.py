@@ -74,9 +74,9 @@ def write_dataset(run: RunEmbeddings, to: Path, selection: Selection) -> None:
 
 def _input_files(run: RunEmbeddings) -> pa.DictionaryArray:
     names = [PurePath(path).name for path in run.input_files]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    places = arrow_array([numbers[name] for name in names], pa.int32())
-    return pa.DictionaryArray.from_arrays(places, arrow_array([*numbers], pa.string()))
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    places = arrow_array([number_of[name] for name in names], pa.int32())
+    return pa.DictionaryArray.from_arrays(places, arrow_array([*number_of], pa.string()))
 
 
 def _schema(described: pa.Table, column: VectorColumn, run: RunEmbeddings) -> pa.Schema:

@@ -131,6 +131,7 @@ def write_nearest(
             file.write_table(_rows(targets, queries, found))
 
 
+_ROWS_AT_ONCE = 1 << 20
 _SCHEMA = pa.schema(
     [
         pa.field("query_record", pa.int64()),
@@ -231,5 +232,12 @@ def _rows(targets: RunEmbeddings, queries: RunEmbeddings, found: Neighbours) -> 
         "target": [targets.ids[place] for place in target.tolist()],
         "cosine": found.cosines.reshape(-1),
     }
-    arrays = [arrow_array(content[field.name], field.type) for field in _SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+    # In pieces, since the names of many targets may have over 2 GB.
+    pieces = [slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(query), _ROWS_AT_ONCE)]
+    columns = [
+        pa.chunked_array(
+            [arrow_array(content[field.name][piece], field.type) for piece in pieces], field.type
+        )
+        for field in _SCHEMA
+    ]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)

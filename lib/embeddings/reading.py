@@ -166,9 +166,9 @@ class RunEmbeddings:
         self.inputs = inputs
         self.attempts = attempts
         self.files = files
-        numbers, places = _find_records(files)
-        order = np.argsort(numbers)
-        self.records: npt.NDArray[np.int64] = numbers[order]
+        records, places = _find_records(files)
+        order = np.argsort(records)
+        self.records: npt.NDArray[np.int64] = records[order]
         # (N, 3): file, row group and row of every record, in FASTA order.
         self._places = places[order]
         self._refuse_incomplete()

@@ -115,7 +115,7 @@ def _bfloat16_is_faster() -> bool:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the least of a few times of a product; it takes some milliseconds."""
+    """Return the shortest of five times that a product took; all of them take some milliseconds."""
     x = torch.ones(384, 384, dtype=dtype)
     moments = []
     for _ in range(5):

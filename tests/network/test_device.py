@@ -1,4 +1,4 @@
-"""The device: if this fails, a run is told to be faster in a precision that is slower here."""
+"""The device: if this fails, a user is advised to use a precision that is slower here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
     ("flag", "share", "hint"),
     [
         ("avx512_bf16", 0.3, ", but this CPU is faster in bfloat16"),
-        ("amx_bf16", 0.1, ", but this CPU is faster in bfloat16"),
+        ("amx_bf16", 0.6, ", but this CPU is faster in bfloat16"),
+        ("amx_bf16", 0.7, ""),  # too little to name it
         ("bf16", 0.3, ", but this CPU is faster in bfloat16"),
         ("avx512_bf16", 2.0, ""),  # as measured: units that take longer
         ("avx2", 0.3, ""),
@@ -25,17 +26,21 @@ CPU = torch.device("cpu")
 def test_bfloat16_is_proposed_where_its_products_are_faster(
     monkeypatch: pytest.MonkeyPatch, flag: str, share: float, hint: str
 ) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: share}
+    torch.set_num_threads(2)
+
+    def seconds(dtype: torch.dtype) -> float:
+        assert torch.get_num_threads() == 1
+        return {torch.float32: 1.0, torch.bfloat16: share}[dtype]
+
     monkeypatch.setattr(device, "cpu_flags", lambda: frozenset({"fpu", flag}))
-    monkeypatch.setattr(device, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(device, "_product_seconds", seconds)
     device._bfloat16_is_faster.cache_clear()
-    threads = torch.get_num_threads()
     try:
         found = choose_precision(load_settings().compute, CPU)
     finally:
         device._bfloat16_is_faster.cache_clear()
     assert found == ("float32", f"auto: float32 on CPU{hint}")
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
 
 
 def test_a_product_takes_a_time_in_either_precision() -> None:

@@ -56,7 +56,7 @@ def print_peak(
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Return models of 2 layers by their width: the second layer sees what the first has left.
 
-    Narrow ones: to load them takes less than a pack does, which a peak would not show otherwise.
+    Narrow ones: loading them takes less memory than a pack; otherwise the peak would be loading's.
     """
     folder, heads = tmp_path_factory.mktemp("wide"), 20
     paths = {width: folder / f"esm2_{width}.pt" for width in (320, 640)}

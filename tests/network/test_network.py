@@ -39,7 +39,8 @@ MIXED_PACK = sorted(
 
 # layers, hidden_dim, heads: released shapes (deep and wide ones cut to a few layers to stay quick),
 # and odd ones with heads 16, 24, 32, 64 and 128 wide.
-IN_HALF_PRECISION = [(6, 320, 20), (12, 480, 20), (6, 640, 20), (2, 1280, 20), (33, 64, 4)]
+WIDTH_OF_650M = (2, 1280, 20)
+IN_HALF_PRECISION = [(6, 320, 20), (12, 480, 20), (6, 640, 20), WIDTH_OF_650M, (33, 64, 4)]
 SHAPES = [
     (1, 2560, 40),
     (1, 16, 1),
@@ -52,8 +53,8 @@ SHAPES = [
 
 
 # Contacts are probabilities, and their bounds absolute: float32's is the design's, half precision
-# has its bounds of vectors. They are compared at SHAPES and at one of IN_HALF_PRECISION, the 650M's
-# width; in half precision at the smaller of SHAPES.
+# has its bounds of vectors. They are compared at SHAPES and at WIDTH_OF_650M, in half precision at
+# the smaller of SHAPES.
 CONTACTS_IN_HALF_PRECISION = [shape for shape in SHAPES if shape[0] * shape[1] <= 2500]
 
 
@@ -163,7 +164,7 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
 ) -> None:
     path = tmp_path / "esm2_made.pt"
     make_model(path, *shape)
-    if shape == (2, 1280, 20):
+    if shape == WIDTH_OF_650M:
         truth, contacts = truth_and_contacts(path, MIXED_PACK)
         assert_contacts_within_bounds(load(path), MIXED_PACK, contacts)
     else:

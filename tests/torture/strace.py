@@ -72,7 +72,7 @@ def run(
     command: Sequence[str | Path], calls: str, files: Iterable[Path], record: Path
 ) -> subprocess.CompletedProcess[str]:
     """Run a program; its `calls` (names with commas between) of `files` are written to `record`."""
-    # By a filter in the kernel, calls that are not listed are not stopped at.
+    # With a filter in the kernel, strace stops only at the calls that are listed.
     tracer: list[str | Path] = ["strace", "-f", "--seccomp-bpf", "-y", "-o", record]
     tracer += ["-e", f"trace={calls}"]
     tracer += [word for path in files for word in ("-P", path)]
