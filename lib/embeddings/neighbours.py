@@ -35,6 +35,7 @@ Places = npt.NDArray[np.int64]
 _QUERY_BYTES = 64 << 20  # of vectors, for each pass over the targets
 _COSINES = 1 << 23  # at once
 _KEPT = 1 << 22  # neighbours of the queries of a pass
+_ROWS_AT_ONCE = 1 << 20  # whose names have less than 2 GB
 # What a cosine of float32 vectors is good for. Closer ones count as equal.
 _DECIMALS = 6
 # What two runs must agree on for their vectors to be points of one space.
@@ -131,7 +132,6 @@ def write_nearest(
             file.write_table(_rows(targets, queries, found))
 
 
-_ROWS_AT_ONCE = 1 << 20
 _SCHEMA = pa.schema(
     [
         pa.field("query_record", pa.int64()),
@@ -232,7 +232,7 @@ def _rows(targets: RunEmbeddings, queries: RunEmbeddings, found: Neighbours) -> 
         "target": [targets.ids[place] for place in target.tolist()],
         "cosine": found.cosines.reshape(-1),
     }
-    # In pieces, since the names of many targets may have over 2 GB.
+    # In pieces, since names of over 2 GB fit in no array.
     pieces = [slice(first, first + _ROWS_AT_ONCE) for first in range(0, len(query), _ROWS_AT_ONCE)]
     columns = [
         pa.chunked_array(

@@ -184,15 +184,12 @@ def _check_rows(planned: _Planned, parquet: pq.ParquetFile, positions: range) ->
     describing = [name for name in DESCRIBING.names if name in columns.names]
     if not parquet.schema_arrow.equals(columns):
         raise ValueError("its columns are not those of the run")
-    parts = []
+    parts = [pa.Table.from_batches([], columns).select(describing)]
     for group in range(parquet.num_row_groups):
         table = parquet.read_row_group(group, use_threads=False)
         table.validate(full=True)
         parts.append(table.select(describing))
-    found = (
-        pa.concat_tables(parts) if parts else pa.Table.from_batches([], columns).select(describing)
-    )
-    if not found.equals(_describing(planned, positions).select(describing)):
+    if not pa.concat_tables(parts).equals(_describing(planned, positions).select(describing)):
         raise ValueError("its records are not those of its positions")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import time
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
+from timeit import repeat
 
 import torch
 
@@ -117,12 +116,7 @@ def _bfloat16_is_faster() -> bool:
 def _product_seconds(dtype: torch.dtype) -> float:
     """Return the shortest of five times that a product took; all of them take some milliseconds."""
     x = torch.ones(384, 384, dtype=dtype)
-    moments = []
-    for _ in range(5):
-        moments.append(time.perf_counter())
-        torch.mm(x, x)
-    moments.append(time.perf_counter())
-    return min(after - before for before, after in pairwise(moments))
+    return min(repeat(lambda: torch.mm(x, x), number=1, repeat=5))
 
 
 def _cpuinfo(key: str) -> str:

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from benchmarks.loading import measure
+from lib.errors import MachineError
 from lib.jobs import loading
 from lib.models.detection import detect
 from lib.models.untrained import make_model
+from lib.network import linear
 from lib.network.esm2 import load_network
+from lib.network.linear import Affine
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
@@ -101,6 +104,19 @@ def test_what_the_environment_rounds_is_refused() -> None:
     rounded = {"True\n": True, "False\n": False}[done.stdout]
     assert done.returncode == (1 if rounded else 0), done.stderr
     assert ("are rounded: DNNL_DEFAULT_FPMATH_MODE = BF16, torch." in done.stderr) == rounded
+
+
+def test_a_product_that_is_rounded_is_refused_on_any_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rounded(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
+        return torch.nn.functional.linear(x.bfloat16().float(), *weight_bias)
+
+    cpu = torch.device("cpu")
+    linear.refuse_rounding(cpu)
+    monkeypatch.setattr(linear, "linear", rounded)
+    with pytest.raises(MachineError, match="cpu: operands of float32 products are rounded: "):
+        linear.refuse_rounding(cpu)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -43,6 +43,12 @@ def test_bfloat16_is_proposed_where_its_products_are_faster(
     assert torch.get_num_threads() == 2
 
 
-def test_a_product_takes_a_time_in_either_precision() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert 0 < device._product_seconds(dtype) < 10
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_timed_is_a_product_in_that_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    true, made = torch.mm, list[torch.Tensor]()
+    monkeypatch.setattr(torch, "mm", lambda *both: made.append(true(*both)))
+    assert device._product_seconds(dtype) > 0
+    assert len(made) == 5
+    assert {product.dtype for product in made} == {dtype}

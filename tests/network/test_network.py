@@ -114,18 +114,19 @@ def by_every_kernel(network: Network) -> Iterator[Network]:
 Truth = list[dict[int, Array]]
 
 
-def truth_and_contacts(path: Path, pack: Sequence[str]) -> tuple[Truth, list[Array]]:
-    """Return what fair-esm has for every sequence of a pack: by layer, and its contacts."""
+def truth_and_contacts(
+    path: Path, pack: Sequence[str], *, contacts: bool = True
+) -> tuple[Truth, list[Array]]:
+    """Return what fair-esm has for every sequence of a pack: by layer, and contacts if wanted."""
     reference = Reference(path)
     layers = range(reference.num_layers + 1)
-    both = [reference.tokens_and_contacts(sequence, layers) for sequence in pack]
-    return [truth for truth, _ in both], [contacts for _, contacts in both]
+    both = [reference.tokens_and_contacts(sequence, layers, contacts=contacts) for sequence in pack]
+    return [layered for layered, _ in both], [maps for _, maps in both]
 
 
 def truth_of(path: Path, pack: Sequence[str]) -> Truth:
     """Return what fair-esm has for every sequence of a pack, by layer."""
-    reference = Reference(path)
-    return [reference.tokens(sequence, range(reference.num_layers + 1)) for sequence in pack]
+    return truth_and_contacts(path, pack, contacts=False)[0]
 
 
 def assert_within_bounds(network: Network, pack: Sequence[str], truth: Truth) -> None:
@@ -164,11 +165,10 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
 ) -> None:
     path = tmp_path / "esm2_made.pt"
     make_model(path, *shape)
-    if shape == WIDTH_OF_650M:
-        truth, contacts = truth_and_contacts(path, MIXED_PACK)
+    with_contacts = shape == WIDTH_OF_650M
+    truth, contacts = truth_and_contacts(path, MIXED_PACK, contacts=with_contacts)
+    if with_contacts:
         assert_contacts_within_bounds(load(path), MIXED_PACK, contacts)
-    else:
-        truth = truth_of(path, MIXED_PACK)
     for dtype in (torch.float32, torch.bfloat16):
         for network in by_every_kernel(load(path, dtype)):
             assert_within_bounds(network, MIXED_PACK, truth)
