@@ -79,7 +79,7 @@ def test_the_nearest_of_another_run(
 ) -> None:
     monkeypatch.setattr("lib.embeddings.neighbours._QUERY_BYTES", query_bytes)
     monkeypatch.setattr("lib.embeddings.neighbours._COSINES", cosines)
-    monkeypatch.setattr("lib.embeddings.neighbours._ROWS_AT_ONCE", cosines)
+    monkeypatch.setattr("lib.embeddings.neighbours._ROWS_AT_ONCE", 5)
     to = place.folder / "nearest.csv"
     answer = script("neighbours", "--run", "1", "--query", "2", "--neighbours", "3", "--to", to)
     assert answer.status == 0, answer.err
