@@ -40,6 +40,8 @@ def _run_once() -> None:
             assert main([*argv, "--config", str(config)]) == 0
 
 
+for _late in ("datasette.app", "uvicorn"):
+    import_module(_late)
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
     import_module(f"scripts.{_path.stem}")
 # tqdm's thread watches all bars now and then, and a fork may find its lock held.

@@ -18,10 +18,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
@@ -31,11 +32,15 @@ from lib.ledger.comments import table_comments, view_comments
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from lib.ledger.questions import Question, questions
+from lib.pages import loopback
 from lib.settings import DEFAULT_CONFIG
 from schema.tables import Model
 from scripts.embed import main as embed
+from tests import processes
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
 
+# One server answers most of the tests.
+pytestmark = pytest.mark.xdist_group("browse")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 COMMENTS = table_comments() | view_comments()
@@ -45,8 +50,8 @@ COMMENTS = table_comments() | view_comments()
 class Server:
     """A browse.py that is running."""
 
-    process: subprocess.Popen[str]
     url: str
+    end: Callable[[], tuple[int, str]]  # presses Ctrl-C; returns the exit status and stderr
 
     @property
     def port(self) -> int:
@@ -69,16 +74,35 @@ class Server:
         assert status == 200, text
         return text
 
-    def end(self) -> tuple[int, str]:
-        """Press Ctrl-C; return the exit status and stderr."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        _, err = self.process.communicate(timeout=120)
-        return self.process.returncode, err
+
+def address(out: IO[str] | None) -> str:
+    """Return the address that a server prints before all else."""
+    assert out is not None
+    readable, _, _ = select.select([out], [], [], 60)
+    assert readable, "it said nothing within a minute"
+    line = out.readline()
+    found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/runs) \(Ctrl-C ends\)\n", line)
+    assert found, line
+    return found[1]
+
+
+@contextmanager
+def browse(config: Path, prepare: processes.Work | None = None) -> Iterator[Server]:
+    """Start browse.py in a fork; it is gone at the end, come what may."""
+    flags = ["--config", config, "--port", "0"]
+    with processes.start("browse", *flags, prepare=prepare) as process:
+
+        def end() -> tuple[int, str]:
+            process.send_signal(signal.SIGINT)
+            answer = process.end()
+            return answer.status, answer.err
+
+        yield Server(address(process.out), end)
 
 
 @contextmanager
 def running(command: list[str | Path], **environment: str) -> Iterator[Server]:
-    """Start a server in a process group of its own; it is gone at the end, come what may."""
+    """Start a server by a command, in a process group of its own."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -88,24 +112,18 @@ def running(command: list[str | Path], **environment: str) -> Iterator[Server]:
         text=True,
         start_new_session=True,
     )
+
+    def end() -> tuple[int, str]:
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        return process.returncode, err
+
     try:
-        assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], 60)
-        assert readable, "it said nothing within a minute"
-        line = process.stdout.readline()
-        found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/runs) \(Ctrl-C ends\)\n", line)
-        assert found, (line, process.communicate(timeout=30)[1])
-        yield Server(process, found[1])
+        yield Server(address(process.stdout), end)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=30)
-
-
-def browse(config: Path, **environment: str) -> AbstractContextManager[Server]:
-    script = ROOT / "scripts" / "browse.py"
-    command: list[str | Path] = [sys.executable, script, "--config", config, "--port", "0"]
-    return running(command, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +340,9 @@ def test_plugins_that_happen_to_be_installed_do_not_take_part(folder: Path, tmp_
         [sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout == "uploads\n"
-    with browse(folder / "config.ini", PYTHONPATH=str(tmp_path)) as server:
+    command = [sys.executable, ROOT / "scripts" / "browse.py", "--port", "0"]
+    command += ["--config", folder / "config.ini"]
+    with running(command, PYTHONPATH=str(tmp_path)) as server:
         assert server.ask("/upload")[0] == 404
 
 
@@ -401,8 +421,12 @@ def test_a_damaged_table_is_told_on_its_page(place: Place, folder: Path) -> None
 # The command
 
 
+def answer_no_longer() -> None:
+    loopback._LAST_ANSWERS_SECONDS = 0
+
+
 def test_ctrl_c_ends_it_though_browsers_keep_connections_open(folder: Path) -> None:
-    with browse(folder / "config.ini") as server, ExitStack() as connections:
+    with browse(folder / "config.ini", answer_no_longer) as server, ExitStack() as connections:
 
         def connect(sent: bytes) -> socket.socket:
             one = socket.create_connection(("127.0.0.1", server.port), timeout=30)
