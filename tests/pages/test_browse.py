@@ -340,7 +340,7 @@ def test_plugins_that_happen_to_be_installed_do_not_take_part(folder: Path, tmp_
         [sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout == "uploads\n"
-    command = [sys.executable, ROOT / "scripts" / "browse.py", "--port", "0"]
+    command: list[str | Path] = [sys.executable, ROOT / "scripts" / "browse.py", "--port", "0"]
     command += ["--config", folder / "config.ini"]
     with running(command, PYTHONPATH=str(tmp_path)) as server:
         assert server.ask("/upload")[0] == 404
