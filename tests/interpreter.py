@@ -1,8 +1,9 @@
 """A stand-in for a project's `.venv/bin/python`, so that pages can run many commands of `make`.
 
 A page has some twenty commands, and each of them would import torch again. Here a command of
-scripts/ is a client that asks the tests for a fork (tests/processes.py), and takes over its output
-and its status. Everything else that a page starts is Python itself.
+scripts/, or a program on standard input (`python -`), is a client that asks the tests for a fork
+(tests/processes.py), and takes over its output and its status. Everything else that a page starts
+is Python itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tests.processes import ROOT, Process, start
+from tests.processes import ROOT, Process, start, start_function
 
 __all__ = ["clone", "interpreter"]
 
@@ -31,7 +32,7 @@ _FOLDERS = ["examples", "lib", "schema", "scripts"]
 _CLIENT = """#!{python} -ISE
 import array, json, os, signal, socket, sys
 script = sys.argv[1] if len(sys.argv) > 1 else ""
-if not (script.startswith("scripts/") and os.path.isfile(script)):
+if script != "-" and not (script.startswith("scripts/") and os.path.isfile(script)):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 tests = socket.socket(socket.AF_UNIX)
 tests.connect({address!r})
@@ -112,16 +113,18 @@ def _serve(connection: socket.socket) -> None:
 def _started(order: dict[str, Any], streams: list[int]) -> Process:
     path, *argv = order["argv"]
     folder = Path(order["folder"])
-    return start(
-        Path(path).stem,
-        *argv,
-        prepare=partial(_stand_in, folder),
-        folder=folder,
-        environment=order["environment"],
-        into=streams[0],
-        out=streams[1],
-        err=streams[2],
-    )
+    how: dict[str, Any] = {
+        "folder": folder,
+        "environment": order["environment"],
+        **dict(zip(("into", "out", "err"), streams, strict=True)),
+    }
+    if path == "-":
+        return start_function(_run_what_is_read, **how)
+    return start(Path(path).stem, *argv, prepare=partial(_stand_in, folder), **how)
+
+
+def _run_what_is_read() -> None:
+    exec(sys.stdin.read(), {"__name__": "__main__"})
 
 
 def _stand_in(project: Path) -> None:

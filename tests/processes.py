@@ -150,10 +150,19 @@ def run(script: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
         return process.end()
 
 
-def start_function(work: Work, *argv: object) -> Process:
+def start_function(
+    work: Work,
+    *argv: object,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+    into: Path | int = NOWHERE,
+    out: Stream = PIPE,
+    err: Stream = PIPE,
+) -> Process:
     """Call a function in a process of its own, `argv` being the arguments of its command line."""
-    order = _Order([sys.executable, *map(str, argv)], ROOT, dict(os.environ))
-    return Process(work, order, NOWHERE, PIPE, PIPE)
+    inherited = dict(os.environ if environment is None else environment)
+    order = _Order([sys.executable, *map(str, argv)], folder, inherited)
+    return Process(work, order, into, out, err)
 
 
 def run_function(work: Work, *argv: object) -> Answer:
