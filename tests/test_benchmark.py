@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
+from benchmarks.peers import rival, table_rows
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
 from lib.errors import MachineError, SettingsError
@@ -22,7 +23,6 @@ from lib.models.detection import Detection, detect
 from lib.network.esm2 import Network
 from lib.settings import load_settings
 from scripts import benchmark
-from scripts.benchmark import rival, table_rows
 from tests.conftest import Place
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
 def test_what_was_measured_is_kept_though_the_next_case_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measured(case: str, *_: object) -> dict[str, str]:
+    def measured(case: str, *_: object, **__: object) -> dict[str, str]:
         if case == "second":
             raise MachineError("out of memory")
         return {"case": case}
