@@ -137,23 +137,16 @@ def reading_threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def run_program(folder: Path, program: str) -> str:
     """Run a program as a page prints it, in a folder; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            # DuckDB's extensions and the cache of datasets: nothing outside the folder.
-            "HOME": str(folder),
-            "HF_HOME": str(folder / "huggingface"),
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {
+        **os.environ,
+        # DuckDB's extensions and the cache of datasets: nothing outside the folder.
+        "HOME": str(folder),
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = processes.run_program(program, folder=folder, environment=environment)
+    assert done.status == 0, done.err
+    return done.out
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tests.processes import ROOT, Process, start, start_function
+from tests.processes import ROOT, Process, start, start_program
 
 __all__ = ["clone", "interpreter"]
 
@@ -119,12 +119,8 @@ def _started(order: dict[str, Any], streams: list[int]) -> Process:
         **dict(zip(("into", "out", "err"), streams, strict=True)),
     }
     if path == "-":
-        return start_function(_run_what_is_read, **how)
+        return start_program(None, **how)
     return start(Path(path).stem, *argv, prepare=partial(_stand_in, folder), **how)
-
-
-def _run_what_is_read() -> None:
-    exec(sys.stdin.read(), {"__name__": "__main__"})
 
 
 def _stand_in(project: Path) -> None:

@@ -171,6 +171,17 @@ def run_function(work: Work, *argv: object) -> Answer:
         return process.end()
 
 
+def start_program(text: str | None, **how: Any) -> Process:  # noqa: ANN401
+    """Run a program as `python -c` does, or one on stdin if None; takes what `start` takes."""
+    return start_function(partial(_run_text, text), **how)
+
+
+def run_program(text: str, **how: Any) -> Answer:  # noqa: ANN401
+    """Run a program to its end."""
+    with start_program(text, **how) as process:
+        return process.end()
+
+
 # ---- What a script is made to do: called in its process, by way of `prepare`
 
 
@@ -287,6 +298,10 @@ def _run_script(name: str, prepare: Work | None) -> None:
         module = import_module(f"scripts.{name}")
         prepare()
         module.run_script(module.main)
+
+
+def _run_text(text: str | None) -> None:
+    exec(sys.stdin.read() if text is None else text, {"__name__": "__main__"})
 
 
 def _ends(forks: ForkServerContext, stream: Stream) -> tuple[IO[str] | None, Connection]:

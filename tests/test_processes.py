@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.conftest import ROOT, Place, run_program
+from tests.conftest import ROOT, Place
 from tests.processes import run_function, start_function
 
 
@@ -130,7 +131,14 @@ for path in sorted(pathlib.Path("scripts").glob("[!_]*.py")):
 
 
 def test_every_script_starts_in_a_python_that_no_test_has_prepared() -> None:
-    printed = run_program(ROOT, EVERY_HELP)
+    printed = subprocess.run(
+        [sys.executable, "-c", EVERY_HELP],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # _start is imported once, and does it once
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     names = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
     assert [line for line in printed.splitlines() if line.startswith("ended")] == [
         f"ended {name} 0" for name in names
