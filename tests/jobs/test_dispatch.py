@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from lib.jobs import dispatch
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.reuse import LostSourceError, SourceFiles
-from tests.conftest import UNIPROT_PART, Once, Place, Script
+from tests.conftest import ROOT, UNIPROT_PART, Once, Place, Script
 from tests.in_process_ray import ActorError, Handle, Hook, InProcessRay, installed
 from tests.processes import Answer as Ended
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
@@ -453,6 +457,33 @@ def test_a_worker_that_computes_attention_in_another_way_is_refused(
     assert "by hand" in ways.split(" there, ")
     how = "SELECT DISTINCT versions ->> 'attention' FROM workers WHERE outcome = 'finished'"
     assert runs.rows(how) == runs.rows("SELECT versions ->> 'attention' FROM attempts WHERE id = 2")
+
+
+def test_a_worker_with_another_version_of_torch_is_refused(
+    runs: Runs, ray: InProcessRay, tmp_path: Path
+) -> None:
+    # Its versions are those that a Python finds which has another torch before ours.
+    metadata = tmp_path / "torch-2.0.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.0\n")
+    program = "import json, lib.jobs.messages as m; print(json.dumps(m.own_versions()))"
+
+    def another(actor: Handle, true: Any) -> Any:  # noqa: ANN401
+        greeting = true()
+        if actor is not ray.actors[0]:
+            return greeting
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        said = subprocess.check_output([sys.executable, "-c", program], env=environment)
+        return replace(greeting, versions=json.loads(said))
+
+    ray.hooks["greet"] = another
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    (told,) = [line for line in answer.err.splitlines() if ": refused: " in line]
+    ours = version("torch").partition("+")[0]
+    assert told.endswith(f": refused: torch is 2.0.0 there, {ours} here")
+    assert sorted(runs.outcomes()) == ["finished", "refused"]
+    runs.check()
 
 
 def test_workers_that_are_lost_before_they_are_ready_end_in_one_line(
