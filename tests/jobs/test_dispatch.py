@@ -36,6 +36,7 @@ from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 # Small packs, and one or two in a stretch; each run computes for itself.
 QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=450"]
 QUICK += ["--set", "output.reuse=no"]
+RECORDS = 30  # one of them is far longer than a window
 
 
 @pytest.fixture
@@ -45,11 +46,15 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
 
 
 class Runs:
-    """The same run, here and on the cluster."""
+    """The same run, here and on the cluster: of some 12 stretches if not of all records."""
 
-    def __init__(self, script: Script, place: Place, model: Path) -> None:
+    def __init__(
+        self, script: Script, place: Place, model: Path, records: int | None = RECORDS
+    ) -> None:
         self.script, self.place = script, place
-        self._flags = ["--esm-model", model, "--input", UNIPROT_PART, *QUICK]
+        proteins = fasta(UNIPROT_PART)[:records]
+        self.input = write_fasta(place.folder / "proteins.fasta", proteins)
+        self._flags = ["--esm-model", model, "--input", self.input, *QUICK]
 
     def embed_here(self) -> None:
         assert self.script("embed", *self._flags).status == 0
@@ -108,7 +113,7 @@ def test_half_precision_long_sequences_and_every_column_are_as_on_one_machine(
     place.set("output", "include", "mean bos per_tok contacts")
     place.set("output", "per_tok_dtype", "float16")
     place.set("model", "repr_layers", "0 -1")
-    runs = Runs(script, place, small_model)
+    runs = Runs(script, place, small_model, records=None)
     runs.embed_here()
     answer = runs.embed()
     assert answer.status == 0, answer.err
@@ -193,17 +198,23 @@ class Hanging:
     """A worker that hangs on one stretch, and a clock that only goes while no other computes.
 
     It writes its file and answers when it is killed, or, if it `may_end`, when another has written
-    that of the stretch; `answered` is set then. begun: the actors that began it. first: its
-    position.
+    that of the stretch, which answers once the driver has `taken` this one's. begun: the actors
+    that began it. first: its position.
     """
 
     def __init__(self, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[Handle] = []
-        self.may_end, self.answered = threading.Event(), threading.Event()
-        self.written = threading.Event()
+        self.may_end, self.written, self.taken = (threading.Event() for _ in range(3))
         self.first = -1
         self._lock, self._busy, self._idle, self._clock = threading.Lock(), 0, 0, 0.0
         monkeypatch.setattr("lib.jobs.patience.monotonic", self.monotonic)
+        answered_late = dispatch._Dispatch._answered_late
+
+        def take(*arguments: Any) -> None:  # noqa: ANN401
+            answered_late(*arguments)
+            self.taken.set()
+
+        monkeypatch.setattr(dispatch._Dispatch, "_answered_late", take)
         ray.hooks["compute"] = self.compute
 
     def monotonic(self) -> float:
@@ -228,15 +239,12 @@ class Hanging:
             done = true(order, packs)
             if first == self.first and not hangs and self.may_end.is_set():
                 self.written.set()
-                self.answered.wait(20)
-                time.sleep(0.5)  # until the driver has taken the other answer
+                self.taken.wait(20)
             end = time.monotonic() + 20  # if nobody notices
             while hangs and not actor.killed and time.monotonic() < end:
                 if self.may_end.is_set() and self.written.is_set():
                     break
                 time.sleep(0.01)
-            if hangs:
-                self.answered.set()
             return done
         finally:
             with self._lock:
@@ -467,14 +475,12 @@ def test_a_worker_with_another_version_of_torch_is_refused(
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.0\n")
     program = "import json, lib.jobs.messages as m; print(json.dumps(m.own_versions()))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    said = json.loads(subprocess.check_output([sys.executable, "-c", program], env=environment))
 
     def another(actor: Handle, true: Any) -> Any:  # noqa: ANN401
         greeting = true()
-        if actor is not ray.actors[0]:
-            return greeting
-        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        said = subprocess.check_output([sys.executable, "-c", program], env=environment)
-        return replace(greeting, versions=json.loads(said))
+        return replace(greeting, versions=said) if actor is ray.actors[0] else greeting
 
     ray.hooks["greet"] = another
     answer = runs.embed()
@@ -561,12 +567,17 @@ def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessR
 
 
 def lost_once_on(ray: InProcessRay, machine: str) -> Hook:
-    """Return a `compute` that loses the first worker of a machine, and is slow on the others."""
+    """Return a `compute` that loses the first worker of a machine.
+
+    The others wait until there is another in its place.
+    """
 
     def compute(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
         if ray.placed.index(machine) == ray.actors.index(actor):
             raise ActorError("gone")
-        time.sleep(0.1)  # until there is another look for room
+        ends = time.monotonic() + 20  # if it is never replaced
+        while ray.placed.count(machine) < 2 and time.monotonic() < ends:
+            time.sleep(0.01)
         return true(order, packs)
 
     return compute
@@ -659,18 +670,18 @@ def test_a_run_is_resumed_where_config_and_flags_say_now(runs: Runs, ray: InProc
 def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
     runs: Runs, ray: InProcessRay, small_model: Path
 ) -> None:
-    half = write_fasta(runs.place.folder / "half.fasta", fasta(UNIPROT_PART)[::2])
+    half = write_fasta(runs.place.folder / "half.fasta", fasta(runs.input)[::2])
     flags = ["--esm-model", small_model, *QUICK, "--input"]
     assert runs.script("embed", *flags, half).status == 0
-    reusing = [*flags, UNIPROT_PART, "--set", "output.reuse=yes"]
+    reusing = [*flags, runs.input, "--set", "output.reuse=yes"]
     with closing(sqlite3.connect(runs.place.database)) as connection, connection:
         connection.execute("UPDATE runs SET precision = 'none' WHERE id = 1")  # not copied from
     answer = runs.script("embed", *reusing, "--ray", "auto")
     assert answer.status == 0, answer.err
     copied = runs.rows("SELECT sum(records) FROM checkpoints WHERE reused_run_id = 2")
-    assert copied == [(30,)]
+    assert copied == [(RECORDS // 2,)]
     by_workers = "SELECT sum(records) FROM checkpoints WHERE run_id = 3 AND worker_id IS NOT NULL"
-    assert runs.rows(by_workers) == [(29,)]
+    assert runs.rows(by_workers) == [(RECORDS // 2,)]
     found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
     for record, row in found.items():
         assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)
