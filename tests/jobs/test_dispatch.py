@@ -524,6 +524,15 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     runs.check()
 
 
+def test_an_address_where_nobody_listens_is_one_line(
+    script: Script, small_model: Path, ray: InProcessRay
+) -> None:
+    flags = ["--esm-model", small_model, "--input", UNIPROT_PART]
+    answer = script("embed", *flags, "--ray", "127.0.0.1:1")
+    assert answer.status == 4
+    assert answer.error == "Ray cluster 127.0.0.1:1: [Errno 111] Connection refused"
+
+
 @pytest.mark.parametrize("address", ["head..cluster:6379", "localhost:99999"])
 def test_an_address_that_cannot_be_is_one_line(
     script: Script, small_model: Path, ray: InProcessRay, address: str
