@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -41,6 +42,7 @@ class Handle:
         self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._waiting: list[Future[Any]] = []
         self.killed = False
+        self.has_loaded = False  # or has failed
 
     def __getattr__(self, name: str) -> Method:
         return Method(self, name)
@@ -68,12 +70,15 @@ class Handle:
 
     def _run(self, name: str, arguments: tuple[Any, ...], futures: list[Future[Any]]) -> None:
         try:
+            if name == "compute":
+                self._ray.wait_until_loaded()
             true = getattr(self.made, name)
             hook = self._ray.hooks.get(name)
             # What torch.load may load is said for a whole process, which actors do not share.
             with _LOADING if name == "load" else nullcontext():
                 result = true(*arguments) if hook is None else hook(self, true, *arguments)
         except BaseException as error:
+            self.has_loaded = True
             for one in futures:
                 if not one.done():
                     one.set_exception(error)
@@ -81,6 +86,7 @@ class Handle:
         for one, value in zip(futures, result if len(futures) > 1 else [result], strict=True):
             if not one.done():
                 one.set_result(value)
+        self.has_loaded |= name == "load"
 
     def _fail(self, futures: list[Future[Any]]) -> None:
         for one in futures:
@@ -130,6 +136,13 @@ class InProcessRay(ModuleType):
 
     def init(self, *_: object, **__: object) -> None:
         pass
+
+    def wait_until_loaded(self) -> None:
+        """Wait for all actors that are there: one of a busy machine would miss a short run."""
+        ends = time.monotonic() + 20
+        while not all(one.has_loaded or one.killed for one in self.actors):
+            assert time.monotonic() < ends
+            time.sleep(0.002)
 
     def shutdown(self) -> None:
         for one in self.actors:

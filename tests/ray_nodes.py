@@ -7,10 +7,12 @@ and answers each with a line; the cluster ends with its input.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +29,12 @@ LOOKS = {"RAY_health_check_initial_delay_ms": "200", "RAY_health_check_period_ms
 class Nodes:
     """The cluster as tests see it: a head that computes nothing, and nodes with a CPU each."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path) -> None:
         """Start the head; `folder` needs a short name, for Ray's sockets."""
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
-            **environment,
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.ray_nodes", folder],
@@ -75,13 +76,39 @@ class Nodes:
 
 
 @contextmanager
-def nodes(folder: Path, **environment: str) -> Iterator[Nodes]:
+def nodes(folder: Path) -> Iterator[Nodes]:
     """Start a cluster without nodes, and end it with the block."""
-    made = Nodes(folder, **environment)
+    made = Nodes(folder)
     try:
         yield made
     finally:
         made.end()
+
+
+@contextmanager
+def control_server(folder: Path, **environment: str) -> Iterator[str]:
+    """Start what a driver speaks to first, the server of a head, and no more; yield its address."""
+    ray = importlib.util.find_spec("ray")
+    assert ray is not None
+    assert ray.origin is not None
+    program = Path(ray.origin).with_name("core") / "src" / "ray" / "gcs" / "gcs_server"
+    here = "127.0.0.1"
+    flags = ["--gcs_server_port=0", f"--node-ip-address={here}", f"--session-dir={folder}"]
+    with subprocess.Popen(
+        [program, *flags, f"--log_dir={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    ) as server:
+        try:
+            port = ""
+            while not port:  # it writes it once it listens
+                assert server.poll() is None
+                time.sleep(0.01)
+                port = "".join(one.read_text() for one in folder.glob("gcs_server_port_*"))
+            yield f"{here}:{port}"
+        finally:
+            server.kill()
 
 
 def main() -> None:
@@ -93,6 +120,8 @@ def main() -> None:
         head_node_args={
             "num_cpus": 0,
             "include_dashboard": False,
+            "include_log_monitor": False,
+            "no_monitor": True,  # it would start and end nodes as they are needed
             "object_store_memory": NODE_BYTES,
             "temp_dir": sys.argv[1],
         },

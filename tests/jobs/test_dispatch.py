@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from lib.jobs import dispatch
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.reuse import LostSourceError, SourceFiles
-from tests.conftest import UNIPROT_PART, Once, Place, Script
+from tests.conftest import ROOT, UNIPROT_PART, Once, Place, Script
 from tests.in_process_ray import ActorError, Handle, Hook, InProcessRay, installed
 from tests.processes import Answer as Ended
 from tests.reference import assert_same_bits, fasta, read_run, write_fasta
@@ -32,6 +36,7 @@ from tests.reference import assert_same_bits, fasta, read_run, write_fasta
 # Small packs, and one or two in a stretch; each run computes for itself.
 QUICK = ["--set", "output.checkpoint_seconds=0", "--set", "compute.tokens_per_pack=450"]
 QUICK += ["--set", "output.reuse=no"]
+RECORDS = 30  # one of them is far longer than a window
 
 
 @pytest.fixture
@@ -41,11 +46,15 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
 
 
 class Runs:
-    """The same run, here and on the cluster."""
+    """The same run, here and on the cluster: of some 12 stretches if not of all records."""
 
-    def __init__(self, script: Script, place: Place, model: Path) -> None:
+    def __init__(
+        self, script: Script, place: Place, model: Path, records: int | None = RECORDS
+    ) -> None:
         self.script, self.place = script, place
-        self._flags = ["--esm-model", model, "--input", UNIPROT_PART, *QUICK]
+        proteins = fasta(UNIPROT_PART)[:records]
+        self.input = write_fasta(place.folder / "proteins.fasta", proteins)
+        self._flags = ["--esm-model", model, "--input", self.input, *QUICK]
 
     def embed_here(self) -> None:
         assert self.script("embed", *self._flags).status == 0
@@ -104,7 +113,7 @@ def test_half_precision_long_sequences_and_every_column_are_as_on_one_machine(
     place.set("output", "include", "mean bos per_tok contacts")
     place.set("output", "per_tok_dtype", "float16")
     place.set("model", "repr_layers", "0 -1")
-    runs = Runs(script, place, small_model)
+    runs = Runs(script, place, small_model, records=None)
     runs.embed_here()
     answer = runs.embed()
     assert answer.status == 0, answer.err
@@ -189,17 +198,23 @@ class Hanging:
     """A worker that hangs on one stretch, and a clock that only goes while no other computes.
 
     It writes its file and answers when it is killed, or, if it `may_end`, when another has written
-    that of the stretch; `answered` is set then. begun: the actors that began it. first: its
-    position.
+    that of the stretch, which answers once the driver has `taken` this one's. begun: the actors
+    that began it. first: its position.
     """
 
     def __init__(self, ray: InProcessRay, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun: list[Handle] = []
-        self.may_end, self.answered = threading.Event(), threading.Event()
-        self.written = threading.Event()
+        self.may_end, self.written, self.taken = (threading.Event() for _ in range(3))
         self.first = -1
         self._lock, self._busy, self._idle, self._clock = threading.Lock(), 0, 0, 0.0
         monkeypatch.setattr("lib.jobs.patience.monotonic", self.monotonic)
+        answered_late = dispatch._Dispatch._answered_late
+
+        def take(*arguments: Any) -> None:  # noqa: ANN401
+            answered_late(*arguments)
+            self.taken.set()
+
+        monkeypatch.setattr(dispatch._Dispatch, "_answered_late", take)
         ray.hooks["compute"] = self.compute
 
     def monotonic(self) -> float:
@@ -224,15 +239,12 @@ class Hanging:
             done = true(order, packs)
             if first == self.first and not hangs and self.may_end.is_set():
                 self.written.set()
-                self.answered.wait(20)
-                time.sleep(0.5)  # until the driver has taken the other answer
+                self.taken.wait(20)
             end = time.monotonic() + 20  # if nobody notices
             while hangs and not actor.killed and time.monotonic() < end:
                 if self.may_end.is_set() and self.written.is_set():
                     break
                 time.sleep(0.01)
-            if hangs:
-                self.answered.set()
             return done
         finally:
             with self._lock:
@@ -372,12 +384,13 @@ def test_workers_are_seen_at_the_heartbeats(
     seen: list[str] = []
 
     def slow(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
-        if actor is ray.actors[0] and packs[0].positions.start > 8 and not seen:
-            seen.append(seen_at())
+        if actor is ray.actors[0] and not seen:
+            seen.append(seen_at())  # perhaps never yet
             ends = time.monotonic() + 60  # a minute without a heartbeat is none
-            while seen_at() == seen[0] and time.monotonic() < ends:
+            while len(seen) < 3 and time.monotonic() < ends:
                 time.sleep(0.01)
-            seen.append(seen_at())
+                if seen_at() != seen[-1]:
+                    seen.append(seen_at())
         return true(order, packs)
 
     def seen_at() -> str:
@@ -393,7 +406,7 @@ def test_workers_are_seen_at_the_heartbeats(
     ray.hooks |= {"compute": slow, "answer": silent}
     answer = runs.embed()
     assert answer.status == 0, answer.err
-    before, after = seen
+    _, before, after = seen
     assert before < after
     assert runs.outcomes() == ["finished", "finished"]
     runs.check()
@@ -455,6 +468,31 @@ def test_a_worker_that_computes_attention_in_another_way_is_refused(
     assert runs.rows(how) == runs.rows("SELECT versions ->> 'attention' FROM attempts WHERE id = 2")
 
 
+def test_a_worker_with_another_version_of_torch_is_refused(
+    runs: Runs, ray: InProcessRay, tmp_path: Path
+) -> None:
+    # Its versions are those that a Python finds which has another torch before ours.
+    metadata = tmp_path / "torch-2.0.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.0\n")
+    program = "import json, lib.jobs.messages as m; print(json.dumps(m.own_versions()))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    said = json.loads(subprocess.check_output([sys.executable, "-c", program], env=environment))
+
+    def another(actor: Handle, true: Any) -> Any:  # noqa: ANN401
+        greeting = true()
+        return replace(greeting, versions=said) if actor is ray.actors[0] else greeting
+
+    ray.hooks["greet"] = another
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    (told,) = [line for line in answer.err.splitlines() if ": refused: " in line]
+    ours = version("torch").partition("+")[0]
+    assert told.endswith(f": refused: torch is 2.0.0 there, {ours} here")
+    assert sorted(runs.outcomes()) == ["finished", "refused"]
+    runs.check()
+
+
 def test_workers_that_are_lost_before_they_are_ready_end_in_one_line(
     runs: Runs, ray: InProcessRay
 ) -> None:
@@ -485,6 +523,15 @@ def test_a_signal_commits_what_is_begun(runs: Runs, ray: InProcessRay) -> None:
     assert runs.outcomes() == ["finished", "finished"]
     assert runs.script("resume").status == 0
     runs.check()
+
+
+def test_an_address_where_nobody_listens_is_one_line(
+    script: Script, small_model: Path, ray: InProcessRay
+) -> None:
+    flags = ["--esm-model", small_model, "--input", UNIPROT_PART]
+    answer = script("embed", *flags, "--ray", "127.0.0.1:1")
+    assert answer.status == 4
+    assert answer.error == "Ray cluster 127.0.0.1:1: [Errno 111] Connection refused"
 
 
 @pytest.mark.parametrize("address", ["head..cluster:6379", "localhost:99999"])
@@ -530,12 +577,17 @@ def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessR
 
 
 def lost_once_on(ray: InProcessRay, machine: str) -> Hook:
-    """Return a `compute` that loses the first worker of a machine, and is slow on the others."""
+    """Return a `compute` that loses the first worker of a machine.
+
+    The others wait until there is another in its place.
+    """
 
     def compute(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
         if ray.placed.index(machine) == ray.actors.index(actor):
             raise ActorError("gone")
-        time.sleep(0.1)  # until there is another look for room
+        ends = time.monotonic() + 20  # if it is never replaced
+        while ray.placed.count(machine) < 2 and time.monotonic() < ends:
+            time.sleep(0.01)
         return true(order, packs)
 
     return compute
@@ -628,18 +680,18 @@ def test_a_run_is_resumed_where_config_and_flags_say_now(runs: Runs, ray: InProc
 def test_what_an_earlier_run_has_is_copied_and_workers_compute_the_rest(
     runs: Runs, ray: InProcessRay, small_model: Path
 ) -> None:
-    half = write_fasta(runs.place.folder / "half.fasta", fasta(UNIPROT_PART)[::2])
+    half = write_fasta(runs.place.folder / "half.fasta", fasta(runs.input)[::2])
     flags = ["--esm-model", small_model, *QUICK, "--input"]
     assert runs.script("embed", *flags, half).status == 0
-    reusing = [*flags, UNIPROT_PART, "--set", "output.reuse=yes"]
+    reusing = [*flags, runs.input, "--set", "output.reuse=yes"]
     with closing(sqlite3.connect(runs.place.database)) as connection, connection:
         connection.execute("UPDATE runs SET precision = 'none' WHERE id = 1")  # not copied from
     answer = runs.script("embed", *reusing, "--ray", "auto")
     assert answer.status == 0, answer.err
     copied = runs.rows("SELECT sum(records) FROM checkpoints WHERE reused_run_id = 2")
-    assert copied == [(30,)]
+    assert copied == [(RECORDS // 2,)]
     by_workers = "SELECT sum(records) FROM checkpoints WHERE run_id = 3 AND worker_id IS NOT NULL"
-    assert runs.rows(by_workers) == [(29,)]
+    assert runs.rows(by_workers) == [(RECORDS // 2,)]
     found, expected = (read_run(runs.place.output / f"run-00000{number}") for number in (3, 1))
     for record, row in found.items():
         assert np.allclose(row["mean_2"], expected[record]["mean_2"], atol=1e-6)
