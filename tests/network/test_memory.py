@@ -172,18 +172,18 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = place.folder / "long.fasta"
-    long.write_text(f">titin\n{'MKLV' * 3000}\n>short\nMKLV\n")
+    long.write_text(f">titin\n{'MKLV' * 1500}\n>short\nMKLV\n")
     flags = ["--esm-model", small_model, "--input", long]
     flags += ["--set", "input.long_sequences=whole"]
     monkeypatch.setattr(vectors, "available_bytes", lambda _: 10**7)
     answer = script("embed", *flags)
     assert answer.status == 4
     assert answer.error == (
-        "record 0 (titin): 12000 residues need 89.0 MB of memory, 10.0 MB are available on cpu"
+        "record 0 (titin): 6000 residues need 61.3 MB of memory, 10.0 MB are available on cpu"
     )
     monkeypatch.undo()
     assert script("resume", "--run", "1", "--config", place.config).status == 0
-    assert read_run(place.output / "run-000001")[0]["embedded_length"] == 12_000
+    assert read_run(place.output / "run-000001")[0]["embedded_length"] == 6_000
 
 
 def test_the_memory_left_on_this_machine_is_a_likely_number() -> None:
