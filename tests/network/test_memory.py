@@ -76,7 +76,7 @@ CONTACTS = [VectorColumn("contacts")]
 @pytest.mark.parametrize(
     ("width", "packs", "count", "residues", "columns"),
     [
-        (160, 1, 208, 254, MEAN),  # so many that its arrays go back to the system
+        (320, 1, 104, 254, MEAN),  # so many that its arrays go back to the system
         (160, 1, 24, 1022, MEAN),
         (160, 2, 96, 254, MEAN),  # at once
         (320, 2, 1, 3_500, MEAN),  # one after the other
