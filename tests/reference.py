@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import esm
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -82,15 +84,19 @@ def read_run(folder: Path) -> dict[int, dict[str, bytes | str | int | Array]]:
     """Read a run's folder as its users do, by record; vectors as arrays."""
     rows: dict[int, dict[str, bytes | str | int | Array]] = {}
     table = pq.read_table(folder)
-    for row in table.to_pylist():
-        vectors = {
-            name: np.asarray(value, dtype=np.float32)
-            for name, value in row.items()
-            if isinstance(value, list)
-        }
+    columns = [_cells(column) for column in table.columns]
+    for cells in zip(*columns, strict=True):
+        row = dict(zip(table.column_names, cells, strict=True))
         assert row["record"] not in rows, f"record {row['record']} stands twice"
-        rows[row["record"]] = row | vectors
+        rows[row["record"]] = row
     return rows
+
+
+def _cells(column: pa.ChunkedArray) -> list[Any]:
+    """Return a column's values: a list as an array of float32, as Python's numbers take long."""
+    if pa.types.is_nested(column.type):
+        return [np.array(one.values, dtype=np.float32) for one in column]
+    return list(column.to_pylist())
 
 
 def assert_same_bits(found: Path, expected: Path) -> None:

@@ -43,12 +43,14 @@ def rules(folder: Path, columns: list[VectorColumn], records: int) -> StretchRul
 def vectors_of(sequences: list[Sequence], columns: list[VectorColumn]) -> Vectors:
     """Return vectors that tell the sequences apart."""
     numbers = [one.owners[0].number for one in sequences]
-    means = np.repeat(np.array(numbers, np.float32)[:, None], WIDTH, 1)
-    residues = [np.full((len(one.residues), WIDTH), one.owners[0].number) for one in sequences]
     kept: dict[VectorColumn, Column] = {
-        MEAN: means,
-        PER_TOK: [one.astype(np.float32) for one in residues],
+        MEAN: np.repeat(np.array(numbers, np.float32)[:, None], WIDTH, 1)
     }
+    if PER_TOK in columns:
+        kept[PER_TOK] = [
+            np.full((len(one.residues), WIDTH), one.owners[0].number, np.float32)
+            for one in sequences
+        ]
     return Vectors({column: kept[column] for column in columns})
 
 

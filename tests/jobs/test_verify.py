@@ -41,6 +41,9 @@ from tests.models.test_saved_by_transformers import SAVED
 from tests.processes import run_function
 from tests.reference import fasta, write_fasta
 
+# transformers takes seconds to import: one process of the tests does.
+pytestmark = pytest.mark.xdist_group("transformers")
+
 KINDS = ["--include", "mean", "bos", "per_tok", "contacts"]
 SHORT = ["--set", "input.max_residues=60"]
 ALL = ["--run", "1", "--sample", "100"]

@@ -507,6 +507,7 @@ def test_a_base_that_was_renamed_is_the_same_base(
 # ---- PEFT itself
 
 
+@pytest.mark.xdist_group("transformers")  # imported by one process
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["EsmModel", "EsmForSequenceClassification", "EsmForMaskedLM"])
 @pytest.mark.parametrize(

@@ -366,6 +366,7 @@ def test_frequencies_of_some_layers_are_refused(folder: Path) -> None:
     assert told == "1 of 2 layers have a tensor rot_emb.inv_freq"
 
 
+@pytest.mark.xdist_group("transformers")  # imported by one process
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification"])
 def test_every_layer_is_that_of_transformers(tmp_path: Path, folder: Path, kind: str) -> None:

@@ -114,6 +114,7 @@ def test_the_tokenizer_of_an_adapter_counts_too(tmp_path: Path, small_model: Pat
     assert refusal_of_file(lora, "vocab.txt") == "token 'L' has the number 5, in ESM-2 4"
 
 
+@pytest.mark.xdist_group("transformers")  # imported by one process
 @pytest.mark.filterwarnings("ignore")
 def test_what_transformers_saves_of_esm2_s_tokenizer_is_accepted(
     tmp_path: Path, folder: Path
@@ -129,6 +130,7 @@ def test_what_transformers_saves_of_esm2_s_tokenizer_is_accepted(
     assert found(folder).weights
 
 
+@pytest.mark.xdist_group("transformers")  # imported by one process
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "content"),

@@ -32,7 +32,7 @@ BOUNDS = {
 
 ALPHABET = LETTERS.decode()
 MIXED_PACK = sorted(
-    [ALPHABET, "M", "W", "MKTAYIAKQR" * 12, "MKTAYIAKQL" * 12, "ACDEF" * 60, "X", "GG"],
+    [ALPHABET, "M", "W", "MKTAYIAKQR" * 4, "MKTAYIAKQL" * 4, "ACDEF" * 60, "X", "GG"],
     key=len,
     reverse=True,
 )
@@ -172,8 +172,8 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
     for dtype in (torch.float32, torch.bfloat16):
         for network in by_every_kernel(load(path, dtype)):
             assert_within_bounds(network, MIXED_PACK, truth)
-    # float16 is a GPU's, and a CPU is slow at it: without the two longest where it is much.
-    start = 2 if shape[0] * shape[1] > 5_000 else 0
+    # float16 is a GPU's, and a CPU is slow at it: without the longest where it is much.
+    start = 1 if shape[0] * shape[1] > 5_000 else 0
     assert_within_bounds(load(path, torch.float16), MIXED_PACK[start:], truth[start:])
 
 

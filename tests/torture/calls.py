@@ -50,7 +50,7 @@ def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
     if not strace.is_there():
         return [Outcome(f"{what}any script", 0, "not tried: no strace", "nothing")]
     bench = make_bench(folder / "calls")
-    _keep_half_a_run(bench)
+    of_embed = _keep_half_a_run(bench)
     recompute = [*bench.resume, "--recompute-damaged"]
     kinds = [
         _Kind(f"{what}embed.py", "embed", bench.embed, bench.fresh),
@@ -58,6 +58,8 @@ def trials(folder: Path, rounds: int, seed: int) -> list[Outcome]:
         _Kind(f"{what}recomputing", "resume", recompute, lambda: _damaged(bench)),
     ]
     chance = random.Random(seed)
+    chance.shuffle(of_embed)
+    kinds[0].left = of_embed
     for _ in range(rounds):
         for kind in kinds:
             _kill(bench, kind, chance)
@@ -117,8 +119,11 @@ def _ends_within_a_transaction(log: bytes) -> bool:
     return pages == 0
 
 
-def _keep_half_a_run(bench: Bench) -> None:
-    """Keep a run that was killed between its second file's new name and its row."""
+def _keep_half_a_run(bench: Bench) -> list[Call]:
+    """Keep a run that was killed between its second file's new name and its row.
+
+    Returns the calls of one that nobody kills.
+    """
     bench.fresh()
     calls = _calls(bench, "embed", bench.embed)
     named = [i for i, call in enumerate(calls) if call.name.startswith("link")]
@@ -126,6 +131,7 @@ def _keep_half_a_run(bench: Bench) -> None:
     # The first link is that of the lock.
     _traced(bench, "embed", bench.embed, calls[named[2] + 1])
     bench.keep("half")
+    return calls
 
 
 def _damaged(bench: Bench) -> None:

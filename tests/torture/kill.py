@@ -41,8 +41,9 @@ class Kills:
         self._queues: dict[str, list[int]] = {}
         bench.fresh()
         since = time.monotonic()
-        in_fork(lambda: script("embed", bench.embed), bench.log)
+        self._watched("embed", bench.embed, 0)
         self._seconds = time.monotonic() - since
+        self._of_embed = self._moments.read_text().splitlines()
 
     def killed(self, kind: str, name: str, *flags: str) -> str:
         """Run a script to be killed at a moment not yet tried; return the moment's name."""
@@ -94,12 +95,16 @@ class Kills:
     def _next(self, kind: str, name: str, argv: list[str]) -> int:
         """Return a moment of this kind of trial, each once before any again."""
         if not self._queues.get(kind):
-            self.bench.keep_aside()
-            self._watched(name, argv, 0)
-            count = len(self._moments.read_text().splitlines())
-            self.bench.bring_back()
+            count = len(self._of_embed if name == "embed" else self._listed(name, argv))
             self._queues[kind] = self.chance.sample(range(1, count + 1), count)
         return self._queues[kind].pop()
+
+    def _listed(self, name: str, argv: list[str]) -> list[str]:
+        """Return the moments of a script that nobody kills."""
+        self.bench.keep_aside()
+        self._watched(name, argv, 0)
+        self.bench.bring_back()
+        return self._moments.read_text().splitlines()
 
     def _watched(self, name: str, argv: list[str], kill_at: int) -> int:
         folder = self.bench.folder
@@ -108,10 +113,7 @@ class Kills:
     def half_a_run(self) -> None:
         """Leave a run that was killed after its second checkpoint."""
         if not (self.bench.folder / "half").exists():
-            self.bench.fresh()
-            self._watched("embed", self.bench.embed, 0)
-            moments = self._moments.read_text().splitlines()
-            named = [i for i, text in enumerate(moments, start=1) if text == "after link"]
+            named = [i for i, text in enumerate(self._of_embed, start=1) if text == "after link"]
             self.bench.fresh()
             # The first link is that of the lock.
             self._watched("embed", self.bench.embed, named[2])
