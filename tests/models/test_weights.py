@@ -35,7 +35,7 @@ from lib.models.untrained import make_model
 from lib.sequences.alphabet import tokenise
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
-from tests.conftest import ROOT, Place, Script
+from tests.conftest import Place, Script
 from tests.processes import run_function
 from tests.torture import strace
 
@@ -393,16 +393,11 @@ def test_the_kernel_is_asked_to_open_weights_read_only(
     # What torch's and safetensors' own code opens, no audit hook of Python sees.
     path = small_model if kind == "fair-esm" else request.getfixturevalue("folder")
     files = [path, *path.glob("*")]
-    validate: list[str | Path] = [
-        sys.executable,
-        ROOT / "scripts" / "validate.py",
-        "--config",
-        place.config,
-    ]
-    validate += ["--esm-model", path]
+    flags = ["--config", place.config, "--esm-model", path]
     changing = "?open,openat,?rename,?renameat,?renameat2,?unlink,unlinkat,ftruncate,?truncate"
-    done = strace.run(validate, f"{changing},write,pwrite64", files, place.folder / "calls")
-    assert done.returncode == 0, done.stderr
+    listed = f"{changing},write,pwrite64"
+    done = strace.run("validate", flags, listed, files, place.folder / "calls")
+    assert done.status == 0, done.err
     lines = [line for line in (place.folder / "calls").read_text().splitlines() if "(" in line]
     opened = [line for line in lines if re.search(r" open(at)?\(", line)]
     assert len({file for file in files if any(f'"{file}"' in line for line in opened)}) >= len(
