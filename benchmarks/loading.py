@@ -51,16 +51,20 @@ LOADERS = {
 }
 
 
+def program(loader: str) -> str:
+    """Return the program that loads what its argument names, and prints `measure`'s figures."""
+    imports, load = LOADERS[loader]
+    return _MEASURE.format(imports=imports, load=load)
+
+
 def measure(loader: str, path: Path) -> dict[str, float]:
     """Load once in a process of its own; returns seconds and bytes.
 
     `imports_bytes` is the peak before loading.
     """
-    imports, load = LOADERS[loader]
-    code = _MEASURE.format(imports=imports, load=load)
     # fair-esm runs as it ships: what lib sets for this process is not handed down.
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    return figures_of(code, str(path), environment=environment)
+    return figures_of(program(loader), str(path), environment=environment)
 
 
 def benchmark(like: str, repeats: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 `python scripts/embed.py` imports torch for three seconds. A server (multiprocessing's forkserver)
 imports everything once, and a script runs in a fork of it, as on the command line: with signals,
 standard streams, folder, environment, arguments and an end of its own. What it patches dies with
-it. Tests of the start itself (imports, peak memory, strace, make) start Python.
+it. Tests of the start itself (imports, environment, make) start Python.
 """
 
 from __future__ import annotations

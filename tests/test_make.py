@@ -96,17 +96,19 @@ def test_a_value_may_begin_with_a_dash(target: str, options: list[str]) -> None:
 
 
 def test_variables_on_the_command_line(place: Place, small_model: Path) -> None:
+    """With the Python of `make setup`: other tests have a stand-in for it, which starts fast."""
     done = make(
         "embed", f"MODEL={small_model}", f"INPUT={SOME_PROTEINS}", f"CONFIG={place.config}",
         f"OUTPUT={place.folder / 'my out'}", "ARGS=--include bos mean --repr-layers 0 -1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"model {small_model.stem}: ")  # nothing was said by an import
     row = read_run(place.folder / "my out" / "run-000001")[0]
     assert {"bos_0", "bos_2", "mean_0", "mean_2"} < row.keys()
 
 
-def test_a_refusal_comes_through_make_with_its_line(place: Place) -> None:
-    done = make("validate", "MODEL=650M", f"CONFIG={place.config}")
+def test_a_refusal_comes_through_make_with_its_line(place: Place, quick_python: Path) -> None:
+    done = make("validate", "MODEL=650M", f"CONFIG={place.config}", f"python={quick_python}")
     assert done.returncode != 0
     assert done.stderr.startswith("error: esm_model ")
     assert "Error 2" in done.stderr

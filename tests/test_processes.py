@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.conftest import ROOT, Place
+from tests.conftest import Place
 from tests.processes import run_function, start_function
 
 
@@ -115,32 +114,3 @@ def count_calls(after: bool) -> None:
 
 def print_number(number: int) -> None:
     print(number)
-
-
-# Runs each script as the main module, one after the other: each would import torch again.
-EVERY_HELP = """
-import pathlib, runpy, sys
-for path in sorted(pathlib.Path("scripts").glob("[!_]*.py")):
-    sys.argv = [str(path), "--help"]
-    sys.path[0] = str(path.parent)
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        print("ended", path.stem, end.code)
-"""
-
-
-def test_every_script_starts_in_a_python_that_no_test_has_prepared() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-c", EVERY_HELP],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},  # _start is imported once, and does it once
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    names = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
-    assert [line for line in printed.splitlines() if line.startswith("ended")] == [
-        f"ended {name} 0" for name in names
-    ]
-    assert printed.count("usage: ") == len(names)

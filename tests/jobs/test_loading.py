@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.loading import measure
+from benchmarks.loading import measure, program
 from lib.errors import MachineError
 from lib.jobs import loading
 from lib.models.detection import detect
@@ -24,6 +26,7 @@ from lib.network.linear import Affine
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.processes import run_function
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -31,9 +34,10 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.d
     path = tmp_path / "esm2_large.pt"
     make_model(path, 3, 1024, 16, dtype=dtype)
     in_memory = 4 * ModelShape(3, 1024, 16, True).parameters
-    took = measure("esm-ledger, digest taken", path)
+    done = run_function(partial(exec, program("esm-ledger, digest taken"), {}), path)
+    took = json.loads(done.out)
     # With the largest layer as it is in the file; a second copy of the model breaks the bound.
-    assert took["peak_bytes"] - took["imports_bytes"] <= 1.15 * in_memory + 0.1e9
+    assert in_memory <= took["peak_bytes"] - took["imports_bytes"] <= 1.15 * in_memory + 0.1e9
     assert 1.15 * in_memory + 0.1e9 < 2 * in_memory
 
 
@@ -92,7 +96,7 @@ def test_what_the_environment_rounds_is_refused() -> None:
     program = (
         "import torch\n"
         "from lib.network.linear import refuse_rounding\n"
-        "from tests.jobs.test_loading import product_is_rounded\n"
+        f"{inspect.getsource(product_is_rounded)}"  # importing this file takes as long as torch
         "print(product_is_rounded(), flush=True)\n"
         "refuse_rounding(torch.device('cpu'))\n"
     )

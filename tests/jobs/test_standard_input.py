@@ -63,8 +63,9 @@ def kept(place: Place, run: int = 1) -> list[Path]:
     return sorted((place.output / f"run-{run:06d}").glob(".stdin-*"))
 
 
-def test_a_shell_pipes_into_make(place: Place, small_model: Path) -> None:
+def test_a_shell_pipes_into_make(place: Place, small_model: Path, quick_python: Path) -> None:
     command = f"cat {SOME_PROTEINS} | make embed INPUT=- MODEL={small_model} CONFIG={place.config}"
+    command += f" python={quick_python}"
     done = subprocess.run(
         ["sh", "-c", command], cwd=ROOT, env=users_environment(), capture_output=True, text=True
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from lib.ledger.footer import read_footer
-from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.torture import strace
 
 
@@ -76,18 +75,12 @@ def test_the_kernel_sees_that_order_too(place: Place, small_model: Path, tmp_pat
     folder = place.output / "run-000001"
     name = "checkpoint-000001.parquet"
     log = Path(f"{place.database}-wal")
-    embed: list[str | Path] = [
-        sys.executable,
-        ROOT / "scripts" / "embed.py",
-        "--config",
-        place.config,
-    ]
-    embed += ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    flags = ["--config", place.config, "--esm-model", small_model, "--input", SOME_PROTEINS]
     temporary = ".attempt-1-0.parquet.tmp"
     files = [folder, folder / name, folder / temporary, log]
     listed = "write,pwrite64,fsync,fdatasync,?link,?linkat,?unlink,?unlinkat"
-    done = strace.run(embed, listed, files, tmp_path / "calls")
-    assert done.returncode == 0, done.stderr
+    done = strace.run("embed", flags, listed, files, tmp_path / "calls")
+    assert done.status == 0, done.err
     steps: list[str] = []
     for call in strace.calls(tmp_path / "calls"):
         # The first path by name, or else that of the descriptor.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 from lib.ledger.comments import table_comments, view_comments
 from lib.ledger.database import open_for_writing, transaction, utc_now
@@ -37,50 +38,53 @@ def a_run(script: Script, small_model: Path, once: Once) -> None:
 
 def thousand_runs(place: Place) -> None:
     """Fill the database with 1,000 finished runs of five checkpoints each."""
+    run = {
+        "model_id": 1, "esm2_config": {"name": "esm2"}, "repr_layers": [33],
+        "include": ["mean"], "precision": "float32", "per_tok_dtype": "float32",
+        "max_residues": 1022, "long_sequences": "truncate", "unknown_residues": "error",
+        "duplicate_ids": "error", "plan": "", "input_path": "/data/proteins.fasta",
+        "input_bytes": 1, "input_sha256": "0", "records_total": 100, "sequences_total": 100,
+        "residues_total": 30000, "records_truncated": 0, "residues_mapped": 0,
+        "output_folder": str(place.output), "settings": {}, "status": "finished",
+        "started_at": utc_now(), "finished_at": utc_now(),
+    }  # fmt: skip
+    attempt = {
+        "host": "h", "pid": 1, "weights_path": "w", "device": "cpu",
+        "device_name": "c", "threads": 2, "tokens_per_pack": 4096, "versions": {},
+        "started_at": utc_now(), "heartbeat_at": utc_now(),
+    }  # fmt: skip
+    checkpoint = {
+        "records": 20, "residues": 6000, "seconds": 2.0, "bytes": 1, "sha256": "0",
+        "esm2_config": None, "committed_at": utc_now(),
+    }  # fmt: skip
+    numbers = range(1, 1001)
     with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
         session.add(Model(name="esm2_t33_650M_UR50D", num_layers=33, hidden_dim=1280))
         session.flush()
-        for number in range(1, 1001):
-            session.add(
-                Run(
-                    uuid=str(number), model_id=1, esm2_config={"name": "esm2"}, repr_layers=[33],
-                    include=["mean"], precision="float32", per_tok_dtype="float32",
-                    max_residues=1022, long_sequences="truncate", unknown_residues="error",
-                    duplicate_ids="error", plan="", input_path="/data/proteins.fasta",
-                    input_bytes=1, input_sha256="0", records_total=100, sequences_total=100,
-                    residues_total=30000, records_truncated=0, residues_mapped=0,
-                    output_folder=str(place.output), settings={}, status="finished",
-                    started_at=utc_now(), finished_at=utc_now(),
-                )
-            )  # fmt: skip
-            session.add(
-                Attempt(
-                    run_id=number, host="h", pid=1, weights_path="w", device="cpu",
-                    device_name="c", threads=2, tokens_per_pack=4096, versions={},
-                    started_at=utc_now(), heartbeat_at=utc_now(),
-                )
-            )  # fmt: skip
-            session.flush()
-            for part in range(5):
-                session.add(
-                    Checkpoint(
-                        run_id=number, attempt_id=number, path=f"checkpoint-{part:06d}.parquet",
-                        first_position=20 * part, stop_position=20 * part + 20, records=20,
-                        residues=6000, seconds=2.0, bytes=1, sha256="0", esm2_config=None,
-                        committed_at=utc_now(),
-                    )
-                )  # fmt: skip
+        session.execute(insert(Run), [{**run, "uuid": str(number)} for number in numbers])
+        session.execute(insert(Attempt), [{**attempt, "run_id": number} for number in numbers])
+        places = [
+            {
+                "run_id": number, "attempt_id": number, "path": f"checkpoint-{part:06d}.parquet",
+                "first_position": 20 * part, "stop_position": 20 * part + 20,
+            }
+            for number in numbers
+            for part in range(5)
+        ]  # fmt: skip
+        session.execute(insert(Checkpoint), [{**checkpoint, **one} for one in places])
 
 
 def test_history_of_a_thousand_runs_answers_in_half_a_second(place: Place) -> None:
+    """The fastest of five counts: the others take longer as others use the machine's caches."""
     thousand_runs(place)
-    seconds = []
     for _ in range(5):
         start = seconds_of_children()
         answer = place.run_afresh("history")
-        seconds.append(seconds_of_children() - start)
-    assert len(answer.out.splitlines()) == 1001
-    assert min(seconds) < 0.5
+        seconds = seconds_of_children() - start
+        assert len(answer.out.splitlines()) == 1001
+        if seconds < 0.5:
+            break
+    assert seconds < 0.5
 
 
 def seconds_of_children() -> float:

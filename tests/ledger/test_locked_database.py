@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
@@ -19,7 +17,8 @@ from sqlalchemy import Engine
 
 from lib.ledger import commit, database, sqlite_file
 from schema.tables import Checkpoint
-from tests.conftest import ROOT, SOME_PROTEINS, Answer, Place, Script
+from tests import processes
+from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 from tests.torture import strace
 from tests.torture.locked import held
 
@@ -189,29 +188,17 @@ def test_a_file_system_that_maps_no_shared_memory_is_worked_on_without_wal(
     script: Script, place: Place, small_model: Path
 ) -> None:
     # As network file systems do, the kernel refuses to map SQLite's -shm file.
-    refusing: list[str | Path] = [
-        "strace",
-        "-f",
-        "--seccomp-bpf",
-        "-o",
-        os.devnull,
-        "-P",
-        f"{place.database}-shm",
-    ]
-    refusing += ["-e", "trace=mmap", "-e", "inject=mmap:error=ENODEV", sys.executable]
-    config: list[str | Path] = ["--config", place.config]
+    refusing = ["-o", os.devnull, "-P", f"{place.database}-shm"]
+    refusing += ["-e", "trace=mmap", "-e", "inject=mmap:error=ENODEV"]
     weights: list[str | Path] = ["--esm-model", small_model, "--input", SOME_PROTEINS]
 
     def there(name: str, *argv: str | Path) -> Answer:
-        done = subprocess.run(
-            [*refusing, ROOT / "scripts" / f"{name}.py", *argv, *config],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        return Answer(done.returncode, done.stdout, done.stderr)
+        prepare = partial(strace.attach, refusing)
+        return processes.run(name, *argv, "--config", place.config, prepare=prepare)
 
     fact = f"database {place.database}: journal mode delete, WAL does not work there"
     assert fact in there("embed", *weights).err
-    assert json.loads(there("history", "--json").out)[0]["status"] == "finished"
+    assert there("history", "--json").json[0]["status"] == "finished"
     # Back where WAL works, and again where it does not.
     assert embed(script, small_model).status == 0
     with closing(sqlite3.connect(place.database)) as connection:
@@ -220,4 +207,4 @@ def test_a_file_system_that_maps_no_shared_memory_is_worked_on_without_wal(
         f"database {place.database}: WAL does not work there: disk I/O error (SQLITE_IOERR_SHMMAP)"
     )
     assert fact in there("embed", *weights).err
-    assert [row["run"] for row in json.loads(there("history", "--json").out)] == [3, 2, 1]
+    assert [row["run"] for row in there("history", "--json").json] == [3, 2, 1]

@@ -29,25 +29,28 @@ from lib.models.regression import regression_path
 from lib.models.untrained import make_model
 from lib.settings import load_settings
 from lib.units import size
+from schema.esm2_config import ModelShape
 from tests.adapters import QUERY, factors, save_adapter
 from tests.catalogs import release
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 
 NAME = "esm2_t6_8M_UR50D"
+# Of what is published here in its place: half as deep, and still a download of several steps.
+SHAPE = ModelShape(3, 320, 20, True)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained weights in the shape of the smallest release, and their contact regression."""
+    """Untrained weights, and their contact regression."""
     path = tmp_path_factory.mktemp("published") / f"{NAME}.pt"
-    make_model(path, 6, 320, 20, dtype=torch.float16)
+    make_model(path, 3, 320, 20, dtype=torch.float16)
     return path
 
 
 @pytest.fixture
 def published(made: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """What the server has: the untrained weights, as if they had been published."""
-    entry = release(made, shape=RELEASED[NAME].shape, regression=regression_path(made))
+    entry = release(made, shape=SHAPE, regression=regression_path(made))
     monkeypatch.setitem(RELEASED, NAME, entry)
     return made.read_bytes()
 
@@ -283,7 +286,7 @@ def test_what_is_no_contact_regression_is_not_kept(
 def test_another_contact_regression_of_the_same_shape_is_refused_and_kept_aside(
     script: Script, place: Place, server: Server, made: Path, published: bytes, tmp_path: Path
 ) -> None:
-    other = make_model(tmp_path / "other.pt", 6, 320, 20, dtype=torch.float16, seed=1)
+    other = make_model(tmp_path / "other.pt", 3, 320, 20, dtype=torch.float16, seed=1)
     server.body = other.read_bytes()
     answer = embed_contacts(script, place, made)
     assert answer.status == 2
@@ -411,7 +414,7 @@ def test_another_model_of_the_same_shape_is_refused_and_kept_aside(
     script: Script, place: Place, server: Server, published: bytes, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.pt"
-    make_model(other, 6, 320, 20, dtype=torch.float16, seed=1)
+    make_model(other, 3, 320, 20, dtype=torch.float16, seed=1)
     server.body = other.read_bytes()
     for _ in range(2):  # what was kept does not pass for the model the next time
         answer = embed(script, place)
@@ -436,9 +439,9 @@ def test_a_download_is_compared_by_md5_where_no_sha256_is_known(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    entry = release(made, shape=RELEASED[NAME].shape, algorithm="md5")
+    entry = release(made, shape=SHAPE, algorithm="md5")
     monkeypatch.setitem(RELEASED, NAME, entry)
-    make_model(tmp_path / "other.pt", 6, 320, 20, dtype=torch.float16, seed=1)
+    make_model(tmp_path / "other.pt", 3, 320, 20, dtype=torch.float16, seed=1)
     server.body = (tmp_path / "other.pt").read_bytes()
     answer = embed(script, place)
     assert answer.status == 2
@@ -575,8 +578,8 @@ def test_a_file_that_changed_meanwhile_is_begun_again(
 ) -> None:
     broken(script, place, server, published)
     new = tmp_path / f"{NAME}.pt"
-    make_model(new, 6, 320, 20, dtype=torch.float16, seed=1)
-    monkeypatch.setitem(RELEASED, NAME, release(new, shape=RELEASED[NAME].shape))
+    make_model(new, 3, 320, 20, dtype=torch.float16, seed=1)
+    monkeypatch.setitem(RELEASED, NAME, release(new, shape=SHAPE))
     server.body, server.etag = new.read_bytes(), '"two"'
     assert embed(script, place).status == 0
     assert left_behind(place)[0].read_bytes() == server.body

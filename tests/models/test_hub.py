@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from lib.units import size
 from tests import processes
 from tests.adapters import QUERY, factors, save_adapter
 from tests.catalogs import put, release
-from tests.conftest import ROOT, Answer, Place, Script
+from tests.conftest import Answer, Place, Script
 
 NAME = "esm2_t6_8M_UR50D"
 COMMIT = "0" * 40
@@ -300,16 +298,6 @@ def test_another_commit_is_refused(call: Caller, hub: Hub) -> None:
 
 def test_a_path_needs_no_hub(call: Caller, small_model: Path) -> None:
     assert call("detect", "--json", "--esm-model", small_model).json["path"] == str(small_model)
-
-
-def test_scripts_that_need_no_hub_do_not_import_it() -> None:
-    scripts = "embed, detect, resume, validate, history, verify"
-    program = f"import sys; from scripts import {scripts}; print('huggingface_hub' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"
 
 
 # ---- The Hub's own name of a model

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from lib.network import cgroups
 from lib.network.cgroups import memory_left
 from lib.network.memory import available_bytes
-from tests.conftest import ROOT
+from tests.processes import run_function
 
 # Lines before and after the groups', as mountinfo has them.
 MOUNTINFO = """\
@@ -240,20 +239,20 @@ LIMIT = 2 << 30
 CACHED = 64 << 20
 # The kernel counts use and page cache at different times.
 SLACK = 16 << 20
-# Moves itself before it starts, so that all its memory counts in the new group.
-MEASURE = """
-import os, pathlib, sys
-pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-import torch
-from lib.network.memory import available_bytes
-with open(sys.argv[2], "wb") as file:
-    file.write(bytes(int(sys.argv[3])))
-    os.fsync(file.fileno())
-limited = pathlib.Path(sys.argv[4])
-used = int((limited / sys.argv[5]).read_text())
-fields = dict(line.split() for line in (limited / "memory.stat").read_text().splitlines())
-print(available_bytes(torch.device("cpu")), used, fields[sys.argv[6]])
-"""
+
+
+def measure(group: Path, file: Path, limited: Path, version: cgroups._Version) -> None:
+    """Move this process into a group, fill memory and page cache there, and print what is left."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    kept = b"1" * CACHED
+    with file.open("wb") as opened:
+        opened.write(kept)
+        os.fsync(opened.fileno())
+    used = (limited / version.usage).read_text()
+    fields = dict(line.split() for line in (limited / "memory.stat").read_text().splitlines())
+    left = available_bytes(torch.device("cpu"))
+    del kept
+    print(left, used, fields[version.inactive_file])
 
 
 @contextmanager
@@ -305,12 +304,10 @@ def limited_group(above: bool) -> Iterator[tuple[cgroups._Version, Path, Path]]:
 @pytest.mark.parametrize("above", [False, True], ids=["own limit", "limit above"])
 def test_a_real_limit_is_what_is_available(tmp_path: Path, above: bool) -> None:
     with limited_group(above) as (version, group, limited):
-        names = version.usage, version.inactive_file
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, group, tmp_path / "file", str(CACHED), limited, *names],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        available, used, inactive = map(int, done.stdout.split())
+        # Only what the process takes from here on counts in the new group.
+        done = run_function(partial(measure, group, tmp_path / "file", limited, version))
+        assert done.status == 0, done.err
+        available, used, inactive = map(int, done.out.split())
     assert CACHED < used < LIMIT
     assert abs(available - (LIMIT - used + inactive)) < SLACK
     assert available < LIMIT

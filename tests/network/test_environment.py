@@ -46,18 +46,3 @@ def test_the_network_sets_its_environment_before_torch_is_loaded() -> None:
 def test_what_the_user_has_set_stays() -> None:
     answer = after("import lib.network", LRU_CACHE_CAPACITY="7")
     assert sorted(answer["changed"]) == sorted(OURS[:2])
-
-
-def test_embed_asks_for_huge_pages() -> None:
-    # `hg` among the flags of a mapping: proc(5) and madvise(2), MADV_HUGEPAGE.
-    program = (
-        "import scripts.embed, torch, pathlib; large = torch.empty(16 << 20);"
-        "maps = pathlib.Path('/proc/self/smaps').read_text().splitlines();"
-        "print(sum('hg' in line.split() for line in maps if line.startswith('VmFlags')))"
-    )
-    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT, env=inherited, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert int(done.stdout) >= 1

@@ -7,6 +7,8 @@ import gzip
 import lzma
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,14 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rules(path: Path, **options: object) -> InputSettings:
-    said = {f"input.{option}": str(value) for option, value in options.items()}
-    return load_settings(overrides={"input.fasta": str(path), **said}).input
+    said = _said(**{f"input.{name}": str(value) for name, value in options.items()})
+    return replace(said, fasta=[str(path.absolute())])
+
+
+@cache
+def _said(**overrides: str) -> InputSettings:
+    """[input] but for the file: reading config.ini takes longer than reading a small FASTA."""
+    return load_settings(overrides=overrides).input
 
 
 def read(path: Path, content: str | bytes, **options: object) -> list[Record]:

@@ -211,7 +211,7 @@ def test_a_file_that_was_not_read_to_its_end_has_no_digest(path: Path) -> None:
 def test_preflight_takes_few_bytes_a_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "_CHUNK", 1 << 10)
     monkeypatch.setattr(entries, "_PIECE", 1 << 12)
-    records = 100_000
+    records = 50_000
     # Every sequence another one: the digits of a number as residues.
     digits = str.maketrans("0123456789", "ACDEFGHIKL")
     path.write_text("".join(f">r{i}\n{str(i).translate(digits)}\n" for i in range(records)))

@@ -16,8 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from tests import processes
+from tests.processes import Answer
 from tests.torture.process import finished, script, start
 
 # Those that change a file or make it durable; names that an architecture lacks have a `?`.
@@ -69,14 +72,29 @@ def traced(
 
 
 def run(
-    command: Sequence[str | Path], calls: str, files: Iterable[Path], record: Path
-) -> subprocess.CompletedProcess[str]:
-    """Run a program; its `calls` (names with commas between) of `files` are written to `record`."""
-    # With a filter in the kernel, strace stops only at the calls that are listed.
-    tracer: list[str | Path] = ["strace", "-f", "--seccomp-bpf", "-y", "-o", record]
-    tracer += ["-e", f"trace={calls}"]
-    tracer += [word for path in files for word in ("-P", path)]
-    return subprocess.run([*tracer, *command], capture_output=True, text=True, timeout=300)
+    name: str, argv: Sequence[object], calls: str, files: Iterable[Path], record: Path
+) -> Answer:
+    """Run a script to its end in a process of its own (tests/processes.py).
+
+    Its `calls` (names with commas between) of `files` are written to `record`.
+    """
+    options = ["-y", "-o", str(record), "-e", f"trace={calls}"]
+    options += [word for path in files for word in ("-P", str(path))]
+    return processes.run(name, *argv, prepare=partial(attach, options))
+
+
+def attach(options: Sequence[str]) -> None:
+    """Let strace trace this process, from now on to its end.
+
+    strace keeps the process's standard streams: who reads them to their end has waited for strace.
+    """
+    _let_anyone_trace()
+    pid = os.getpid()
+    tracer = subprocess.Popen(["strace", "-f", "-q", *options, "-p", str(pid)])
+    while not _has_tracer(pid):
+        if tracer.poll() is not None:
+            raise RuntimeError(f"strace ended with status {tracer.returncode}")
+        time.sleep(0.001)
 
 
 def calls(record: Path) -> list[Call]:
@@ -96,9 +114,13 @@ def calls(record: Path) -> list[Call]:
     return found
 
 
-def _stopped_first(name: str, argv: Sequence[str]) -> int:
+def _let_anyone_trace() -> None:
     # Where Yama lets only parents trace, a process may still allow it to anyone.
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+
+
+def _stopped_first(name: str, argv: Sequence[str]) -> int:
+    _let_anyone_trace()
     os.kill(os.getpid(), signal.SIGSTOP)
     return script(name, argv)
 
