@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import RLock
 
 from tqdm import tqdm
 
@@ -44,6 +45,8 @@ for _late in ("datasette.app", "uvicorn"):
     import_module(_late)
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
     import_module(f"scripts.{_path.stem}")
+# tqdm's own lock is one for all forks: one that is killed while it prints would never give it back.
+tqdm.set_lock(RLock())
 # tqdm's thread watches all bars now and then, and a fork may find its lock held.
 interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
 _run_once()

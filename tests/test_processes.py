@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from tests import processes
 from tests.conftest import Place
@@ -70,6 +71,16 @@ def test_a_process_that_is_left_is_killed() -> None:
         pid = process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def die_while_printing() -> None:
+    tqdm.get_lock().acquire()
+    processes.die()
+
+
+def test_one_that_dies_while_it_prints_stops_no_other(place: Place) -> None:
+    assert run_function(die_while_printing).status == -signal.SIGKILL
+    assert place.run("history").error.endswith("no such file")
 
 
 def test_what_is_waited_for_and_does_not_come_is_said_with_what_came() -> None:
