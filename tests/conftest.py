@@ -56,6 +56,13 @@ Script = Callable[..., Answer]
 Once = Callable[[Callable[[], object]], None]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one more than the cores: each process of tests waits for others now and then."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return cores + 1
+
+
 def pytest_configure() -> None:
     """Collect no garbage while tests are imported: there is none."""
     gc.disable()
