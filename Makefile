@@ -230,7 +230,7 @@ demo: $(installed) $(demo_model) ## validate and embed examples/proteins.fasta (
 	  echo "  make embed MODEL=esm2_t6_8M_UR50D INPUT=examples/proteins.fasta  # trained weights (30 MB)"
 
 # One thread each, and none that waits actively: processes share the cores. Byte code is kept, whatever
-# the environment says: some fifty processes would compile the same modules again.
+# the environment says: many processes would compile the same modules again.
 .PHONY: test
 test: $(installed_dev) ## run the tests
 	@unset PYTHONDONTWRITEBYTECODE; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)

@@ -154,7 +154,7 @@ def driver(parsed: argparse.Namespace) -> Any:  # noqa: ANN401
         )
         _, handed = seconds(lambda: [pickle.dumps(pack, protocol=5) for pack in packs])
         _, cut = seconds(lambda: cost_of_packs(packs))
-        content = np.random.default_rng(0).bytes(64 << 20)
+        content = np.random.default_rng(0).bytes(256 << 20)
         _, verified = seconds(lambda: hashlib.sha256(content).hexdigest())
         each = inventory.residues / count
         once = {"preflight": read, "read and plan": planned, "cut": cut, "hand over": handed}

@@ -1,7 +1,7 @@
 """Peers: this project, fair-esm, transformers, OpenVINO and esm.cpp compute the same cases.
 
-All have the same weights and sequences, in turn, each in its own process; what they give is
-compared with fair-esm's in float32.
+All get the same weights and sequences, and compute in turn, each in its own process; what they
+give is compared with fair-esm's in float32.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lib.settings import load_settings
 
 __all__ = ["COLUMNS", "ON_CPU_ONLY", "measure_case", "rival", "table_rows"]
 
-SIZES = {name.split("_")[2]: name for name in RELEASED}
+_SIZES = {name.split("_")[2]: name for name in RELEASED}
 # Peers with a type of half the bytes or less beside float32; None: the same as this project.
-PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
+_PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
 ON_CPU_ONLY = ["openvino", "esm-cpp"]
 COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
@@ -46,7 +46,7 @@ def measure_case(
 ) -> dict[str, Any]:
     """Return the figures of one case, SIZE:MIX:SEQUENCES; `without` names peers to leave out."""
     size, mix, count = case.split(":")
-    shape = RELEASED[SIZES[size]].shape
+    shape = RELEASED[_SIZES[size]].shape
     workload = sequences(mix, int(count))
     lengths = [len(one) for one in workload]
     tokens = sum(lengths) + 2 * len(lengths)
@@ -90,7 +90,7 @@ def measure_case(
                 "times_fair_esm": _ratio(truth.seconds, seconds),
                 **{
                     f"times_{peer}": _ratio(figures[rival(peer, kind)].seconds, seconds)
-                    for peer in PEERS
+                    for peer in _PEERS
                     if rival(peer, kind) in figures
                 },
                 "cosine": round(cosine, 7),
@@ -121,7 +121,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
             one.get(f"times_{peer}")
             if one["agrees"] and agree.get(rival(peer, kind), True)
             else "disagrees"
-            for peer in PEERS
+            for peer in _PEERS
         ]
         rows.append(
             [
@@ -138,7 +138,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
 
 def rival(peer: str, kind: str) -> str:
     """Return the contender of a peer that one in the type `kind` is compared with."""
-    return f"{peer} {kind if kind == 'float32' else PEERS[peer] or kind}"
+    return f"{peer} {kind if kind == 'float32' else _PEERS[peer] or kind}"
 
 
 def _specs(
@@ -147,7 +147,7 @@ def _specs(
     kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
     named = ["fair-esm float32"]
     for kind in kinds:
-        named += [rival(peer, kind) for peer in PEERS if peer not in without]
+        named += [rival(peer, kind) for peer in _PEERS if peer not in without]
         named.append(f"esm-ledger {kind}")
     specs = []
     for name, kind in map(str.split, named):

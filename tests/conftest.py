@@ -58,9 +58,9 @@ Once = Callable[[Callable[[], object]], None]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one more than the cores: each process of tests waits for others now and then."""
+    """Return one more than the logical cores, as each now and then waits for other processes."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return cores + 1
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") or cores + 1)
 
 
 def pytest_configure() -> None:
@@ -142,8 +142,11 @@ def reading_threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return seen
 
 
-def run_program(folder: Path, program: str) -> str:
-    """Run a program as a page prints it, in a folder; return what it prints."""
+def run_program(folder: Path, program: str, *, afresh: bool = False) -> str:
+    """Run a program as a page prints it, in a folder; return what it prints.
+
+    afresh: by a Python of its own, which has to import everything and to come to its end.
+    """
     environment = {
         **os.environ,
         # DuckDB's extensions and the cache of datasets: nothing outside the folder.
@@ -151,9 +154,20 @@ def run_program(folder: Path, program: str) -> str:
         "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",
     }
-    done = processes.run_program(program, folder=folder, environment=environment)
-    assert done.status == 0, done.err
-    return done.out
+    if not afresh:
+        answer = processes.run_program(program, folder=folder, environment=environment)
+        assert answer.status == 0, answer.err
+        return answer.out
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)

@@ -138,10 +138,10 @@ class InProcessRay(ModuleType):
         pass
 
     def wait_until_loaded(self) -> None:
-        """Wait for all actors that are there: one of a busy machine would miss a short run."""
-        ends = time.monotonic() + 20
+        """Wait for all actors: on a busy machine one that loads late would miss a short run."""
+        ends = time.monotonic() + 60
         while not all(one.has_loaded or one.killed for one in self.actors):
-            assert time.monotonic() < ends
+            assert time.monotonic() < ends, "an actor has not loaded within a minute"
             time.sleep(0.002)
 
     def shutdown(self) -> None:

@@ -119,7 +119,7 @@ def _started(order: dict[str, Any], streams: list[int]) -> Process:
         **dict(zip(("into", "out", "err"), streams, strict=True)),
     }
     if path == "-":
-        return start_program(None, **how)
+        return start_program(None, *argv, prepare=partial(_stand_in, folder), **how)
     return start(Path(path).stem, *argv, prepare=partial(_stand_in, folder), **how)
 
 

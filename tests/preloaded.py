@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import io
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +42,8 @@ def _run_once() -> None:
 
 
 for _late in ("datasette.app", "uvicorn"):
-    import_module(_late)
+    with suppress(ImportError):  # only the extra `browse` has them
+        import_module(_late)
 for _path in sorted((ROOT / "scripts").glob("[!_]*.py")):
     import_module(f"scripts.{_path.stem}")
 # tqdm's own lock is one for all forks: one that is killed while it prints would never give it back.

@@ -171,14 +171,22 @@ def run_function(work: Work, *argv: object) -> Answer:
         return process.end()
 
 
-def start_program(text: str | None, **how: Any) -> Process:  # noqa: ANN401
-    """Run a program as `python -c` does, or one on stdin if None; takes what `start` takes."""
-    return start_function(partial(_run_text, text), **how)
+def start_program(
+    text: str | None,
+    *argv: object,
+    prepare: Work | None = None,
+    **how: Any,  # noqa: ANN401
+) -> Process:
+    """Run a program as `python -c` does, or one on stdin if None, as `python -` does.
+
+    prepare: as in `start`; how: as in `start_function`.
+    """
+    return start_function(partial(_run_text, text, prepare), *argv, **how)
 
 
-def run_program(text: str, **how: Any) -> Answer:  # noqa: ANN401
+def run_program(text: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
     """Run a program to its end."""
-    with start_program(text, **how) as process:
+    with start_program(text, *argv, **how) as process:
         return process.end()
 
 
@@ -300,7 +308,10 @@ def _run_script(name: str, prepare: Work | None) -> None:
         module.run_script(module.main)
 
 
-def _run_text(text: str | None) -> None:
+def _run_text(text: str | None, prepare: Work | None) -> None:
+    sys.path.insert(0, "")  # as Python does
+    if prepare is not None:
+        prepare()
     exec(sys.stdin.read() if text is None else text, {"__name__": "__main__"})
 
 

@@ -101,11 +101,13 @@ def control_server(folder: Path, **environment: str) -> Iterator[str]:
         env={**os.environ, **environment},
     ) as server:
         try:
-            port = ""
-            while not port:  # it writes it once it listens
+            port, ends = "", time.monotonic() + 60
+            while not port:  # it writes it once it listens, first to a file that ends in .tmp
                 assert server.poll() is None
+                assert time.monotonic() < ends, "no file of that name tells the port"
                 time.sleep(0.01)
-                port = "".join(one.read_text() for one in folder.glob("gcs_server_port_*"))
+                files = folder.glob("gcs_server_port_*[0-9a-f]")
+                port = "".join(one.read_text() for one in files)
             yield f"{here}:{port}"
         finally:
             server.kill()

@@ -95,7 +95,8 @@ def read_run(folder: Path) -> dict[int, dict[str, bytes | str | int | Array]]:
 def _cells(column: pa.ChunkedArray) -> list[Any]:
     """Return a column's values: a list as an array of float32, as Python's numbers take long."""
     if pa.types.is_nested(column.type):
-        return [np.array(one.values, dtype=np.float32) for one in column]
+        lists = [one.values for one in column]
+        return [None if one is None else np.array(one, dtype=np.float32) for one in lists]
     return list(column.to_pylist())
 
 

@@ -65,6 +65,7 @@ def test_ours_and_fair_esms_loop_agree(small_model: Path) -> None:
     assert_contenders_agree(small_model, contenders)
 
 
+@pytest.mark.xdist_group("transformers")
 def test_transformers_agrees(small_model: Path) -> None:
     found = detected(small_model)
     peer = transformers_sdpa(found, CPU, torch.float32)

@@ -6,26 +6,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import growth, reuse
-from tests.processes import run_function
-
-
-def execute(program: str) -> None:
-    """Do what `python -c` does."""
-    exec(program, {"__name__": "__main__"})
+from tests.processes import run_program
 
 
 def in_a_fork(command: Sequence[object], **_: object) -> subprocess.CompletedProcess[str]:
     """Run what `subprocess.run` would start with a Python of its own."""
     python, dash, program, *argv = map(str, command)
     assert (python, dash) == (sys.executable, "-c")
-    done = run_function(partial(execute, program), *argv)
+    done = run_program(program, *argv)
     return subprocess.CompletedProcess([], done.status, done.out, done.err)
 
 

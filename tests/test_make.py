@@ -96,7 +96,7 @@ def test_a_value_may_begin_with_a_dash(target: str, options: list[str]) -> None:
 
 
 def test_variables_on_the_command_line(place: Place, small_model: Path) -> None:
-    """With the Python of `make setup`: other tests have a stand-in for it, which starts fast."""
+    """With the Python of `make setup`: the other tests use a stand-in that starts fast."""
     done = make(
         "embed", f"MODEL={small_model}", f"INPUT={SOME_PROTEINS}", f"CONFIG={place.config}",
         f"OUTPUT={place.folder / 'my out'}", "ARGS=--include bos mean --repr-layers 0 -1",

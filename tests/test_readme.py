@@ -135,7 +135,7 @@ def test_the_python_lines_read_a_run(
     after_commands: dict[str, subprocess.CompletedProcess[str]], folder: Path
 ) -> None:
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    found = json.loads(run_program(folder, SQLITE_READER + lines + FOUND))
+    found = json.loads(run_program(folder, SQLITE_READER + lines + FOUND, afresh=True))
     ids = [header.split()[0] for header, _ in fasta(EXAMPLES)]
     columns = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
     assert columns[0] == "record"

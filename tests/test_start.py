@@ -36,8 +36,9 @@ for name in scripts:
     if large is None:
         import torch
         large = torch.empty(16 << 20)
-        maps = pathlib.Path("/proc/self/smaps").read_text().splitlines()
-        flags = [line.split() for line in maps if line.startswith("VmFlags")]
+        maps = pathlib.Path("/proc/self/smaps")
+        lines = maps.read_text().splitlines() if maps.exists() else []
+        flags = [line.split() for line in lines if line.startswith("VmFlags")]
         print("huge pages in", sum("hg" in words for words in flags))
 """
 
@@ -51,8 +52,9 @@ def printed() -> str:
         [sys.executable, "-c", EVERY_HELP, *NEED_NO_HUB, *sorted(others)],
         cwd=ROOT,
         env={**environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -74,6 +76,7 @@ def test_scripts_that_need_no_hub_do_not_import_it(printed: str) -> None:
     assert [ended(printed)[name][1] for name in NEED_NO_HUB] == ["False"] * len(NEED_NO_HUB)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
 def test_embed_asks_for_huge_pages(printed: str) -> None:
     # `hg` among the flags of a mapping: proc(5) and madvise(2), MADV_HUGEPAGE.
     (mappings,) = re.findall(r"^huge pages in (\d+)$", printed, re.MULTILINE)

@@ -236,7 +236,8 @@ def test_a_killed_driver_loses_nothing_and_a_signal_commits_what_is_begun(
     with started(place, *flags, *on_cluster, prepare=within_a_write) as process:
         assert process.end().status == -signal.SIGKILL
     assert any(name.endswith(".tmp") for name in names(place, 2))
-    assert len(listed(place, 2)) == 4
+    # Files are digested by another thread, so that some of the three before may not be committed.
+    assert 2 <= len(listed(place, 2)) <= 4
 
     on_cluster += ["--config", place.config]
     reaching = partial(both_work, place.folder / "gate")

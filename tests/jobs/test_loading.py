@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from lib.network.linear import Affine
 from lib.settings import load_settings
 from schema.esm2_config import ModelShape
 from tests.conftest import ROOT, SOME_PROTEINS, Place, Script
-from tests.processes import run_function
+from tests.processes import run_program
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -34,10 +33,10 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, dtype: torch.d
     path = tmp_path / "esm2_large.pt"
     make_model(path, 3, 1024, 16, dtype=dtype)
     in_memory = 4 * ModelShape(3, 1024, 16, True).parameters
-    done = run_function(partial(exec, program("esm-ledger, digest taken"), {}), path)
+    done = run_program(program("esm-ledger, digest taken"), path)
     took = json.loads(done.out)
     # With the largest layer as it is in the file; a second copy of the model breaks the bound.
-    assert in_memory <= took["peak_bytes"] - took["imports_bytes"] <= 1.15 * in_memory + 0.1e9
+    assert 0.9 * in_memory <= took["peak_bytes"] - took["imports_bytes"] <= 1.15 * in_memory + 0.1e9
     assert 1.15 * in_memory + 0.1e9 < 2 * in_memory
 
 

@@ -294,8 +294,8 @@ def one_thread() -> Iterator[None]:
 def test_a_real_run_is_told_right(place: Place) -> None:
     """On one thread and by its processor time, as other processes take the rest.
 
-    They also take caches and memory: nine in ten estimates are to be right and none far off, in
-    one run of three.
+    They also take caches and memory: no estimate is to be far off, and nine in ten are to be right
+    in one run of three.
     """
     make_model(place.folder / "made.pt", 3, 256, 16)
     fasta = place.folder / "made.fasta"
@@ -317,15 +317,19 @@ def test_a_real_run_is_told_right(place: Place) -> None:
     model = load_model(settings, detect(settings.model))
     try_model(model)
     for _ in range(3):
-        found = errors(*told_by_a_run(model))
-        if np.quantile(found, 0.9) < 0.2 and found.max() < 0.5:
+        times, left, residues = told_by_a_run(model)
+        assert residues == sum(lengths)
+        found = errors(times, left)
+        assert found.max() < 0.5
+        if np.quantile(found, 0.9) < 0.2:
             break
     assert np.quantile(found, 0.9) < 0.2
-    assert found.max() < 0.5
 
 
-def told_by_a_run(model: LoadedModel) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the processor time after each pack of a new run, and the time left as told then."""
+def told_by_a_run(
+    model: LoadedModel,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+    """Return of a new run: processor times after each pack, the times left as told, residues."""
     inventory = preflight(model.settings.input)
     progress = Progress(inventory.lengths, model.config.hidden_dim, clock=time.thread_time)
     told: list[tuple[float, float]] = []
@@ -346,6 +350,5 @@ def told_by_a_run(model: LoadedModel) -> tuple[npt.NDArray[np.float64], npt.NDAr
                 Interruption(), advance,
             )
         )  # fmt: skip
-    assert progress.residues_done == inventory.residues
     times, left = np.array(told).T
-    return times, left
+    return times, left, progress.residues_done

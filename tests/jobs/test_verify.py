@@ -41,7 +41,7 @@ from tests.models.test_saved_by_transformers import SAVED
 from tests.processes import run_function
 from tests.reference import fasta, write_fasta
 
-# transformers takes seconds to import: one process of the tests does.
+# transformers takes seconds to import: one process does those tests that need it.
 pytestmark = pytest.mark.xdist_group("transformers")
 
 KINDS = ["--include", "mean", "bos", "per_tok", "contacts"]

@@ -75,7 +75,7 @@ def thousand_runs(place: Place) -> None:
 
 
 def test_history_of_a_thousand_runs_answers_in_half_a_second(place: Place) -> None:
-    """The fastest of five counts: the others take longer as others use the machine's caches."""
+    """The fastest of five counts: the others are slower, as other processes use the caches."""
     thousand_runs(place)
     for _ in range(5):
         start = seconds_of_children()

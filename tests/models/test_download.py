@@ -35,7 +35,7 @@ from tests.catalogs import release
 from tests.conftest import SOME_PROTEINS, Answer, Place, Script
 
 NAME = "esm2_t6_8M_UR50D"
-# Of what is published here in its place: half as deep, and still a download of several steps.
+# The shape of what is published in its place: half as deep, and still a download of several steps.
 SHAPE = ModelShape(3, 320, 20, True)
 
 

@@ -75,19 +75,25 @@ class Server:
         return text
 
 
-def address(out: IO[str] | None) -> str:
+def address(out: IO[str] | None, err: IO[str] | None) -> str:
     """Return the address that a server prints before all else."""
     assert out is not None
+    assert err is not None
     readable, _, _ = select.select([out], [], [], 60)
     assert readable, "it said nothing within a minute"
     line = out.readline()
     found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/runs) \(Ctrl-C ends\)\n", line)
-    assert found, line
+    assert found, line or err.read()  # what has ended without a line says why
     return found[1]
 
 
+def live_on() -> None:
+    """Let the server live as long as the tests ask it."""
+    signal.alarm(0)
+
+
 @contextmanager
-def browse(config: Path, prepare: processes.Work | None = None) -> Iterator[Server]:
+def browse(config: Path, prepare: processes.Work = live_on) -> Iterator[Server]:
     """Start browse.py in a fork; it is gone at the end, come what may."""
     flags = ["--config", config, "--port", "0"]
     with processes.start("browse", *flags, prepare=prepare) as process:
@@ -97,7 +103,7 @@ def browse(config: Path, prepare: processes.Work | None = None) -> Iterator[Serv
             answer = process.end()
             return answer.status, answer.err
 
-        yield Server(address(process.out), end)
+        yield Server(address(process.out, process.err), end)
 
 
 @contextmanager
@@ -119,7 +125,7 @@ def running(command: list[str | Path], **environment: str) -> Iterator[Server]:
         return process.returncode, err
 
     try:
-        yield Server(address(process.stdout), end)
+        yield Server(address(process.stdout, process.stderr), end)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -422,6 +428,8 @@ def test_a_damaged_table_is_told_on_its_page(place: Place, folder: Path) -> None
 
 
 def answer_no_longer() -> None:
+    """Do not wait for the last answers, which takes no more than some seconds."""
+    assert 0 < loopback._LAST_ANSWERS_SECONDS <= 5
     loopback._LAST_ANSWERS_SECONDS = 0
 
 

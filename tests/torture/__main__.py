@@ -47,7 +47,11 @@ def main() -> int:
         for name in parts
         if not parsed.only or name in parsed.only
     }
-    gc.freeze()  # or each of the many forks goes through all that is imported
+    # Each of the many forks would import again what Arrow reads a folder with, and go through all
+    # that is imported.
+    for name in ("pandas", "pyarrow.dataset"):
+        import_module(name)
+    gc.freeze()
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         for name, trials in chosen.items():

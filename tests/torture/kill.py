@@ -95,7 +95,7 @@ class Kills:
     def _next(self, kind: str, name: str, argv: list[str]) -> int:
         """Return a moment of this kind of trial, each once before any again."""
         if not self._queues.get(kind):
-            count = len(self._of_embed if name == "embed" else self._listed(name, argv))
+            count = len(self._of_embed if argv == self.bench.embed else self._listed(name, argv))
             self._queues[kind] = self.chance.sample(range(1, count + 1), count)
         return self._queues[kind].pop()
 

@@ -25,14 +25,12 @@ import scripts.resume
 import scripts.validate
 from lib.console.program import guarded
 
-# Once here instead of in every fork: the scripts, the tables, and what Arrow reads a folder with.
+# Once here instead of in every fork: the scripts and the tables.
 _MAINS = {
     one.__name__.rpartition(".")[2]: one.main
     for one in (scripts.embed, scripts.history, scripts.resume, scripts.validate)
 }
 configure_mappers()
-for _name in ("pandas", "pyarrow.dataset"):
-    import_module(_name)
 
 # Before and after each of these is a moment. (os.fsync is told apart by what it syncs.)
 _STEPS = [

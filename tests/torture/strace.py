@@ -95,10 +95,11 @@ def attach(options: Sequence[str]) -> None:
         if tracer.poll() is not None:
             raise RuntimeError(f"strace ended with status {tracer.returncode}")
         time.sleep(0.001)
+    time.sleep(0.01)  # until it has stopped the process, too: only then are calls seen
 
 
 def calls(record: Path) -> list[Call]:
-    """Return the calls of a process's first thread that `traced` wrote, in their order."""
+    """Return the calls of a process's first thread that `traced` or `run` wrote, in their order."""
     found = []
     seen: Counter[str] = Counter()
     first = None
