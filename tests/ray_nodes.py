@@ -24,6 +24,8 @@ NODE_BYTES = 100 << 20  # Ray refuses a smaller object store
 # How often the head asks whether a node lives. Until it knows that one is dead, a worker that is
 # started there can hold up those that are started elsewhere, for 10 s at Ray's own pace.
 LOOKS = {"RAY_health_check_initial_delay_ms": "200", "RAY_health_check_period_ms": "300"}
+# Ray gives way to all other processes: beside busy ones a worker would take minutes to start.
+AS_OTHERS = {"RAY_worker_niceness": "0"}
 
 
 class Nodes:
@@ -43,7 +45,7 @@ class Nodes:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **LOOKS, **self.environment},
+            env={**os.environ, **LOOKS, **AS_OTHERS, **self.environment},
         )
         self.address = self._answer()
 
