@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tests.processes import ROOT, Process, start, start_program
+from tests.processes import ROOT, Process, Surroundings, start, start_program
 
 __all__ = ["clone", "interpreter"]
 
@@ -113,14 +113,14 @@ def _serve(connection: socket.socket) -> None:
 def _started(order: dict[str, Any], streams: list[int]) -> Process:
     path, *argv = order["argv"]
     folder = Path(order["folder"])
-    how: dict[str, Any] = {
-        "folder": folder,
-        "environment": order["environment"],
-        **dict(zip(("into", "out", "err"), streams, strict=True)),
-    }
+    prepare = partial(_stand_in, folder)
+    into, out, err = streams
+    surroundings: Surroundings = {
+        "folder": folder, "environment": order["environment"], "into": into, "out": out, "err": err,
+    }  # fmt: skip
     if path == "-":
-        return start_program(None, *argv, prepare=partial(_stand_in, folder), **how)
-    return start(Path(path).stem, *argv, prepare=partial(_stand_in, folder), **how)
+        return start_program(None, *argv, prepare=prepare, **surroundings)
+    return start(Path(path).stem, *argv, prepare=prepare, **surroundings)
 
 
 def _stand_in(project: Path) -> None:

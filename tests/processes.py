@@ -27,7 +27,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict, Unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 300
@@ -124,45 +124,45 @@ class Process:
                 stream.close()
 
 
+class Surroundings(TypedDict, total=False):
+    """What a process begins with, where it is not what the tests have.
+
+    folder: the project's if not given; environment: all of it. into, out, err: pipes for the last
+    two if not given, and nothing to read.
+    """
+
+    folder: Path
+    environment: Mapping[str, str]
+    into: Path | int
+    out: Stream
+    err: Stream
+
+
 def start(
     script: str,
     *argv: object,
     prepare: Work | None = None,
-    folder: Path = ROOT,
-    environment: Mapping[str, str] | None = None,
-    into: Path | int = NOWHERE,
-    out: Stream = PIPE,
-    err: Stream = PIPE,
+    **surroundings: Unpack[Surroundings],
 ) -> Process:
-    """Start a script; `prepare` is called in its process before it, and may patch anything.
-
-    environment: all of it; that of the tests if not given.
-    """
-    path = str(ROOT / "scripts" / f"{script}.py")
-    inherited = dict(os.environ if environment is None else environment)
-    order = _Order([path, *map(str, argv)], folder, inherited)
-    return Process(partial(_run_script, script, prepare), order, into, out, err)
+    """Start a script; `prepare` is called in its process before it, and may patch anything."""
+    path = ROOT / "scripts" / f"{script}.py"
+    return _started(partial(_run_script, script, prepare), path, *argv, **surroundings)
 
 
-def run(script: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
+def run(
+    script: str,
+    *argv: object,
+    prepare: Work | None = None,
+    **surroundings: Unpack[Surroundings],
+) -> Answer:
     """Run a script to its end; takes what `start` takes."""
-    with start(script, *argv, **how) as process:
+    with start(script, *argv, prepare=prepare, **surroundings) as process:
         return process.end()
 
 
-def start_function(
-    work: Work,
-    *argv: object,
-    folder: Path = ROOT,
-    environment: Mapping[str, str] | None = None,
-    into: Path | int = NOWHERE,
-    out: Stream = PIPE,
-    err: Stream = PIPE,
-) -> Process:
+def start_function(work: Work, *argv: object, **surroundings: Unpack[Surroundings]) -> Process:
     """Call a function in a process of its own, `argv` being the arguments of its command line."""
-    inherited = dict(os.environ if environment is None else environment)
-    order = _Order([sys.executable, *map(str, argv)], folder, inherited)
-    return Process(work, order, into, out, err)
+    return _started(work, sys.executable, *argv, **surroundings)
 
 
 def run_function(work: Work, *argv: object) -> Answer:
@@ -175,19 +175,26 @@ def start_program(
     text: str | None,
     *argv: object,
     prepare: Work | None = None,
-    **how: Any,  # noqa: ANN401
+    **surroundings: Unpack[Surroundings],
 ) -> Process:
     """Run a program as `python -c` does, or one on stdin if None, as `python -` does.
 
-    prepare: as in `start`; how: as in `start_function`.
+    prepare: as in `start`.
     """
-    return start_function(partial(_run_text, text, prepare), *argv, **how)
+    return start_function(partial(_run_text, text, prepare), *argv, **surroundings)
 
 
-def run_program(text: str, *argv: object, **how: Any) -> Answer:  # noqa: ANN401
+def run_program(text: str, *argv: object, **surroundings: Unpack[Surroundings]) -> Answer:
     """Run a program to its end."""
-    with start_program(text, *argv, **how) as process:
+    with start_program(text, *argv, **surroundings) as process:
         return process.end()
+
+
+def _started(work: Work, *argv: object, **surroundings: Unpack[Surroundings]) -> Process:
+    environment = dict(surroundings.get("environment", os.environ))
+    order = _Order([*map(str, argv)], surroundings.get("folder", ROOT), environment)
+    into, out = surroundings.get("into", NOWHERE), surroundings.get("out", PIPE)
+    return Process(work, order, into, out, surroundings.get("err", PIPE))
 
 
 # ---- What a script is made to do: called in its process, by way of `prepare`

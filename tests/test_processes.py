@@ -92,11 +92,8 @@ def test_what_is_waited_for_and_does_not_come_is_said_with_what_came() -> None:
 
 
 def test_folder_environment_and_handlers_are_as_on_the_command_line(place: Place) -> None:
-    order = processes._Order(["python"], place.folder, {"ONLY": "this"})
-    process = processes.Process(
-        print_surroundings, order, processes.NOWHERE, processes.PIPE, processes.PIPE
-    )
-    with process:
+    only = {"ONLY": "this"}
+    with start_function(print_surroundings, folder=place.folder, environment=only) as process:
         folder, environment, handler = process.end().out.splitlines()
     assert folder == str(place.folder)
     assert environment == "{'ONLY': 'this'}"

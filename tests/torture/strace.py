@@ -55,8 +55,7 @@ def traced(
     """
     pid = start(lambda: _stopped_first(name, argv), log)
     os.waitpid(pid, os.WUNTRACED)
-    command = ["strace", "-f", "-y", "-o", str(record), "-p", str(pid), "-e", f"trace={_CALLS}"]
-    command += [word for path in files for word in ("-P", str(path))]
+    command = ["strace", "-f", "-p", str(pid), *_recording(_CALLS, files, record)]
     if at is not None:
         command += ["-e", f"inject={at.name}:signal=KILL:when={at.number}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
@@ -78,9 +77,14 @@ def run(
 
     Its `calls` (names with commas between) of `files` are written to `record`.
     """
-    options = ["-y", "-o", str(record), "-e", f"trace={calls}"]
-    options += [word for path in files for word in ("-P", str(path))]
+    options = _recording(calls, files, record)
     return processes.run(name, *argv, prepare=partial(attach, options))
+
+
+def _recording(calls: str, files: Iterable[Path], record: Path) -> list[str]:
+    """Return strace's options for writing `calls` that concern `files` to `record`."""
+    options = ["-y", "-o", str(record), "-e", f"trace={calls}"]
+    return options + [word for path in files for word in ("-P", str(path))]
 
 
 def attach(options: Sequence[str]) -> None:
