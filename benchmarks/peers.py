@@ -24,12 +24,13 @@ from lib.models.untrained import make_folder, make_model
 from lib.network.device import choose_pack
 from lib.settings import load_settings
 
-__all__ = ["COLUMNS", "ON_CPU_ONLY", "measure_case", "rival", "table_rows"]
+__all__ = ["COLUMNS", "PEERS", "measure_case", "rival", "table_rows"]
 
 _SIZES = {name.split("_")[2]: name for name in RELEASED}
 # Peers with a type of half the bytes or less beside float32; None: the same as this project.
 _PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
-ON_CPU_ONLY = ["openvino", "esm-cpp"]
+PEERS = list(_PEERS)
+_ON_CPU_ONLY = ["openvino", "esm-cpp"]
 COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
     "x openvino", "x esm-cpp", "cosine", "error", "start (s)", "peak (GB)",
@@ -58,7 +59,7 @@ def measure_case(
         settings = load_settings(config, {"model.esm_model": str(path)})
         detection = detect(settings.model)
         roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
-        without = without if device.type == "cpu" else ON_CPU_ONLY
+        without = [*without, *([] if device.type == "cpu" else _ON_CPU_ONLY)]
         specs = _specs(path, device, half, choose_pack(settings.compute, device)[0], without)
         if "esm-cpp" not in without:
             like = (shape.num_layers, shape.hidden_dim, shape.attention_heads)

@@ -2,13 +2,13 @@
 
     make benchmark
     python scripts/benchmark.py --cases 8M:orf:2000 35M:proteome:100 --repeats 3
-    python scripts/benchmark.py --cases 650M:orf:40 --without openvino esm-cpp
+    python scripts/benchmark.py --cases 650M:orf:40 --without transformers esm-cpp
 
 A case is SIZE:MIX:SEQUENCES. All contenders compute the same sequences with the same weights, in
 turn, each in its own process and with its own defaults; OpenVINO and esm.cpp run on a CPU only.
 esm.cpp has a Python of its own, which make benchmark makes, and int8 in place of bfloat16; it is
 timed giving logits, and asked for vectors afterwards. All are in memory at once: 650M with all of
-them takes more than 24 GB. Ratios are medians over the repeats,
+them takes more than 24 GB, so --without leaves some out. Ratios are medians over the repeats,
 pair by pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is
 printed only if both sides agree numerically. Start-up is the time from process start to a model
 that is ready. Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 from benchmarks import esm_cpp
 from benchmarks.measure import figures_stem
-from benchmarks.peers import COLUMNS, ON_CPU_ONLY, measure_case, table_rows
+from benchmarks.peers import COLUMNS, PEERS, measure_case, table_rows
 from benchmarks.plot import draw
 from lib.console.arguments import arguments
 from lib.console.output import print_json, print_line, print_table
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="SIZE:MIX:SEQUENCES")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--without", nargs="+", default=[], choices=ON_CPU_ONLY, metavar="PEER")
+    parser.add_argument("--without", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
     parsed = parser.parse_args(argv)
     settings = load_settings(parsed.config)

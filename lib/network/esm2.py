@@ -151,6 +151,7 @@ class Network:
             else:
                 x, ready = self._added(x, inner, layer.fc2, self._final_norm, torch.float32)
                 x = self._normed(x, ready, self._final_norm, torch.float32)
+            del inner  # or it would be in memory beside that of the next layer
             if number in wanted:
                 yield number, x[:count]
 

@@ -16,15 +16,15 @@ from lib.network.contacts import BLOCK_BYTES
 
 __all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 
-# Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
-# the feed-forward layer its input, its norm and its inner array, 4 times as wide; in attention q,
-# k, v and their copies. That makes 10, and one is kept by the allocator.
-_ARRAYS_ALIVE = 11
+# Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in the
+# feed-forward layer its input, its norm and its inner array, 4 times as wide, which is there twice
+# where GELU is a step of its own. Attention in half precision has 8: q, k, v and their copies.
+_ARRAYS_ALIVE = 10
 # glibc gives freed arrays back to the system only beyond its threshold for mmap, which grows up to
 # 32 MB. Of smaller ones a thread keeps a few, and how many depends on the addresses that the system
-# gave its heap: the same pack, alone, took the place of 12.5 to 16.9 arrays in 14 processes.
+# gave its heap: the same pack, alone, took the place of 7.9 to 11.1 arrays in 14 processes.
 _GIVEN_BACK_BYTES = 32 * 1024 * 1024
-_ARRAYS_KEPT = 7
+_ARRAYS_KEPT = 4
 # What matrix products keep for themselves, whatever the size of the pack: 30 MB were measured.
 _SCRATCH_BYTES = 32 * 1024 * 1024
 # In plain RuntimeErrors: of torch on a CPU, of the system, of CUDA, of cuBLAS and cuDNN.

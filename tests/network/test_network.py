@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +209,24 @@ def test_layers_after_the_last_wanted_are_not_computed(small_model: Path) -> Non
     network = load(small_model)
     network._layers[1] = None  # type: ignore[call-overload]
     assert list(hidden(network, ["MK"], [0, 1])) == [0, 1]
+
+
+def test_an_inner_array_is_gone_before_that_of_the_next_layer(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the largest array of all, and beside the next it would be a third of a pack's memory."""
+    inner: list[weakref.ref[torch.Tensor]] = []
+    true_gelu = Network._gelu
+
+    def gelu(self: Network, *arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        assert not any(earlier() is not None for earlier in inner)
+        made = true_gelu(self, *arguments)
+        inner.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Network, "_gelu", gelu)
+    hidden(load(small_model), MIXED_PACK, [1, 2])
+    assert len(inner) == 2
 
 
 def test_test_weights_have_outlier_channels(tmp_path: Path) -> None:
