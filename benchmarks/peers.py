@@ -24,7 +24,7 @@ from lib.models.untrained import make_folder, make_model
 from lib.network.device import choose_pack
 from lib.settings import load_settings
 
-__all__ = ["COLUMNS", "PEERS", "measure_case", "rival", "table_rows"]
+__all__ = ["COLUMNS", "PEERS", "contender_specs", "measure_case", "rival", "table_rows"]
 
 _SIZES = {name.split("_")[2]: name for name in RELEASED}
 # Peers with a type of half the bytes or less beside float32; None: the same as this project.
@@ -60,7 +60,9 @@ def measure_case(
         detection = detect(settings.model)
         roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
         without = [*without, *([] if device.type == "cpu" else _ON_CPU_ONLY)]
-        specs = _specs(path, device, half, choose_pack(settings.compute, device)[0], without)
+        specs = contender_specs(
+            path, device, half, choose_pack(settings.compute, device)[0], without
+        )
         if "esm-cpp" not in without:
             like = (shape.num_layers, shape.hidden_dim, shape.attention_heads)
             make_folder(_folder_beside(path), *like)
@@ -142,9 +144,13 @@ def rival(peer: str, kind: str) -> str:
     return f"{peer} {kind if kind == 'float32' else _PEERS[peer] or kind}"
 
 
-def _specs(
+def contender_specs(
     path: Path, device: torch.device, half: torch.dtype, tokens: int, without: Sequence[str]
 ) -> list[Spec]:
+    """Return what is measured on the weights at `path`, in the order of the table.
+
+    half: the type beside float32; tokens: of a pack; without: peers that are left out.
+    """
     kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
     named = ["fair-esm float32"]
     for kind in kinds:

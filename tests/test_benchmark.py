@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_sdpa
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
-from benchmarks.peers import rival, table_rows
+from benchmarks.peers import contender_specs, rival, table_rows
 from benchmarks.processes import Contender, Spec
 from benchmarks.workload import MIXES, sequences, useful_flops
 from lib.errors import MachineError, SettingsError
@@ -160,6 +160,21 @@ def test_a_peer_is_compared_in_the_type_that_it_has() -> None:
         "esm-cpp int8",
     ]
     assert rival("openvino", "bfloat16") == "openvino bfloat16"
+
+
+def test_a_peer_that_is_left_out_is_not_started() -> None:
+    def names(*without: str) -> list[str]:
+        specs = contender_specs(Path("model.pt"), CPU, torch.bfloat16, 2048, without)
+        return [f"{one.name} {one.dtype}" for one in specs]
+
+    assert names("transformers", "esm-cpp") == [
+        "fair-esm float32",
+        "openvino float32",
+        "esm-ledger float32",
+        "openvino bfloat16",
+        "esm-ledger bfloat16",
+    ]
+    assert len(names()) == 9
 
 
 def test_agreement_sees_one_swapped_row() -> None:

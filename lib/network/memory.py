@@ -16,9 +16,9 @@ from lib.network.contacts import BLOCK_BYTES
 
 __all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 
-# Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in the
-# feed-forward layer its input, its norm and its inner array, 4 times as wide, which is there twice
-# where GELU is a step of its own. Attention in half precision has 8: q, k, v and their copies.
+# Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
+# the feed-forward layer its input, its norm and its inner array, 4 times as wide, which is there
+# twice where GELU is a step of its own. In attention there are 8: q, k, v and their copies.
 _ARRAYS_ALIVE = 10
 # glibc gives freed arrays back to the system only beyond its threshold for mmap, which grows up to
 # 32 MB. Of smaller ones a thread keeps a few, and how many depends on the addresses that the system

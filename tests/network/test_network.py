@@ -214,7 +214,7 @@ def test_layers_after_the_last_wanted_are_not_computed(small_model: Path) -> Non
 def test_an_inner_array_is_gone_before_that_of_the_next_layer(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the largest array of all, and beside the next it would be a third of a pack's memory."""
+    """It is the largest array, and beside the next one a third of a pack's memory."""
     inner: list[weakref.ref[torch.Tensor]] = []
     true_gelu = Network._gelu
 
