@@ -138,8 +138,9 @@ def _fits_beside(on_way: Iterable[_OnWay], needed: int, device: torch.device) ->
     """Return whether memory suffices for one more pack; if not even for one, `launch` halves it."""
     if device.type == "cuda":  # computes one pack at a time
         return True
-    available = available_bytes(device)
-    return available is None or needed + sum(one.needed for one in on_way) <= available
+    together = needed + sum(one.needed for one in on_way)
+    available = available_bytes(device, together)
+    return available is None or together <= available
 
 
 def _taken(on_way: deque[_OnWay], left: int) -> Iterator[tuple[Pack, Vectors]]:

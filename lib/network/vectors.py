@@ -77,7 +77,7 @@ def launch(
     collects the pack, and it ends after the layer that is being computed.
     """
     needed = needed_bytes(network, sequences, columns)
-    available = available_bytes(network.device)
+    available = available_bytes(network.device, needed)
     try:
         if available is not None and needed > available:
             raise MemoryError

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from benchmarks.processes import peak_bytes
 from lib.models.detection import detect
 from lib.models.untrained import make_model
-from lib.network import vectors
+from lib.network import memory, vectors
 from lib.network.device import choose_pack, packs_at_once
 from lib.network.esm2 import Network, load_network
 from lib.network.memory import available_bytes, contact_bytes, pack_bytes, ran_out
@@ -77,6 +80,7 @@ CONTACTS = [VectorColumn("contacts")]
     ("width", "packs", "count", "residues", "columns"),
     [
         (640, 1, 52, 254, MEAN),  # so many that its arrays go back to the system
+        (320, 1, 4, 254, MEAN),  # so few that products take as much
         (160, 1, 24, 1022, MEAN),
         (160, 2, 96, 254, MEAN),  # at once
         (320, 2, 1, 3_500, MEAN),  # one after the other
@@ -122,7 +126,7 @@ def test_a_pack_that_does_not_fit_is_halved(
         return true_forward(self, tokens, *others)
 
     monkeypatch.setattr(Network, "forward", forward)
-    monkeypatch.setattr(vectors, "available_bytes", lambda _: pack_bytes(400, 64, 1))
+    monkeypatch.setattr(vectors, "available_bytes", lambda *_: pack_bytes(400, 64, 1))
     assert script("embed", *flags).status == 0
     assert max(packs) <= 400
     whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
@@ -175,11 +179,11 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     long.write_text(f">titin\n{'MKLV' * 1500}\n>short\nMKLV\n")
     flags = ["--esm-model", small_model, "--input", long]
     flags += ["--set", "input.long_sequences=whole"]
-    monkeypatch.setattr(vectors, "available_bytes", lambda _: 10**7)
+    monkeypatch.setattr(vectors, "available_bytes", lambda *_: 10**7)
     answer = script("embed", *flags)
     assert answer.status == 4
     assert answer.error == (
-        "record 0 (titin): 6000 residues need 55.1 MB of memory, 10.0 MB are available on cpu"
+        "record 0 (titin): 6000 residues need 38.3 MB of memory, 10.0 MB are available on cpu"
     )
     monkeypatch.undo()
     assert script("resume", "--run", "1", "--config", place.config).status == 0
@@ -190,3 +194,28 @@ def test_the_memory_left_on_this_machine_is_a_likely_number() -> None:
     left = available_bytes(torch.device("cpu"))
     assert left is not None
     assert 1e8 < left < 1e14
+
+
+def print_what_is_given_back() -> None:
+    """Free many small blocks below one that is kept; print what asking for more finds then."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [libc.malloc(60_000) for _ in range(3_000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 60_000)
+    for block in blocks[:-1]:
+        libc.free(ctypes.c_void_p(block))
+
+    def left() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return 10**10 - pages * os.sysconf("SC_PAGE_SIZE")
+
+    with mock.patch.object(memory, "_left", left):
+        before = available_bytes(torch.device("cpu"), 10**6) or 0
+        print((available_bytes(torch.device("cpu"), before + 1) or 0) - before)
+
+
+def test_memory_that_was_freed_is_given_back_before_a_pack_is_refused() -> None:
+    done = run_function(print_what_is_given_back)
+    assert done.status == 0, done.err
+    assert int(done.out) > 1.5e8
