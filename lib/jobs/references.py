@@ -126,7 +126,8 @@ def _load_adapted(weights: AdaptedWeights, detection: Detection) -> ChosenRefere
 @contextmanager
 def _memory_errors(path: Path, shape: ModelShape) -> Iterator[None]:
     """Refuse a model that does not fit into memory, before it is loaded or when that is noticed."""
-    needed, available = 4 * shape.parameters, available_bytes(torch.device("cpu"))
+    needed = 4 * shape.parameters
+    available = available_bytes(torch.device("cpu"), needed)
     if available is not None and needed > available:
         raise MachineError(
             f"{path}: {shape.parameters} parameters in float32 need "

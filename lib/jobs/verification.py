@@ -207,11 +207,11 @@ def _too_large(
     records: dict[int, SampledRecord], detection: Detection, libraries: str
 ) -> Iterator[str]:
     """Take out what does not fit into memory; yield a line on each."""
-    available = available_bytes(torch.device("cpu"))
     contacts = detection.regression is not None
     for record in [*records.values()]:
         residues = len(record.residues)
         needed = needed_bytes(detection.shape, residues, contacts=contacts)
+        available = available_bytes(torch.device("cpu"), needed)
         if available is not None and needed > available:
             del records[record.number]
             yield (

@@ -23,11 +23,12 @@ __all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
 _ARRAYS_ALIVE = 10
 # glibc gives freed arrays back to the system only beyond its threshold for mmap, which grows up to
 # 32 MB. Of smaller ones a thread keeps a few, and how many depends on the addresses that the system
-# gave its heap: the same pack, alone, took the place of 7.9 to 11.1 arrays in 14 processes.
+# gave its heap: the same pack, alone, took the place of 9.4 to 12.6 arrays in 14 processes, and it
+# had been a quarter more on another machine.
 _GIVEN_BACK_BYTES = 32 * 1024 * 1024
-_ARRAYS_KEPT = 4
-# What matrix products keep for themselves beyond that: of small packs, 14 MB were measured.
-_SCRATCH_BYTES = 16 * 1024 * 1024
+_ARRAYS_KEPT = 9
+# What matrix products keep for themselves: beside all these arrays 5 MB were measured.
+_SCRATCH_BYTES = 8 * 1024 * 1024
 # In plain RuntimeErrors: of torch on a CPU, of the system, of CUDA, of cuBLAS and cuDNN.
 _LACKS_MEMORY = (
     "can't allocate memory",

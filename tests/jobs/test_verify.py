@@ -489,7 +489,7 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
     # Maps of 52 tokens: three of each of the four heads, and six of each of both layers' heads.
     # And their vectors, of both layers and the embedding.
     needed = 60 * 4 * 52**2 + 4 * 52 * 64 * 3
-    monkeypatch.setattr(verification, "available_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(verification, "available_bytes", lambda *_: needed - 1)
     answer = script("verify", *ALL)
     assert answer.status == 0
     assert (
@@ -497,11 +497,11 @@ def test_what_does_not_fit_into_memory_is_left_out_and_named(
         "688.9 kB are available" in answer.err
     )
     assert "1 of 2 records computed again" in answer.out
-    monkeypatch.setattr(verification, "available_bytes", lambda _: 1)
+    monkeypatch.setattr(verification, "available_bytes", lambda *_: 1)
     answer = script("verify", *ALL)
     assert answer.status == 4
     assert "no drawn record fits into memory" in answer.error
-    monkeypatch.setattr(references, "available_bytes", lambda _: 1)
+    monkeypatch.setattr(references, "available_bytes", lambda *_: 1)
     answer = script("verify", *ALL)
     assert answer.status == 4
     assert " parameters in float32 need 408.8 kB of memory, 1 B are available" in answer.error

@@ -39,12 +39,17 @@ NAME = "esm2_t6_8M_UR50D"
 SHAPE = ModelShape(3, 320, 20, True)
 
 
+def write_weights(path: Path, seed: int = 0) -> Path:
+    """Write untrained weights of that shape, others by another seed, and their regression."""
+    shape = SHAPE.num_layers, SHAPE.hidden_dim, SHAPE.attention_heads
+    make_model(path, *shape, dtype=torch.float16, seed=seed)
+    return path
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained weights, and their contact regression."""
-    path = tmp_path_factory.mktemp("published") / f"{NAME}.pt"
-    make_model(path, 3, 320, 20, dtype=torch.float16)
-    return path
+    return write_weights(tmp_path_factory.mktemp("published") / f"{NAME}.pt")
 
 
 @pytest.fixture
@@ -286,7 +291,7 @@ def test_what_is_no_contact_regression_is_not_kept(
 def test_another_contact_regression_of_the_same_shape_is_refused_and_kept_aside(
     script: Script, place: Place, server: Server, made: Path, published: bytes, tmp_path: Path
 ) -> None:
-    other = make_model(tmp_path / "other.pt", 3, 320, 20, dtype=torch.float16, seed=1)
+    other = regression_path(write_weights(tmp_path / "other.pt", seed=1))
     server.body = other.read_bytes()
     answer = embed_contacts(script, place, made)
     assert answer.status == 2
@@ -413,8 +418,7 @@ def test_another_model_under_the_name_leaves_nothing_behind(
 def test_another_model_of_the_same_shape_is_refused_and_kept_aside(
     script: Script, place: Place, server: Server, published: bytes, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.pt"
-    make_model(other, 3, 320, 20, dtype=torch.float16, seed=1)
+    other = write_weights(tmp_path / "other.pt", seed=1)
     server.body = other.read_bytes()
     for _ in range(2):  # what was kept does not pass for the model the next time
         answer = embed(script, place)
@@ -441,8 +445,7 @@ def test_a_download_is_compared_by_md5_where_no_sha256_is_known(
 ) -> None:
     entry = release(made, shape=SHAPE, algorithm="md5")
     monkeypatch.setitem(RELEASED, NAME, entry)
-    make_model(tmp_path / "other.pt", 3, 320, 20, dtype=torch.float16, seed=1)
-    server.body = (tmp_path / "other.pt").read_bytes()
+    server.body = write_weights(tmp_path / "other.pt", seed=1).read_bytes()
     answer = embed(script, place)
     assert answer.status == 2
     assert f"{NAME}.pt: md5 is {hashlib.md5(server.body).hexdigest()}, that of" in answer.error
@@ -577,8 +580,7 @@ def test_a_file_that_changed_meanwhile_is_begun_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken(script, place, server, published)
-    new = tmp_path / f"{NAME}.pt"
-    make_model(new, 3, 320, 20, dtype=torch.float16, seed=1)
+    new = write_weights(tmp_path / f"{NAME}.pt", seed=1)
     monkeypatch.setitem(RELEASED, NAME, release(new, shape=SHAPE))
     server.body, server.etag = new.read_bytes(), '"two"'
     assert embed(script, place).status == 0

@@ -183,7 +183,7 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     answer = script("embed", *flags)
     assert answer.status == 4
     assert answer.error == (
-        "record 0 (titin): 6000 residues need 38.3 MB of memory, 10.0 MB are available on cpu"
+        "record 0 (titin): 6000 residues need 37.7 MB of memory, 10.0 MB are available on cpu"
     )
     monkeypatch.undo()
     assert script("resume", "--run", "1", "--config", place.config).status == 0
