@@ -59,11 +59,10 @@ def measure_case(
         settings = load_settings(config, {"model.esm_model": str(path)})
         detection = detect(settings.model)
         roofs = {dtype: roof(dtype, device) for dtype in (torch.float32, half)}
-        without = [*without, *([] if device.type == "cpu" else _ON_CPU_ONLY)]
         specs = contender_specs(
             path, device, half, choose_pack(settings.compute, device)[0], without
         )
-        if "esm-cpp" not in without:
+        if any(spec.name == "esm-cpp" for spec in specs):
             like = (shape.num_layers, shape.hidden_dim, shape.attention_heads)
             make_folder(_folder_beside(path), *like)
         contenders = {f"{spec.name} {spec.dtype}": Contender(spec) for spec in specs}
@@ -151,10 +150,11 @@ def contender_specs(
 
     half: the type beside float32; tokens: of a pack; without: peers that are left out.
     """
+    left_out = [*without, *([] if device.type == "cpu" else _ON_CPU_ONLY)]
     kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
     named = ["fair-esm float32"]
     for kind in kinds:
-        named += [rival(peer, kind) for peer in _PEERS if peer not in without]
+        named += [rival(peer, kind) for peer in _PEERS if peer not in left_out]
         named.append(f"esm-ledger {kind}")
     specs = []
     for name, kind in map(str.split, named):

@@ -163,8 +163,9 @@ def test_a_peer_is_compared_in_the_type_that_it_has() -> None:
 
 
 def test_a_peer_that_is_left_out_is_not_started() -> None:
-    def names(*without: str) -> list[str]:
-        specs = contender_specs(Path("model.pt"), CPU, torch.bfloat16, 2048, without)
+    def names(*without: str, device: str = "cpu") -> list[str]:
+        where = torch.device(device)
+        specs = contender_specs(Path("model.pt"), where, torch.bfloat16, 2048, without)
         return [f"{one.name} {one.dtype}" for one in specs]
 
     assert names("transformers", "esm-cpp") == [
@@ -175,6 +176,8 @@ def test_a_peer_that_is_left_out_is_not_started() -> None:
         "esm-ledger bfloat16",
     ]
     assert len(names()) == 9
+    on_a_gpu = ["fair-esm float32", "esm-ledger float32", "esm-ledger bfloat16"]
+    assert names("transformers", device="cuda") == on_a_gpu
 
 
 def test_agreement_sees_one_swapped_row() -> None:

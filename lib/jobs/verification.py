@@ -208,12 +208,15 @@ def _too_large(
 ) -> Iterator[str]:
     """Take out what does not fit into memory; yield a line on each."""
     contacts = detection.regression is not None
-    for record in [*records.values()]:
-        residues = len(record.residues)
-        needed = needed_bytes(detection.shape, residues, contacts=contacts)
-        available = available_bytes(torch.device("cpu"), needed)
+    all_needed = {
+        number: needed_bytes(detection.shape, len(record.residues), contacts=contacts)
+        for number, record in records.items()
+    }
+    available = available_bytes(torch.device("cpu"), max(all_needed.values(), default=0))
+    for number, needed in all_needed.items():
         if available is not None and needed > available:
-            del records[record.number]
+            record = records.pop(number)
+            residues = len(record.residues)
             yield (
                 f"record {record.number} ({record.id}): {residues} residues need "
                 f"{size(needed)} of memory in {libraries}, {size(available)} are available"

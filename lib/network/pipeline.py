@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,9 +134,9 @@ def _is_alone(pack: Pack, device: torch.device) -> bool:
     return device.type == "cpu" and longest + 2 > _ALONE_TOKENS
 
 
-def _fits_beside(on_way: Iterable[_OnWay], needed: int, device: torch.device) -> bool:
+def _fits_beside(on_way: Collection[_OnWay], needed: int, device: torch.device) -> bool:
     """Return whether memory suffices for one more pack; if not even for one, `launch` halves it."""
-    if device.type == "cuda":  # computes one pack at a time
+    if device.type == "cuda" or not on_way:  # a GPU computes one pack at a time
         return True
     together = needed + sum(one.needed for one in on_way)
     available = available_bytes(device, together)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,11 +212,30 @@ def print_what_is_given_back() -> None:
         return 10**10 - pages * os.sysconf("SC_PAGE_SIZE")
 
     with mock.patch.object(memory, "_left", left):
-        before = available_bytes(torch.device("cpu"), 10**6) or 0
-        print((available_bytes(torch.device("cpu"), before + 1) or 0) - before)
+        before = available_bytes(torch.device("cpu")) or 0
+        print((available_bytes(torch.device("cpu"), 10**11) or 0) - before)
 
 
 def test_memory_that_was_freed_is_given_back_before_a_pack_is_refused() -> None:
     done = run_function(print_what_is_given_back)
     assert done.status == 0, done.err
     assert int(done.out) > 1.5e8
+
+
+def test_what_was_freed_counts_as_available_to_packs_and_to_verification(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = threading.local()
+
+    def left() -> int:
+        """Nothing, but right after this thread has given memory back."""
+        plenty, given.back = getattr(given, "back", False), False
+        return 10**12 if plenty else 0
+
+    monkeypatch.setattr(memory, "_left", left)
+    monkeypatch.setattr(memory, "_give_back", lambda: setattr(given, "back", True))
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 0, answer.err
+    answer = script("verify", "--run", "1", "--config", place.config)
+    assert answer.status == 0, answer.err
+    assert "available" not in answer.out + answer.err
