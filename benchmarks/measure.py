@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -38,6 +39,7 @@ __all__ = [
     "figures_stem",
     "in_turn",
     "roof",
+    "unused_stem",
 ]
 
 # A side whose worst pooled cosine with fair-esm is lower did not do the same computation.
@@ -176,6 +178,13 @@ def figures_stem(to: Path, words: str) -> Path:
         raise SettingsError(f"--to {to}: no such folder")
     letters = "".join(c if c.isalnum() else "-" for c in words.lower())
     return to / letters.replace("--", "-")
+
+
+def unused_stem(stem: Path) -> Path:
+    """Return `stem`, with a number if there are figures of that name already."""
+    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
+    stems = itertools.chain([stem], numbered)
+    return next(one for one in stems if not one.with_suffix(".json").exists())
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -11,8 +11,8 @@ timed giving logits, and asked for vectors afterwards. All are in memory at once
 them takes more than 24 GB, so --without leaves some out. Ratios are medians over the repeats,
 pair by pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is
 printed only if both sides agree numerically. Start-up is the time from process start to a model
-that is ready. Writes benchmarks/DATE-MACHINE.json and a plot. Exit status: 0 measured, 1 a side
-disagreed, 4 a side is missing.
+that is ready. Writes benchmarks/DATE-MACHINE.json, with a number if that exists, and a plot.
+Exit status: 0 measured, 1 a side disagreed, 4 a side is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
 from benchmarks import esm_cpp
-from benchmarks.measure import figures_stem
+from benchmarks.measure import figures_stem, unused_stem
 from benchmarks.peers import COLUMNS, PEERS, measure_case, table_rows
 from benchmarks.plot import draw
 from lib.console.arguments import arguments
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, _ = choose_device(settings.compute)
     date = datetime.now(UTC).date().isoformat()
     machine = f"{device_name(device)}, {os.cpu_count()} cores"
-    stem = figures_stem(parsed.to, f"{date}-{machine}")
+    stem = unused_stem(figures_stem(parsed.to, f"{date}-{machine}"))
     result: dict[str, Any] = {
         "date": date,
         "machine": machine,

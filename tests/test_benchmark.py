@@ -264,3 +264,9 @@ def test_what_was_measured_is_kept_though_the_next_case_fails(
         benchmark.main(["--cases", "first", "second", "--to", str(tmp_path)])
     (figures,) = tmp_path.iterdir()
     assert json.loads(figures.read_text())["cases"] == [{"case": "first"}]
+    with pytest.raises(MachineError):
+        benchmark.main(["--cases", "third", "second", "--to", str(tmp_path)])
+    again = figures.with_stem(f"{figures.stem}-2")
+    assert sorted(tmp_path.iterdir()) == sorted([figures, again])
+    assert json.loads(figures.read_text())["cases"] == [{"case": "first"}]
+    assert json.loads(again.read_text())["cases"] == [{"case": "third"}]
