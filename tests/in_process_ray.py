@@ -183,7 +183,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
     """Have `import ray` give this, whatever the environment says of Ray, and wait little for it."""
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_TOKEN", "RAY_worker_niceness"):
         monkeypatch.setenv(name, "0")
     for module in ("crew", "dispatch"):
         monkeypatch.setattr(f"lib.jobs.{module}._BETWEEN_LOOKS", 0.02)

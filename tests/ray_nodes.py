@@ -24,7 +24,7 @@ NODE_BYTES = 100 << 20  # Ray refuses a smaller object store
 # How often the head asks whether a node lives. Until it knows that one is dead, a worker that is
 # started there can hold up those that are started elsewhere, for 10 s at Ray's own pace.
 LOOKS = {"RAY_health_check_initial_delay_ms": "200", "RAY_health_check_period_ms": "300"}
-# Ray gives way to all other processes: beside busy ones a worker would take minutes to start.
+# Workers of Ray give way to all other processes: beside busy ones one would take minutes to start.
 AS_OTHERS = {"RAY_worker_niceness": "0"}
 
 

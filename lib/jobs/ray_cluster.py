@@ -152,6 +152,8 @@ def _set_environment(*, joining: bool) -> None:
     # Ray reads these once. Without them it prints advice, and hides GPUs from what asks for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not joining:  # the workers that it starts are as urgent as a run without Ray
+        os.environ.setdefault("RAY_worker_niceness", "0")
     if _has_token():
         return
     if joining:
@@ -159,8 +161,7 @@ def _set_environment(*, joining: bool) -> None:
             "no token of the cluster: RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH are not set, and "
             f"{_token_file()} is not there"
         )
-    # Known to this process and to those that it starts, which are as urgent as a run without Ray.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Known to this process and to those that it starts.
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 

@@ -28,7 +28,7 @@ import pytest
 from tests import processes
 from tests.conftest import UNIPROT_PART, Place, Script
 from tests.processes import Process
-from tests.ray_nodes import AS_OTHERS, Nodes, control_server, nodes
+from tests.ray_nodes import Nodes, control_server, nodes
 from tests.reference import assert_same_bits
 
 pytestmark = [
@@ -269,12 +269,14 @@ def test_a_killed_driver_loses_nothing_and_a_signal_commits_what_is_begun(
 def test_a_second_signal_ends_at_once_on_a_cluster_of_its_own(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in AS_OTHERS.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     prepare = partial(processes.stop_at, "lib.jobs.dispatch._received", 2, place.folder / "gate")
     flags = embed_flags(small_model, "--ray", "auto", "--set", "cluster.workers=1")
     with started(place, *flags, prepare=prepare) as process:
         process.wait_for("reached")
+        (worker,) = workers(place)
+        urgency = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (worker["pid"], os.getpid())]
+        assert urgency[0] == urgency[1]
         process.send_signal(signal.SIGINT)
         process.wait_for("received")
         process.send_signal(signal.SIGINT)
