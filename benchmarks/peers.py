@@ -28,8 +28,7 @@ __all__ = ["COLUMNS", "PEERS", "contender_specs", "measure_case", "rival", "tabl
 
 _SIZES = {name.split("_")[2]: name for name in RELEASED}
 # Peers with a type of half the bytes or less beside float32; None: the same as this project.
-_PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
-PEERS = list(_PEERS)
+PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
 _ON_CPU_ONLY = ["openvino", "esm-cpp"]
 COLUMNS = [
     "case", "contender", "tokens/s", "spread", "of roof", "x fair-esm", "x transformers",
@@ -92,7 +91,7 @@ def measure_case(
                 "times_fair_esm": _ratio(truth.seconds, seconds),
                 **{
                     f"times_{peer}": _ratio(figures[rival(peer, kind)].seconds, seconds)
-                    for peer in _PEERS
+                    for peer in PEERS
                     if rival(peer, kind) in figures
                 },
                 "cosine": round(cosine, 7),
@@ -123,7 +122,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
             one.get(f"times_{peer}")
             if one["agrees"] and agree.get(rival(peer, kind), True)
             else "disagrees"
-            for peer in _PEERS
+            for peer in PEERS
         ]
         rows.append(
             [
@@ -140,7 +139,7 @@ def table_rows(case: dict[str, Any]) -> list[list[object]]:
 
 def rival(peer: str, kind: str) -> str:
     """Return the contender of a peer that one in the type `kind` is compared with."""
-    return f"{peer} {kind if kind == 'float32' else _PEERS[peer] or kind}"
+    return f"{peer} {kind if kind == 'float32' else PEERS[peer] or kind}"
 
 
 def contender_specs(
@@ -154,7 +153,7 @@ def contender_specs(
     kinds = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, half)]
     named = ["fair-esm float32"]
     for kind in kinds:
-        named += [rival(peer, kind) for peer in _PEERS if peer not in left_out]
+        named += [rival(peer, kind) for peer in PEERS if peer not in left_out]
         named.append(f"esm-ledger {kind}")
     specs = []
     for name, kind in map(str.split, named):
