@@ -84,13 +84,14 @@ def ran_out(error: Exception) -> bool:
 
 
 def _give_back() -> None:
-    """Give freed memory that malloc keeps for itself back to the system, as far as glibc can."""
+    """Give back to the system what malloc keeps of freed memory, where it is glibc's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
 def _left() -> int | None:
+    """Return the least of what the machine and the control groups of this process have left."""
     known = [left for left in (_meminfo_available(), memory_left()) if left is not None]
     return min(known, default=None)
 
