@@ -9,11 +9,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from schema.parquet import VectorColumn
+from schema.parquet import CONTACTS, VectorColumn
 
-__all__ = ["Column", "Vectors"]
+__all__ = ["Column", "Vectors", "vector_bytes"]
 
 Column = npt.NDArray[Any] | list[npt.NDArray[Any]]
+
+
+def vector_bytes(
+    column: VectorColumn, residues: npt.NDArray[np.int64], hidden_dim: int, per_tok_dtype: str
+) -> int:
+    """Return the bytes that a column has in files, uncompressed.
+
+    residues: (records,) embedded of each. per_tok_dtype: float32 or float16; all else is float32.
+    """
+    if column.is_pooled:
+        return 4 * hidden_dim * len(residues)
+    if column.kind == CONTACTS:
+        return 4 * int(residues @ residues)
+    return (2 if per_tok_dtype == "float16" else 4) * hidden_dim * int(residues.sum())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ __all__ = [
     "counted",
     "duration",
     "first_within",
+    "in_words",
     "moment",
     "printable",
     "records",
@@ -103,3 +104,8 @@ def _parsed(text: str | None) -> datetime | None:
         return None if text is None else datetime.fromisoformat(text)
     except ValueError:  # another program may have written the row
         return None
+
+
+def in_words(value: object) -> str:
+    """Return a property's value as a message has it: yes and no for what is true and false."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -18,6 +18,7 @@ from lib.embeddings.selection import kept_columns, library
 from lib.embeddings.verified import VerifiedFile
 from lib.files import new_path
 from lib.ledger.history import altered_rows, query
+from lib.units import in_words
 from schema.version import VERSION
 
 __all__ = ["NO_LICENSE", "write_crate"]
@@ -31,11 +32,12 @@ _PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
 _PROGRAM = "#esm-ledger"
 # Terms that the context of RO-Crate 1.1 lacks: https://w3id.org/ro/terms/workflow-run
 _TERMS = {"sha256": "https://w3id.org/ro/terms/workflow-run#sha256"}
-# What was said to the program and can change a vector, by its column in `runs`.
+# What was said to the program and can change a vector, by the name of the run's fact.
 _PARAMETERS = {
     "include": "what is kept of each record",
     "repr_layers": "layers that are kept (0 is the embedding)",
     "precision": "type of the matrix products",
+    "compile": "whether what is between the products was compiled",
     "per_tok_dtype": "type of per_tok values",
     "max_residues": "residues above which a sequence is long",
     "long_sequences": "what is done with a long sequence",
@@ -187,7 +189,7 @@ class _Crate:
                 softwareVersion=version,
             )
             for name, version in computed_with(self._run).items()
-            if name != "attention"  # is no software
+            if name != "attention"  # not a piece of software
         ]
         return program
 
@@ -273,4 +275,4 @@ def _columns(run: RunEmbeddings) -> str:
 def _text(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value))
-    return str(value)
+    return in_words(value)

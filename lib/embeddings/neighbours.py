@@ -39,7 +39,7 @@ _ROWS_AT_ONCE = 1 << 20  # whose names have less than 2 GB
 # What a cosine of float32 vectors is good for. Closer ones count as equal.
 _DECIMALS = 6
 # What two runs must agree on for their vectors to be points of one space.
-_IDENTITY = ("precision", "max_residues", "long_sequences")
+_IDENTITY = ("precision", "compile", "max_residues", "long_sequences")
 # Keys of the model's snapshot that two runs of the same weights may differ in.
 _FREE = {"name", "repr_layers", "contact_regression_sha256", "released", "base_name"}
 _SUFFIXES = (".csv", ".parquet")

@@ -27,6 +27,7 @@ __all__ = [
 FACTS_FILE = "run.json"
 _OF_RUN = (
     "precision",
+    "compile",
     "max_residues",
     "long_sequences",
     "records_truncated",

@@ -34,6 +34,7 @@ from lib.arrow import arrow_array, numbers, retyped
 from lib.embeddings.verified import ListedFile, VerifiedFile, verified_file
 from lib.errors import IdentityRefusedError, SettingsError
 from lib.files import new_path
+from lib.ledger.footer import is_compiled
 from lib.ledger.history import altered_rows, query, refuse_pruned
 from lib.ledger.ownership import shown_status
 from lib.ledger.places import StoredRun, given_folder
@@ -115,7 +116,8 @@ def open_run(
 
 
 def run_facts(url: str, run: int) -> dict[str, Any]:
-    """Return the row of a run, pruned or not, with its JSON read; no file is.
+    """Return the row of a run, pruned or not, with its JSON read; no file is. `compile`, of its
+    settings, is added.
 
     Raises SettingsError if there is none, MachineError if it has been altered.
     """
@@ -127,6 +129,7 @@ def run_facts(url: str, run: int) -> dict[str, Any]:
     with altered_rows(url):
         for name in ("esm2_config", "repr_layers", "include"):
             facts[name] = json.loads(facts[name]) if facts[name] is not None else None
+        facts["compile"] = is_compiled(json.loads(facts["settings"]))
     return facts
 
 
@@ -147,8 +150,8 @@ def _locate(
 class RunEmbeddings:
     """The vectors of one run, in FASTA order; `open_run` makes it.
 
-    facts: the row of the run in the table `runs`, by column; a status `killed` is of a running run
-        without a live process.
+    facts: the row of the run in the table `runs`, by column, and `compile`, of its settings; a
+        status `killed` is of a running run without a live process.
     inputs: the rows of its input files in the table `inputs`, in their order.
     attempts: device_name and versions of every attempt at it.
     files: its checkpoint files, as they were checked.

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from lib.columns import vector_bytes
 from lib.sequences.plan import Pack
-from schema.parquet import CONTACTS, VectorColumn
+from schema.parquet import VectorColumn
 
 __all__ = ["Division", "SizeRules", "Stretch"]
 
@@ -37,16 +40,9 @@ class SizeRules:
 
     def vector_bytes(self, pack: Pack) -> int:
         """Return the bytes of a pack's vectors in float32."""
-        total = 0
-        for sequence in pack.sequences:
-            length = len(sequence.residues)
-            for column in self.columns:
-                if column.kind == CONTACTS:
-                    numbers = length * length
-                else:
-                    numbers = self.hidden_dim * (1 if column.is_pooled else length)
-                total += 4 * numbers * len(sequence.owners)
-        return total
+        lengths = [len(one.residues) for one in pack.sequences for _ in one.owners]
+        residues = np.array(lengths, np.int64)
+        return sum(vector_bytes(one, residues, self.hidden_dim, "float32") for one in self.columns)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lib.columns import vector_bytes
 from lib.errors import MachineError
 from lib.jobs.loading import LoadedModel
 from lib.jobs.progress import computing_cost
@@ -31,7 +32,7 @@ from lib.sequences.records import Owner
 from lib.sequences.windows import Sequence as FastaSequence
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
-from schema.parquet import VectorColumn, vector_columns
+from schema.parquet import vector_columns
 
 __all__ = ["Estimate", "Trial", "disk_bytes", "estimate_run", "timed_trial"]
 
@@ -122,13 +123,12 @@ def timed_trial(
     model: LoadedModel,
     compute: Compute,
     clock: Callable[[], float],
-    most_seconds: float = _TRIAL_SECONDS,
 ) -> Trial:
     """Compute packs of some of an input's lengths, and time them.
 
     lengths: (N,) residues per sequence; compute: computes packs, at once where the device does.
     Small packs warm up and tell how long larger ones will take: those that would go beyond
-    `most_seconds` are left out, and if that is all of them, the small ones are what was timed.
+    `_TRIAL_SECONDS` are left out, and if that is all of them, the small ones are what was timed.
     """
     width, at_once = model.config.hidden_dim, packs_at_once(model.network.device)
     small = [[min(_SMALL, int(lengths.max()))]] * at_once
@@ -139,7 +139,7 @@ def timed_trial(
         if timed and trial.seconds >= _ENOUGH_SECONDS:
             break
         ahead = sum(computing_cost(np.array(pack), width) for pack in packs)
-        if spent.seconds + ahead * trial.seconds / trial.cost > most_seconds:
+        if spent.seconds + ahead * trial.seconds / trial.cost > _TRIAL_SECONDS:
             continue
         try:
             timed.append(_timed(packs, compute, clock, width))
@@ -156,9 +156,9 @@ def disk_bytes(
     """Return the bytes of the checkpoint files of a run of an input, which takes `seconds`."""
     output = settings.output
     columns = vector_columns(output.include, config.repr_layers)
-    residues = inventory.record_lengths.astype(np.float64)
+    residues = inventory.record_lengths.astype(np.int64)
     vectors = sum(
-        _vector_bytes(column, config.hidden_dim, output.per_tok_dtype, residues)
+        vector_bytes(column, residues, config.hidden_dim, output.per_tok_dtype)
         for column in columns
     )
     files = max(
@@ -168,17 +168,6 @@ def disk_bytes(
     )
     describing = _DESCRIBING_BYTES * inventory.records + _HEADER_SHARE * inventory.header_letters
     return round(vectors + describing + _FILE_BYTES * files)
-
-
-def _vector_bytes(
-    column: VectorColumn, width: int, per_tok_dtype: str, residues: npt.NDArray[np.float64]
-) -> float:
-    """Return the bytes of a column; residues: (records,) embedded of each."""
-    if column.is_pooled:
-        return 4.0 * width * len(residues)
-    if column.kind == "per_tok":
-        return (2.0 if per_tok_dtype == "float16" else 4.0) * width * float(residues.sum())
-    return 4.0 * float(residues @ residues)
 
 
 def _rounds(lengths: npt.NDArray[np.int32], tokens: int, at_once: int) -> list[list[Lengths]]:

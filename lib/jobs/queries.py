@@ -19,8 +19,9 @@ def query_settings(
 ) -> Settings:
     """Return the settings by which `query`, a FASTA file, gets vectors comparable with a run's.
 
-    All that changes vectors is the run's; where and how it is computed is said by `current`. Only
-    `column` is kept. weights: where the run's weights lie now, if they have moved.
+    All that changes vectors is the run's; on which device, and with how much of it, is said by
+    `current`. Only `column` is kept, and this process alone computes. weights: where the run's
+    weights lie now, if they have moved.
     """
     said: Overrides = {"input.fasta": [query]}
     if weights is not None:
@@ -29,7 +30,7 @@ def query_settings(
     return replace(
         settings,
         model=replace(settings.model, repr_layers=None),
-        compute=replace(current.compute, precision=run.precision),
+        compute=replace(current.compute, precision=run.precision, compile=settings.compute.compile),
         output=replace(current.output, include=[column.kind]),
         database=current.database,
     )

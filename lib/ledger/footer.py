@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schema.parquet import FOOTER_KEY
 
-__all__ = ["TOTALS", "footer_of", "read_footer"]
+__all__ = ["TOTALS", "footer_of", "is_compiled", "read_footer"]
 
 # Columns of `runs` that footers repeat, beside the identity, so that a lost row can be made anew.
 TOTALS = (
@@ -34,7 +34,7 @@ def read_footer(path: Path, file: BinaryIO | None = None) -> dict[str, Any]:
     """Return what the ledger wrote into a checkpoint's footer; no column is read.
 
     file: the regular file at `path`, if it is open already; it stays open. Raises ValueError, in
-    one line, for a file that is no checkpoint or not readable.
+    one line, for a file that is not a checkpoint, or not readable.
     """
     try:
         if file is None and (path.is_symlink() or not path.is_file()):
@@ -62,3 +62,12 @@ def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("footer metadata is not an object")
     return content
+
+
+def is_compiled(settings: object) -> bool:
+    """Return whether a run with these settings compiles its network; older than the option: no.
+
+    settings: on record, in a footer or in the row of a run.
+    """
+    compute = settings.get("compute") if isinstance(settings, dict) else None
+    return isinstance(compute, dict) and compute.get("compile") is True

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lib.errors import IdentityRefusedError
+from lib.ledger.footer import is_compiled
 from lib.sequences.inputs import named
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import PLAN
@@ -27,7 +28,6 @@ __all__ = [
     "first_difference",
     "identity_in_footer",
     "identity_on_record",
-    "is_compiled",
     "run_columns",
     "run_config",
     "run_identity",
@@ -186,12 +186,6 @@ def identity_in_footer(footer: Mapping[str, Any]) -> dict[str, Any]:
     identity = footer.get("identity")
     found = dict(identity) if isinstance(identity, dict) else {}
     return found | {"compile": is_compiled(footer.get("settings"))}
-
-
-def is_compiled(settings: object) -> bool:
-    """Return whether a run with these settings compiles its network; older than the option: no."""
-    compute = settings.get("compute") if isinstance(settings, dict) else None
-    return isinstance(compute, dict) and compute.get("compile") is True
 
 
 def first_difference(

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import Engine, select
+from sqlalchemy import ColumnElement, Engine, select
 
 from lib.errors import IdentityRefusedError
 from lib.ledger.audit import audit
 from lib.ledger.database import transaction
-from lib.ledger.identity import is_compiled, run_config
+from lib.ledger.footer import is_compiled
+from lib.ledger.identity import run_config
 from lib.ledger.runs import load_run
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
@@ -38,6 +39,17 @@ class Wanted:
 
     config: ESM2Config
     settings: Settings
+
+    @property
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """What the rows of a run and of its model have to say, for a query of both."""
+        return [
+            Model.sha256 == self.config.sha256,
+            Model.token_dropout == self.config.token_dropout,
+            Model.attention_heads == self.config.attention_heads,
+            Run.precision == self.settings.compute.precision,
+            Run.long_sequences == self.settings.input.long_sequences,
+        ]
 
     def is_kept_by(self, run: Run) -> bool:
         """Return whether a run of the same model kept every column, in a type that serves.
@@ -109,18 +121,10 @@ def source_runs(engine: Engine, wanted: Wanted) -> Iterator[SourceRun]:
 
 def _runs_of_model(engine: Engine, wanted: Wanted) -> list[int]:
     """Return the runs with checkpoints of the same model, precision and rule, newest first."""
-    config, settings = wanted.config, wanted.settings
     query = (
         select(Run.id)
         .join(Model, Run.model_id == Model.id)
-        .where(
-            Model.sha256 == config.sha256,
-            Model.token_dropout == config.token_dropout,
-            Model.attention_heads == config.attention_heads,
-            Run.precision == settings.compute.precision,
-            Run.long_sequences == settings.input.long_sequences,
-            *_HAS_FILES,
-        )
+        .where(*wanted.conditions, *_HAS_FILES)
         .order_by(Run.id.desc())
     )
     with transaction(engine) as session:

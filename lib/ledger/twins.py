@@ -48,8 +48,7 @@ def describe_twin(run_id: int) -> str:
 
 def _candidates(engine: Engine, wanted: Wanted, inventory: Inventory) -> list[int]:
     """Return the finished runs whose weights, input and rules are the same, newest first."""
-    config, settings = wanted.config, wanted.settings
-    rules = settings.input
+    rules = wanted.settings.input
     query = (
         select(Run.id)
         .join(Model, Run.model_id == Model.id)
@@ -57,12 +56,8 @@ def _candidates(engine: Engine, wanted: Wanted, inventory: Inventory) -> list[in
             Run.status == "finished",
             Run.pruned_at.is_(None),
             Run.input_sha256 == inventory.sha256,
-            Model.sha256 == config.sha256,
-            Model.token_dropout == config.token_dropout,
-            Model.attention_heads == config.attention_heads,
-            Run.precision == settings.compute.precision,
+            *wanted.conditions,
             Run.max_residues == rules.max_residues,
-            Run.long_sequences == rules.long_sequences,
             Run.unknown_residues == rules.unknown_residues,
         )
         .order_by(Run.id.desc())

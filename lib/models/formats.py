@@ -1,14 +1,7 @@
 """The formats of weights: where a model lies on disk, and which class reads it.
 
-To add a format:
-
-1. Write a class that offers what `lib.models.weights.Weights` asks for, with the class methods
-   `recognises` and `open`, in a module of its own beside `fair_esm_file` and `huggingface`.
-2. Add the class to `FORMATS`.
-3. Add its `format`, and the same with `+lora`, to `WEIGHTS_FORMATS` in schema/esm2_config.py.
-4. Test it in tests/models: vectors against the format's own library, and refusals.
-
-A LoRA adapter is not a format of its own: lib/models/adapted.py lays it over weights of any.
+CONTRIBUTING.md says what a new format takes. A LoRA adapter is not a format of its own:
+lib/models/adapted.py lays it over weights of any.
 """
 
 from __future__ import annotations

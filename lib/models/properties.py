@@ -15,6 +15,7 @@ from lib.catalog import RELEASED, ReleasedModel
 from lib.errors import SettingsError, WeightsError
 from lib.models.trunk import shape_in_tensors
 from lib.models.weights import Weights
+from lib.units import in_words
 from schema.esm2_config import ModelShape
 from schema.settings import ModelSettings
 
@@ -78,7 +79,8 @@ def catalog_shape(model: ModelSettings) -> ModelShape:
         override, value = getattr(model, key), getattr(shape, key)
         if override is not None and override != value:
             raise SettingsError(
-                f"[model] {key} = {_said(override)} contradicts {model.esm_model}: {_said(value)}"
+                f"[model] {key} = {in_words(override)} contradicts {model.esm_model}: "
+                f"{in_words(value)}"
             )
     return shape
 
@@ -87,8 +89,8 @@ def _agreed(path: Path, key: str, said: Mapping[str, object]) -> Property:
     """Return the value on which the sources in `said` agree; raises if they do not."""
     if _OVERRIDE in said and _TENSORS in said and said[_OVERRIDE] != said[_TENSORS]:
         raise SettingsError(
-            f"[model] {key} = {_said(said[_OVERRIDE])} contradicts the tensors of {path}: "
-            f"{_said(said[_TENSORS])}"
+            f"[model] {key} = {in_words(said[_OVERRIDE])} contradicts the tensors of {path}: "
+            f"{in_words(said[_TENSORS])}"
         )
     # An override may correct metadata, but neither tensors nor the catalog of a released name.
     silent = _METADATA if _OVERRIDE in said else None
@@ -97,7 +99,8 @@ def _agreed(path: Path, key: str, said: Mapping[str, object]) -> Property:
     for source, value in heard.items():
         if value != heard[first]:
             raise WeightsError(
-                f"{path}: {key} is {_said(heard[first])} by {first}, {_said(value)} by {source}"
+                f"{path}: {key} is {in_words(heard[first])} by {first}, "
+                f"{in_words(value)} by {source}"
             )
     return Property(heard[first], ", ".join(heard))
 
@@ -114,7 +117,3 @@ def _in_metadata(weights: Weights, key: str) -> object:
     if not good:
         raise WeightsError(f"{weights.path}: metadata has {key} = {str(value)[:80]!r}")
     return value
-
-
-def _said(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

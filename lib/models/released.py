@@ -13,6 +13,7 @@ from lib.models.bare_tensors import SafetensorsFile
 from lib.models.fair_esm_file import FairEsmFile
 from lib.models.huggingface import HuggingFaceFolder
 from lib.models.weights import Weights
+from lib.units import in_words
 from schema.esm2_config import ModelShape
 
 __all__ = ["Proof", "prove", "refuse_false_name", "refuse_unpublished", "take_md5"]
@@ -67,9 +68,9 @@ def take_md5(weights: Weights, shape: ModelShape) -> str | None:
     if not isinstance(weights, FairEsmFile) or name is None:
         return None
     published = RELEASED[name].file
-    if published.algorithm != "md5" or not _sized(weights.path.stat().st_size, published):
+    if published.algorithm != "md5" or not _sized(weights.file.size, published):
         return None
-    return file_md5(weights.path)
+    return file_md5(weights.file.open_path)
 
 
 def refuse_false_name(weights: Weights, shape: ModelShape) -> None:
@@ -81,7 +82,8 @@ def refuse_false_name(weights: Weights, shape: ModelShape) -> None:
         found = getattr(shape, key)
         if found != published:
             raise WeightsError(
-                f"{weights.path}: {key} is {_said(found)}, that of {name} is {_said(published)}"
+                f"{weights.path}: {key} is {in_words(found)}, that of {name} is "
+                f"{in_words(published)}"
             )
 
 
@@ -103,9 +105,13 @@ def refuse_unpublished(part: Path, published: PublishedFile, target: Path) -> No
 
 
 def _prove_file(
-    weights: Weights, name: str, published: PublishedFile, sha256: str | None, md5: str | None
+    weights: FairEsmFile | SafetensorsFile,
+    name: str,
+    published: PublishedFile,
+    sha256: str | None,
+    md5: str | None,
 ) -> Proof | None:
-    if not _sized(weights.path.stat().st_size, published):
+    if not _sized(weights.file.size, published):
         return Proof(None, "size")
     digest = md5 if published.algorithm == "md5" else sha256
     if digest is None:
@@ -137,7 +143,3 @@ def _name_of(shape: ModelShape) -> str | None:
 
 def _sized(size: int, published: PublishedFile) -> bool:
     return published.bytes is None or size == published.bytes
-
-
-def _said(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

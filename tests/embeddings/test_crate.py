@@ -95,6 +95,7 @@ def test_every_attempt_is_an_action_with_what_it_made(
     assert given["#input-0"]["sha256"] == file_sha256(SOME_PROTEINS)
     assert given["#weights"]["sha256"] == run.model["sha256"]
     assert given["#precision"]["value"] == "float32"
+    assert given["#compile"]["value"] == "no"
     assert given["#repr_layers"]["value"] == "2"
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from lib.embeddings import RunEmbeddings, open_run
 from lib.embeddings.neighbours import _Best
+from lib.jobs import loading
 from lib.ledger.history import query
 from tests import processes
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, Once, Place, Script
@@ -137,13 +138,20 @@ def test_the_best_of_blocks_are_the_best_of_all() -> None:
 
 
 def test_vectors_of_other_models_and_rules_are_refused(
-    script: Script, place: Place, small_model: Path, other_model: Path, tall_model: Path
+    script: Script,
+    place: Place,
+    small_model: Path,
+    other_model: Path,
+    tall_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(loading, "_compile", lambda _network: None)  # which takes long
     runs = [
         (small_model, [], ""),
         (other_model, [], "sha256 is {sha256}, {own} in run 1"),
         (tall_model, [], "attention_heads is 6, 4 in run 1"),
         (small_model, ["--set", "compute.precision=bfloat16"], "precision is bfloat16, float32 in"),
+        (small_model, ["--set", "compute.compile=yes"], "compile is True, False in run 1"),
         (small_model, ["--set", "input.max_residues=99"], "max_residues is 99, 1022 in run 1"),
         (
             small_model,
@@ -208,6 +216,7 @@ def test_a_file_is_embedded_by_the_very_model_of_the_run(
     assert script("embed", "--esm-model", model, *embed, *rules).status == 0
     # What config.ini says today is another model, and other rules.
     place.set("model", "esm_model", other_model)
+    place.set("compute", "compile", "yes")
     to = place.folder / "nearest.csv"
     flags = ["--run", "1", "--query", SOME_PROTEINS, "--layer", "0", "--neighbours", "2"]
     answer = script("neighbours", *flags, "--to", to)
@@ -215,6 +224,7 @@ def test_a_file_is_embedded_by_the_very_model_of_the_run(
     made = open_run(place.database, 2)
     assert made.model["sha256"] == open_run(place.database, 1).model["sha256"]
     assert (made.facts["precision"], made.facts["max_residues"]) == ("bfloat16", 30)
+    assert made.facts["compile"] is False
     assert (made.layers, made.facts["include"], len(made)) == ([0], ["mean"], 15)
     assert list(pandas.read_csv(to)["query"]) == np.repeat(made.ids, 2).tolist()
     # It may have moved, but it must be the same.
