@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.measure import AGREES, agreement, end_to_end_share, in_turn, roof
 from benchmarks.processes import Contender, Spec
-from benchmarks.workload import sequences, useful_flops
-from lib.catalog import RELEASED
+from benchmarks.workload import Case, sequences, useful_flops
 from lib.console.output import note
 from lib.models.detection import detect
 from lib.models.untrained import make_folder, make_model
@@ -26,7 +25,6 @@ from lib.settings import load_settings
 
 __all__ = ["COLUMNS", "PEERS", "contender_specs", "measure_case", "rival", "table_rows"]
 
-_SIZES = {name.split("_")[2]: name for name in RELEASED}
 # Peers with a type of half the bytes or less beside float32; None: the same as this project.
 PEERS = {"transformers": None, "openvino": None, "esm-cpp": "int8"}
 _ON_CPU_ONLY = ["openvino", "esm-cpp"]
@@ -37,23 +35,22 @@ COLUMNS = [
 
 
 def measure_case(
-    case: str,
+    case: Case,
     device: torch.device,
     *,
     config: Path,
     repeats: int,
     without: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the figures of one case, SIZE:MIX:SEQUENCES; `without` names peers to leave out."""
-    size, mix, count = case.split(":")
-    shape = RELEASED[_SIZES[size]].shape
-    workload = sequences(mix, int(count))
+    """Return the figures of one case; `without` names peers to leave out."""
+    shape = case.shape
+    workload = sequences(case.mix, case.count)
     lengths = [len(one) for one in workload]
     tokens = sum(lengths) + 2 * len(lengths)
     flops = useful_flops(lengths, shape.num_layers, shape.hidden_dim)
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"esm2_untrained_{size}.pt"
+        path = Path(folder) / f"esm2_untrained_{case.size}.pt"
         make_model(path, shape.num_layers, shape.hidden_dim, shape.attention_heads)
         settings = load_settings(config, {"model.esm_model": str(path)})
         detection = detect(settings.model)
@@ -102,7 +99,7 @@ def measure_case(
             }
         )
     return {
-        "case": case,
+        "case": str(case),
         "tokens": tokens,
         "roof_gflops": {str(d).removeprefix("torch."): round(r / 1e9) for d, r in roofs.items()},
         "contenders": rows,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-__all__ = ["MIXES", "sequences", "useful_flops"]
+from lib.catalog import RELEASED
+from schema.esm2_config import ModelShape
 
+__all__ = ["MIXES", "Case", "sequences", "useful_flops"]
+
+_SIZES = {name.split("_")[2]: name for name in RELEASED}
 _RESIDUES = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 MIXES = {
     "orf": "uniform, 50 to 166 residues: translated reading frames of short reads",
@@ -14,9 +20,39 @@ MIXES = {
 }
 
 
-def sequences(mix: str, count: int, seed: int = 0) -> list[bytes]:
-    """Return `count` random sequences with the lengths of a mix."""
-    chance = np.random.default_rng(seed)
+@dataclass(frozen=True)
+class Case:
+    """What is measured: so many sequences of a mix, through a model of a released size."""
+
+    size: str
+    mix: str
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Return the case of SIZE:MIX:SEQUENCES; raises ValueError, in one line."""
+        size, _, rest = text.partition(":")
+        mix, _, count = rest.partition(":")
+        if size not in _SIZES:
+            raise ValueError(f"{text}: size is none of {', '.join(_SIZES)}")
+        if mix not in MIXES:
+            raise ValueError(f"{text}: mix is none of {', '.join(MIXES)}")
+        if not count.isdecimal() or int(count) == 0:
+            raise ValueError(f"{text}: sequences is not a whole number from 1")
+        return cls(size, mix, int(count))
+
+    @property
+    def shape(self) -> ModelShape:
+        """The shape of the model."""
+        return RELEASED[_SIZES[self.size]].shape
+
+    def __str__(self) -> str:
+        return f"{self.size}:{self.mix}:{self.count}"
+
+
+def sequences(mix: str, count: int) -> list[bytes]:
+    """Return `count` random sequences with the lengths of a mix, the same at every call."""
+    chance = np.random.default_rng(0)
     if mix == "orf":
         lengths = chance.integers(50, 167, count)
     else:

@@ -12,7 +12,7 @@ them takes more than 24 GB, so --without leaves some out. Ratios are medians ove
 pair by pair; the matrix-product rate of the machine (the roof) is measured beside them. A ratio is
 printed only if both sides agree numerically. Start-up is the time from process start to a model
 that is ready. Writes benchmarks/DATE-MACHINE.json, with a number if that exists, and a plot.
-Exit status: 0 measured, 1 a side disagreed, 4 a side is missing.
+Exit status: 0 measured, 1 a side disagreed, 2 a case refused, 4 a side is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,20 +34,28 @@ from benchmarks import esm_cpp
 from benchmarks.measure import figures_stem, unused_stem
 from benchmarks.peers import COLUMNS, PEERS, measure_case, table_rows
 from benchmarks.plot import draw
-from lib.console.arguments import arguments
+from benchmarks.workload import Case
+from lib.console.arguments import arguments, whole_number
 from lib.console.output import print_json, print_line, print_table
 from lib.console.program import run_script
 from lib.network.device import choose_device, choose_pack, device_name
 from lib.settings import load_settings
 
-DEFAULT_CASES = ["8M:orf:1500", "35M:proteome:80", "150M:proteome:30", "650M:orf:40"]
+DEFAULT_CASES = [
+    Case("8M", "orf", 1500),
+    Case("35M", "proteome", 80),
+    Case("150M", "proteome", 30),
+    Case("650M", "orf", 40),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case, print one table, write the figures and the plot."""
     parser = arguments(__doc__)
-    parser.add_argument("--cases", nargs="+", default=DEFAULT_CASES, metavar="SIZE:MIX:SEQUENCES")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--cases", nargs="+", type=_case, default=DEFAULT_CASES, metavar="SIZE:MIX:SEQUENCES"
+    )
+    parser.add_argument("--repeats", type=whole_number(1, 1000), default=3)
     parser.add_argument("--without", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--to", type=Path, default=Path("benchmarks"), help="folder of the figures")
     parsed = parser.parse_args(argv)
@@ -80,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_line(f"untrained weights; {result['machine']}; {result['versions']}")
         print_table(COLUMNS, [row for case in result["cases"] for row in table_rows(case)])
     return 0 if all(one["agrees"] for case in result["cases"] for one in case["contenders"]) else 1
+
+
+def _case(text: str) -> Case:
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

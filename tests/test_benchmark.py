@@ -15,7 +15,7 @@ from benchmarks.contenders import Embed, fair_esm, openvino, ours, transformers_
 from benchmarks.measure import agreement, end_to_end_share, in_turn, roof
 from benchmarks.peers import contender_specs, rival, table_rows
 from benchmarks.processes import Contender, Spec
-from benchmarks.workload import MIXES, sequences, useful_flops
+from benchmarks.workload import MIXES, Case, sequences, useful_flops
 from lib.errors import MachineError, SettingsError
 from lib.jobs.embedding import Job, work
 from lib.ledger.history import query
@@ -252,21 +252,42 @@ def test_no_ratio_is_printed_where_a_side_disagrees() -> None:
 def test_what_was_measured_is_kept_though_the_next_case_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measured(case: str, *_: object, **__: object) -> dict[str, str]:
-        if case == "second":
+    first, second, third = "8M:orf:1", "35M:orf:2", "8M:uniref:3"
+
+    def measured(case: Case, *_: object, **__: object) -> dict[str, str]:
+        if case.count == 2:
             raise MachineError("out of memory")
-        return {"case": case}
+        return {"case": str(case)}
 
     monkeypatch.setattr(benchmark, "measure_case", measured)
     with pytest.raises(SettingsError, match=r"nowhere: no such folder$"):
-        benchmark.main(["--cases", "first", "--to", str(tmp_path / "nowhere")])
+        benchmark.main(["--cases", first, "--to", str(tmp_path / "nowhere")])
     with pytest.raises(MachineError):
-        benchmark.main(["--cases", "first", "second", "--to", str(tmp_path)])
+        benchmark.main(["--cases", first, second, "--to", str(tmp_path)])
     (figures,) = tmp_path.iterdir()
-    assert json.loads(figures.read_text())["cases"] == [{"case": "first"}]
+    assert json.loads(figures.read_text())["cases"] == [{"case": first}]
     with pytest.raises(MachineError):
-        benchmark.main(["--cases", "third", "second", "--to", str(tmp_path)])
+        benchmark.main(["--cases", third, second, "--to", str(tmp_path)])
     again = figures.with_stem(f"{figures.stem}-2")
     assert sorted(tmp_path.iterdir()) == sorted([figures, again])
-    assert json.loads(figures.read_text())["cases"] == [{"case": "first"}]
-    assert json.loads(again.read_text())["cases"] == [{"case": "third"}]
+    assert json.loads(figures.read_text())["cases"] == [{"case": first}]
+    assert json.loads(again.read_text())["cases"] == [{"case": third}]
+
+
+@pytest.mark.parametrize(
+    ("case", "fact"),
+    [
+        ("8Q:orf:3", "8Q:orf:3: size is none of 8M, 35M, 150M, 650M, 3B, 15B"),
+        ("8M:orfs:3", "8M:orfs:3: mix is none of orf, proteome, uniref"),
+        ("8M:orf", "8M:orf: sequences is not a whole number from 1"),
+        ("8M:orf:0", "8M:orf:0: sequences is not a whole number from 1"),
+    ],
+)
+def test_a_case_that_is_none_is_refused_before_any_is_measured(
+    case: str, fact: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "measure_case", None)
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main(["--cases", "8M:orf:3", case])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.endswith(f": {fact}\n")
