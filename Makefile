@@ -140,7 +140,7 @@ validate: $(installed) ## check settings, model, input and database; with RUN= a
 	@$(python) scripts/validate.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
 
 .PHONY: verify
-verify: $(installed) ## compute a sample of RUN= again with fair-esm, and compare
+verify: $(installed) ## compute a sample of RUN= again with the model's own library, and compare
 	@$(python) scripts/verify.py $(config) $(model) $(input) $(output) $(run) $(ARGS)
 
 .PHONY: embed

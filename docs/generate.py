@@ -167,7 +167,7 @@ def _entry(name: str, path: Path, indent: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = (file for file in folder.iterdir() if file.suffix in (".py", ".sql", ".html"))
+    files = (file for file in folder.iterdir() if file.suffix in (".py", ".sql", ".html", ".cpp"))
     return sorted(file for file in files if file.name != "__init__.py")
 
 

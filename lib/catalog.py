@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from schema.esm2_config import ModelShape
 
 __all__ = [
+    "LIKE_RELEASED",
     "RELEASED",
     "HubFiles",
     "PublishedFile",
@@ -60,8 +62,12 @@ class ReleasedModel:
 
 
 def shown_name(name: str, released: bool | None) -> str:
-    """Return the name of weights; if it is a released model's and they are not, it says so."""
-    return f"{name} (not the released file)" if name in RELEASED and released is False else name
+    """Return the name of weights; if it is like a released model's and they are not, it says so.
+
+    The views in schema/views.sql name models in the same way.
+    """
+    is_like = fnmatchcase(name, LIKE_RELEASED)
+    return f"{name} (not the released file)" if is_like and released is False else name
 
 
 def named_on_hub(name: str) -> str | None:
@@ -75,6 +81,8 @@ def hub_name(released: str) -> str:
     return f"{_HUB_OWNER}/{released}"
 
 
+# What the names of all released models are like.
+LIKE_RELEASED = "esm2_t*_UR50D"
 # Whose models the released ones are on the Hugging Face Hub.
 _HUB_OWNER = "facebook"
 # Shapes: Lin et al. 2022 (doi:10.1126/science.ade2574), table S1, and the released files.

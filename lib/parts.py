@@ -15,7 +15,7 @@ def bounded_parts(
 ) -> Iterator[range]:
     """Cut rows into parts of at most `most` in size and at most `most_rows` rows.
 
-    sizes: (rows,) of each row. A row that is larger is a part of its own; no rows are no part.
+    sizes: (rows,) of each row. A larger row is a part of its own. Without rows there are no parts.
     """
     ends = np.cumsum(sizes, dtype=np.int64)
     start = 0

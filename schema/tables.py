@@ -1,4 +1,4 @@
-"""Tables of the run database (SQLite); what is done with them is in lib.ledger.runs."""
+"""Tables of the run database (SQLite); what is done with them is in lib/ledger."""
 
 from __future__ import annotations
 
@@ -238,9 +238,9 @@ class Worker(Base):
     started_at: Mapped[str] = mapped_column(comment="UTC ISO 8601")
     seen_at: Mapped[str] = mapped_column(comment="when it last answered, UTC ISO 8601")
     outcome: Mapped[str | None] = mapped_column(
-        comment="finished, refused, lost or failed; NULL while it lives"
+        comment="finished, refused or lost; NULL while it lives"
     )
-    error: Mapped[str | None] = mapped_column(comment="why it was refused, lost or failed")
+    error: Mapped[str | None] = mapped_column(comment="why it was refused or lost")
 
 
 class Checkpoint(Base):

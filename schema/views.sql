@@ -6,7 +6,7 @@ CREATE VIEW run_history AS
 SELECT
     -- number of the run
     runs.id AS run,
-    -- name of the model; (not the released file) if its digest is not that of this name; (untrained) if scripts/make_model.py made it
+    -- name of the model; (not the released file) if its name is like a released one's, but its digest is not; (untrained) if scripts/make_model.py made it
     models.name
         || CASE WHEN NOT models.released AND models.name GLOB 'esm2_t*_UR50D'
             THEN ' (not the released file)' ELSE '' END
@@ -190,7 +190,7 @@ CREATE VIEW model_usage AS
 SELECT
     -- number of the model
     models.id AS model_id,
-    -- name of the model; (not the released file) if its digest is not that of this name; (untrained) if scripts/make_model.py made it
+    -- name of the model; (not the released file) if its name is like a released one's, but its digest is not; (untrained) if scripts/make_model.py made it
     models.name
         || CASE WHEN NOT models.released AND models.name GLOB 'esm2_t*_UR50D'
             THEN ' (not the released file)' ELSE '' END
@@ -248,9 +248,9 @@ SELECT
     coalesce(done.residues, 0) AS residues,
     -- residues computed per second of its checkpoints
     round(done.residues / nullif(done.seconds, 0), 1) AS residues_per_second,
-    -- finished, refused, lost or failed; NULL while it lives
+    -- finished, refused or lost; NULL while it lives
     workers.outcome AS outcome,
-    -- why it was refused, lost or failed
+    -- why it was refused or lost
     workers.error AS error
 FROM workers
 JOIN attempts ON attempts.id = workers.attempt_id

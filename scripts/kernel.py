@@ -14,15 +14,16 @@ if __name__ == "__main__":
     import _start  # Ctrl-C and a missing package are one line
 
 from lib.console.arguments import arguments
-from lib.console.output import note
+from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.network.fused import build
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, and say where."""
-    arguments(__doc__).parse_args(argv)
-    note(f"attention kernel: {build()}")
+    parsed = arguments(__doc__).parse_args(argv)
+    kernel = build()
+    print_result({"kernel": str(kernel)}, [f"attention kernel: {kernel}"], as_json=parsed.json)
     return 0
 
 

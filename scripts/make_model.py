@@ -22,7 +22,7 @@ import torch
 
 from lib.catalog import RELEASED
 from lib.console.arguments import arguments, whole_number
-from lib.console.output import note, print_json
+from lib.console.output import print_result
 from lib.console.program import run_script
 from lib.models.untrained import make_folder, make_model
 
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=getattr(torch, parsed.dtype),
         token_dropout=not parsed.no_token_dropout,
     )
-    note(f"untrained weights: {parsed.to}, contact regression: {regression}")
-    if parsed.json:
-        print_json({"weights": str(parsed.to), "regression": str(regression), "untrained": True})
+    line = f"untrained weights: {parsed.to}, contact regression: {regression}"
+    content = {"weights": str(parsed.to), "regression": str(regression), "untrained": True}
+    print_result(content, [line], as_json=parsed.json)
     return 0
 
 

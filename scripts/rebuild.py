@@ -6,8 +6,8 @@
 Every file of every run folder in --output is read to its end: page checksums, columns, footer.
 Runs, inputs and checkpoints go on record with their numbers; an unfinished run can be resumed. A
 run that is on record, by uuid or number, is left alone, so it can be run again. What no footer
-knows is said: attempts, machines, library versions, when a run ended. Files of older versions lack
-the totals of their run, which are then counted in its input. Exit status: 0 all of it rebuilt, 2 no
+knows is said: attempts, machines, library versions, when a run ended. Files of some early
+runs lack totals, which are then counted in the input. Exit status: 0 all of it rebuilt, 2 no
 checkpoint file there, 3 some of it not, 4 disk or database failed.
 """
 

@@ -1,4 +1,4 @@
-"""What embed.py and resume.py share: model and input shown, the work under a bar, the result."""
+"""What embed.py, resume.py and neighbours.py share: model and input shown, work under a bar."""
 
 from __future__ import annotations
 

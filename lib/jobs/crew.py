@@ -76,10 +76,10 @@ class Member:
     """A worker of the crew; `greeting` and `readiness` are what it has said of itself.
 
     node: the machine that it is on, as the cluster calls it. row: its number in the run database.
-    asked: whether it was asked if it sees the run's folder; sent: whether its files are sent, None
-    until that is known. given: what it has been given to compute and has not answered; since: when
-    it began the first of these. rate: cost that it computes in a second. hung: it gets no more
-    work, but may answer yet. gone: refused or lost. is_asked: whether it was asked if
+    folder_asked: whether it was asked if it sees the run's folder; sent: whether its files are
+    sent, None until that is known. given: what it has been given to compute and has not answered;
+    since: when it began the first of these. rate: cost that it computes in a second. hung: it gets
+    no more work, but may answer yet. gone: refused or lost. answer_awaited: whether it was asked if
     it lives and has not answered; seen_at: when it last did, until that is on record.
     """
 
@@ -90,7 +90,7 @@ class Member:
     readiness: Readiness | None = None
     admitted: bool = False
     row: int | None = None
-    asked: bool = False
+    folder_asked: bool = False
     sent: bool | None = None
     given: list[Any] = field(default_factory=list)
     since: float = 0.0
@@ -100,7 +100,7 @@ class Member:
     outcome: str | None = None
     error: str | None = None
     refusal: LedgerError | None = None
-    is_asked: bool = False
+    answer_awaited: bool = False
     seen_at: str | None = None
 
     def __str__(self) -> str:
@@ -319,15 +319,15 @@ class Crew:
         for member in self.members:
             if member.row is not None and member.seen_at is not None:
                 seen[member.row], member.seen_at = member.seen_at, None
-            if member.admitted and not (member.gone or member.is_asked):
-                member.is_asked = True
+            if member.admitted and not (member.gone or member.answer_awaited):
+                member.answer_awaited = True
                 with suppress(Exception):  # it is lost, which its other answers tell
                     answer = member.actor.answer.options(concurrency_group=CONTROL).remote()
                     self.mail.expect(answer, partial(self._seen, member))
         see_workers(self._record[0], seen)
 
     def _seen(self, member: Member, done: Future[None]) -> None:
-        member.is_asked = False
+        member.answer_awaited = False
         if done.exception() is None:
             member.seen_at = utc_now()
 

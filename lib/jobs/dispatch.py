@@ -47,7 +47,7 @@ from schema.parquet import vector_columns
 __all__ = ["Workers"]
 
 _GIVEN = 2  # stretches that a worker has: one computed, one waiting
-_TRIES = 3  # workers that a stretch may fail on
+_TRIES = 3  # how often a stretch may fail
 _TAKEN_AT_ONCE = 4  # files that are fetched or verified at once, each by a thread
 _BETWEEN_LOOKS = 1.0
 
@@ -204,9 +204,9 @@ class _Dispatch:
     def _share(self) -> None:
         """Find out of new workers whether they see the run's folder."""
         for member in self._crew.admitted:
-            if member.sent is not None or member.asked:
+            if member.sent is not None or member.folder_asked:
                 continue
-            member.asked = True
+            member.folder_asked = True
             files = self._job.settings.cluster.files
             if files == "sent":
                 member.sent = True

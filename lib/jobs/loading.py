@@ -44,7 +44,7 @@ __all__ = [
 Result = TypeVar("Result")
 
 _SHORT_SEQUENCE = b"MKTAYIAKQRQISFVKSHFSRQ"
-# What torch compiles fits the size that it saw first best, and a pack is no short sequence.
+# What torch compiles fits the size that it saw first best; a pack is longer than one sequence.
 _AS_A_PACK = 40 * _SHORT_SEQUENCE
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from schema.version import VERSION
 __all__ = ["Answer", "Failure", "Greeting", "Readiness", "own_versions"]
 
 _ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("torch", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Answer:
     failure: Failure | None = None
 
 
-def own_versions(packages: Sequence[str] = ("torch", "numpy", "pyarrow")) -> dict[str, str]:
+def own_versions() -> dict[str, str]:
     """Return the versions of all that can change a bit of a result, by name.
 
     `source` is a digest of this program's own modules: a checkout may differ from its version.
@@ -96,7 +97,7 @@ def own_versions(packages: Sequence[str] = ("torch", "numpy", "pyarrow")) -> dic
     )
     return {
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in _PACKAGES},
         "esm-ledger": VERSION,
         "source": source[:16],
     }

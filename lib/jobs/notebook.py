@@ -133,13 +133,13 @@ def _named(sequences: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401 (anything m
     if isinstance(sequences, set | frozenset) or getattr(sequences, "ndim", 1) != 1:
         kind = type(sequences).__name__
         raise InputError(f"sequences: {kind}, not a list of them or sequences by their id")
-    # A Series of pandas is no Mapping.
+    # A pandas Series is not a Mapping.
     pairs = sequences.items() if hasattr(sequences, "keys") else enumerate(sequences)
     return [*pairs]
 
 
 def _text(name: str, value: object) -> str:
-    """Return the value of an option as --set has it; raises SettingsError for what is no value."""
+    """Return the value of an option as --set has it; raises SettingsError if it cannot be one."""
     if isinstance(value, str | Real | Path):
         return str(value)
     raise SettingsError(f"{name}: {type(value).__name__}, not text, a number or a path")

@@ -121,7 +121,7 @@ class Verification:
         )
 
     def json(self) -> dict[str, Any]:
-        """Return the verification for programs; None for a figure that is no number."""
+        """Return the verification for programs; None in the place of NaN and infinity."""
         return {
             "run": self.run.id,
             "good": self.good,

@@ -27,7 +27,7 @@ __all__ = [
     "audit",
     "audit_completeness",
     "audit_files",
-    "difference",
+    "differs_from_row",
     "missing_positions",
 ]
 
@@ -182,7 +182,7 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(_of(checkpoint, fact), damaged=True, checkpoint=checkpoint)
 
 
-def difference(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
+def differs_from_row(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
     """Return how a file differs from what the row of a checkpoint says; its pages are not read.
 
     Raises MachineError for one that cannot be opened.

@@ -146,7 +146,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
     has taken its place.
     """
     path = Path(engine.url.database or "")
-    # SQLite goes on writing to a file that has lost its name, and all of it is gone at the end.
+    # SQLite keeps writing to an unlinked file; the data vanishes on close.
     try:
         found = _file(path)
     except OSError as error:

@@ -20,6 +20,7 @@ from lib.ledger.comments import view_comments
 from lib.ledger.database import database_errors, make_views, utc_now, writing_engine
 from lib.ledger.sqlite_file import (
     BUSY_SECONDS,
+    KNOWN_VERSIONS,
     connect_read_only,
     database_path,
     refuse_strangers,
@@ -48,7 +49,7 @@ def back_up(url: str, to: Path) -> Path:
     MachineError if SQLite or the disk fails.
     """
     path = database_path(url)
-    connect_read_only(path, versions=range(1, SCHEMA_VERSION + 1)).close()
+    connect_read_only(path, versions=KNOWN_VERSIONS).close()
     _copy(path, to)
     return path
 
@@ -64,7 +65,7 @@ def upgrade(url: str) -> Upgrade:
     path = database_path(url)
     if not path.is_file():
         raise SettingsError(f"database {path}: no such file")
-    refuse_strangers(path, may_write=True, versions=range(1, SCHEMA_VERSION + 1))
+    refuse_strangers(path, may_write=True, versions=KNOWN_VERSIONS)
     before = schema_version(path)
     if before is None or before == SCHEMA_VERSION:
         return Upgrade(path, SCHEMA_VERSION, None)
@@ -98,11 +99,10 @@ def _copy(path: Path, to: Path, *, replace_same: bool = False) -> None:
 
 def _same_content(path: Path, copy: Path) -> bool:
     """Return whether two run databases have the same tables, rows and views."""
-    older = range(1, SCHEMA_VERSION + 1)
     try:
         with (
-            closing(connect_read_only(path, versions=older)) as one,
-            closing(connect_read_only(copy, versions=older)) as other,
+            closing(connect_read_only(path, versions=KNOWN_VERSIONS)) as one,
+            closing(connect_read_only(copy, versions=KNOWN_VERSIONS)) as other,
         ):
             return all(a == b for a, b in zip_longest(one.iterdump(), other.iterdump()))
     except (LedgerError, sqlite3.Error):  # not a run database, or not a whole one

@@ -20,7 +20,7 @@ from sqlalchemy import Engine, func, select, update
 
 from lib.errors import IdentityRefusedError, MachineError, SettingsError
 from lib.files import disk_errors
-from lib.ledger.audit import difference
+from lib.ledger.audit import differs_from_row
 from lib.ledger.checkpoints import attempt_of
 from lib.ledger.database import (
     open_for_reading,
@@ -317,7 +317,7 @@ class _Listed:
         if not stat.S_ISREG(found.st_mode):
             return "not a regular file"
         if checkpoint is not None:
-            return difference(run, checkpoint, path)
+            return differs_from_row(run, checkpoint, path)
         if kept is not None:
             return self._why_input_stays(kept, path, found)
         if is_plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from lib.errors import IdentityRefusedError
-from lib.ledger.audit import difference
+from lib.ledger.audit import differs_from_row
 from lib.ledger.database import transaction
 from lib.ledger.history import refuse_pruned
 from lib.ledger.ownership import is_held
@@ -57,7 +57,7 @@ def relocate(engine: Engine, run_id: int, output: Path) -> Relocation:
 def _faults(run: Run, folder: Path) -> Iterator[str]:
     """Yield what is wrong with the files of a run; no page is read."""
     for checkpoint in run.checkpoints:
-        fault = difference(run, checkpoint, folder / checkpoint.path)
+        fault = differs_from_row(run, checkpoint, folder / checkpoint.path)
         if fault is not None:
             yield f"{checkpoint.path}: {fault}"
     for file in run.inputs:

@@ -16,7 +16,7 @@ from schema.version import APPLICATION_ID, SCHEMA_VERSION
 
 __all__ = [
     "BUSY_SECONDS",
-    "OLDER_VERSIONS",
+    "KNOWN_VERSIONS",
     "connect_read_only",
     "database_path",
     "error_fact",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BUSY_SECONDS = 60
-OLDER_VERSIONS = range(1, SCHEMA_VERSION)
+KNOWN_VERSIONS = range(1, SCHEMA_VERSION + 1)  # this one, and those that `make upgrade` takes
 _DRIVERS = ("sqlite", "sqlite+pysqlite")  # two names of Python's own
 _WAL_MODE = b"\2"  # in byte 18 of the file (sqlite.org/fileformat2.html, 1.3)
 
@@ -84,7 +84,7 @@ def refuse_strangers(
     found = schema_version(path, may_write=may_write)
     if found is None or found in versions:
         return
-    older = " (make upgrade)" if found in OLDER_VERSIONS else ""
+    older = " (make upgrade)" if found in KNOWN_VERSIONS else ""
     raise SettingsError(
         f"database {path}: schema version {found}, this program's is {SCHEMA_VERSION}{older}"
     )

@@ -75,7 +75,7 @@ def see_workers(engine: Engine, seen: Mapping[int, str]) -> None:
 
 
 def end_worker(engine: Engine, worker_id: int, outcome: str, error: str | None = None) -> None:
-    """Record how a worker ended: finished, refused, lost or failed; only the first counts."""
+    """Record how a worker ended: finished, refused or lost; only the first counts."""
     with transaction(engine) as session:
         session.execute(
             update(Worker)

@@ -123,12 +123,12 @@ def norms_figure(found: Survey | None) -> Figure:
 def throughput_figure(work: Sequence[Work]) -> Figure:
     """Draw residues per second over the time spent computing, attempt by attempt.
 
-    work: the checkpoints in the order of their commits.
+    work: the checkpoints that were computed, not copied, in the order of their commits.
     """
     title = "Throughput"
     merged = [one for one in _merged(work) if one.seconds > 0]
     if not merged:
-        return Figure(title, "", ["No checkpoint is committed yet."])
+        return Figure(title, "", ["No checkpoint has been computed."])
     seconds, residues = sum(one.seconds for one in merged), sum(one.residues for one in merged)
     unit = next((one for one in _UNITS if seconds >= 2 * _UNITS[one]), "seconds")
     parts, start = [], 0.0

@@ -7,13 +7,15 @@ digest was asked: a file passed by its name, and a download by its shape.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 
-from lib.catalog import RELEASED
+from lib.catalog import LIKE_RELEASED, RELEASED
 from lib.embeddings import open_run
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
@@ -21,7 +23,7 @@ from lib.ledger.questions import questions
 from lib.models.untrained import make_folder, make_model
 from schema.migrations.versions import v2
 from tests.catalogs import release
-from tests.conftest import Answer, Place, Script
+from tests.conftest import ROOT, Answer, Place, Script
 
 NAME = "esm2_t33_650M_UR50D"
 FALSE_NAME = f"{NAME} (not the released file)"
@@ -260,6 +262,20 @@ def test_a_released_name_that_is_nowhere_is_neither(script: Script) -> None:
     found = script("detect", "--json", "--esm-model", NAME).json
     assert found["released"] is None
     assert "released" not in script("detect", "--esm-model", NAME).out
+
+
+def test_a_name_like_a_released_one_is_marked_everywhere(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    like = "esm2_t12_phage_UR50D"
+    path = shutil.copy(small_model, place.folder / f"{like}.pt")
+    assert f"model {like} (not the released file): sha256 " in embed(script, place, path).err
+    (run,) = script("history", "--json").json
+    assert run["model"] == f"{like} (not the released file) (untrained)"
+    # The program and the views go by one pattern, which all released names have.
+    patterns = re.findall(r"GLOB '(esm2[^']+)'", (ROOT / "schema" / "views.sql").read_text())
+    assert patterns == [LIKE_RELEASED] * 3
+    assert all(fnmatchcase(name, LIKE_RELEASED) for name in RELEASED)
 
 
 # ---- On record

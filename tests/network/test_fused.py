@@ -291,6 +291,6 @@ def test_what_is_built_is_not_built_again(
     monkeypatch.setenv("CXX", compiler(elsewhere / "cxx", counting))
     for _ in range(2):
         answer = script("kernel")
-        assert (answer.status, answer.err) == (0, f"attention kernel: {fused._library()}\n")
+        assert (answer.status, answer.out) == (0, f"attention kernel: {fused._library()}\n")
     assert (elsewhere / "calls").read_text() == "once\n"
     assert build() == fused._library()

@@ -451,7 +451,7 @@ def test_a_run_without_a_checkpoint(script: Script, place: Place, embed: Embed) 
     page = page_of(script, place)
     assert "Status failed: 0 of 15 records embedded." in page.warnings
     assert page.words.count("No record is embedded yet.") == 3
-    assert "No checkpoint is committed yet." in page.words
+    assert "No checkpoint has been computed." in page.words
     assert not page.all("svg", "chart")
 
 

@@ -5,9 +5,10 @@
 
 A round is a trial of every kind of kill (parts kill, calls and reuse), a source of a run that
 reuses damaged before the plan and one after (reuse), four regions of a checkpoint file and one run
-database altered (damage), and 80 mutated files for every reader (fuzz). The database is locked for
-ever (locked) once in all. Two hosts of a cluster (hosts) lose their link, or differ in weights or
-folders, once in twenty rounds.
+database altered (damage), 80 mutated files for every reader (fuzz), and a database put back, two
+processes on one run and weights swapped (owners). The database is locked for ever (locked) once in
+all. Two hosts of a cluster (hosts) lose their link, or differ in weights or folders, once in twenty
+rounds.
 Exit status: 0 nothing lost, 1 something was.
 """
 

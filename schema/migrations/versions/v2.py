@@ -42,8 +42,8 @@ CREATE TABLE workers (
 	versions JSON NOT NULL /* JSON of library versions */,
 	started_at VARCHAR NOT NULL /* UTC ISO 8601 */,
 	seen_at VARCHAR NOT NULL /* when it last answered, UTC ISO 8601 */,
-	outcome VARCHAR /* finished, refused, lost or failed; NULL while it lives */,
-	error VARCHAR /* why it was refused, lost or failed */,
+	outcome VARCHAR /* finished, refused or lost; NULL while it lives */,
+	error VARCHAR /* why it was refused or lost */,
 	PRIMARY KEY (id),
 	FOREIGN KEY(attempt_id) REFERENCES attempts (id)
 )""",
