@@ -115,13 +115,6 @@ class InProcessRay(ModuleType):
     """
 
     __version__ = "in process"
-    exceptions = SimpleNamespace(
-        RayActorError=ActorError,
-        WorkerCrashedError=ActorError,
-        NodeDiedError=ActorError,
-        OutOfMemoryError=ActorError,
-    )
-
     def __init__(self) -> None:
         super().__init__("ray")
         self.machines: list[dict[str, float]] = [{"CPU": 1.0}, {"CPU": 1.0}]

@@ -78,9 +78,10 @@ class Member:
     node: the machine that it is on, as the cluster calls it. row: its number in the run database.
     folder_asked: whether it was asked if it sees the run's folder; sent: whether its files are
     sent, None until that is known. given: what it has been given to compute and has not answered;
-    since: when it began the first of these. rate: cost that it computes in a second. hung: it gets
-    no more work, but may answer yet. gone: refused or lost. answer_awaited: whether it was asked if
-    it lives and has not answered; seen_at: when it last did, until that is on record.
+    since: when it began the first of these. rate: cost that it computes in a second. failed: how
+    many stretches one after another it could not begin. hung: it gets no more work, but may answer
+    yet. gone: refused or lost. answer_awaited: whether it was asked if it lives and has not
+    answered; seen_at: when it last did, until that is on record.
     """
 
     actor: Any
@@ -95,6 +96,7 @@ class Member:
     given: list[Any] = field(default_factory=list)
     since: float = 0.0
     rate: float | None = None
+    failed: int = 0
     hung: bool = False
     gone: bool = False
     outcome: str | None = None

@@ -34,7 +34,7 @@ from lib.jobs.loading import beside
 from lib.jobs.messages import Answer, Failure
 from lib.jobs.patience import Patience
 from lib.jobs.progress import computing_cost
-from lib.jobs.ray_cluster import import_ray, is_loss, one_line, ray_errors
+from lib.jobs.ray_cluster import import_ray, one_line, ray_errors
 from lib.jobs.stretches import StretchRules
 from lib.jobs.worker import Order
 from lib.ledger.checkpoints import FinishedFile, FinishedStretch, temporary_name
@@ -47,7 +47,7 @@ from schema.parquet import vector_columns
 __all__ = ["Workers"]
 
 _GIVEN = 2  # stretches that a worker has: one computed, one waiting
-_TRIES = 3  # how often a stretch may fail
+_TRIES = 3  # how often a stretch may fail, and how many one after another a worker
 _TAKEN_AT_ONCE = 4  # files that are fetched or verified at once, each by a thread
 _BETWEEN_LOOKS = 1.0
 
@@ -91,13 +91,16 @@ class Workers:
         _remove(self._unneeded)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
-    """A stretch that has to be computed; packs: Ray's reference to them. tries: that failed."""
+    """A stretch that has to be computed; packs: Ray's reference to them.
+
+    failed_on: the worker of each try that failed.
+    """
 
     stretch: Stretch
     packs: Any
-    tries: int = 0
+    failed_on: list[Member]
 
 
 @dataclass(eq=False)
@@ -247,13 +250,15 @@ class _Dispatch:
             for member in self._crew.admitted:
                 if member.sent is not None and len(member.given) == already:
                     task = self._next_task(member)
-                    if task is None:
-                        return
-                    self._give(member, task)
+                    if task is not None:
+                        self._give(member, task)
 
     def _next_task(self, member: Member) -> _Task | None:
-        if self._again:
-            return self._again.popleft()
+        """Return what a worker does next; what has failed on it is left to another, if any is."""
+        for task in self._again:
+            if member not in task.failed_on or {*self._crew.admitted} <= {*task.failed_on}:
+                self._again.remove(task)
+                return task
         if self._exhausted or self._ending is not None:
             return None
         try:
@@ -266,9 +271,9 @@ class _Dispatch:
             return None
         return self._task(stretch)
 
-    def _task(self, stretch: Stretch, tries: int = 0) -> _Task:
+    def _task(self, stretch: Stretch, failed_on: Sequence[Member] = ()) -> _Task:
         with ray_errors():
-            return _Task(stretch, import_ray().put(list(stretch.packs)), tries)
+            return _Task(stretch, import_ray().put(list(stretch.packs)), [*failed_on])
 
     def _give(self, member: Member, task: _Task) -> None:
         token = secrets.token_hex(8)
@@ -298,7 +303,7 @@ class _Dispatch:
         """Give what a lost worker had to others; what it still writes has no taker."""
         for given in member.given:
             if not given.unneeded:
-                self._do_again(given.task, f"{member}: {fact}")
+                self._do_again(given.task, member, fact)
         member.given.clear()
 
     def _look_for_hung(self) -> None:
@@ -328,22 +333,22 @@ class _Dispatch:
             return
         self._late[first] = first.task
         if self._ending is None:
-            self._do_again(first.task, f"{member}: {fact}")
+            self._do_again(first.task, member, fact)
 
     def _drop(self, given: _Given) -> None:
         """Wait no more for a worker that hangs."""
         del self._late[given]
         self._crew.release(given.member)
 
-    def _do_again(self, task: _Task, fact: str) -> None:
-        """Have a stretch computed again, by whoever is free; end the work if that never helps."""
-        task.tries += 1
-        if task.tries < _TRIES:
+    def _do_again(self, task: _Task, member: Member, fact: str) -> None:
+        """Have a stretch that failed on a worker computed again; end the work if it never helps."""
+        task.failed_on.append(member)
+        if len(task.failed_on) < _TRIES:
             self._again.append(task)
         else:
             positions = task.stretch.positions
             place = f"positions {positions.start} to {positions.stop}"
-            self._end(MachineError(f"{place} failed {task.tries} times: {fact}"))
+            self._end(MachineError(f"{place} failed {_TRIES} times: {member}: {fact}"))
 
     def _answered(self, given: _Given, done: Future[Answer]) -> None:
         member, stretch = given.member, given.task.stretch
@@ -352,8 +357,8 @@ class _Dispatch:
             return
         try:
             answer = done.result()
-        except Exception as error:  # Ray's own, or what the worker raised
-            if is_loss(error) and not is_late:
+        except Exception as error:  # Ray's own, or what leaves a process of no use: a broken GPU
+            if not is_late:
                 self._crew.lose(member, one_line(error))
                 return
             answer = Answer(0, failure=Failure("MachineError", one_line(error)))
@@ -400,12 +405,15 @@ class _Dispatch:
         member, stretch, failure = given.member, given.task.stretch, answer.failure
         if failure is not None and failure.kind == "NonFiniteError":
             self._end(failure.error())
+        member.failed = 0 if answer.packs else member.failed + 1
         if answer.packs == len(stretch.packs) or self._ending is not None:
             return
         fact = failure.message if failure else "ended early"
         self._crew.say(f"{member}: {fact}")
-        left = self._task(stretch.without(answer.packs), given.task.tries)
-        self._do_again(left, f"{member}: {fact}")
+        left = self._task(stretch.without(answer.packs), given.task.failed_on)
+        self._do_again(left, member, fact)
+        if member.failed == _TRIES:
+            self._crew.lose(member, f"failed {_TRIES} times in a row: {fact}")
 
     def _take(self) -> None:
         """Take the files that came back: a few at a time, which bounds memory."""
@@ -460,8 +468,8 @@ class _Dispatch:
     def _take_again(self, given: _Given, answer: Answer, fact: str) -> None:
         """Have what a worker computed computed again, as its file is lost or damaged."""
         self._crew.say(f"{given.member}: {fact}")
-        begun = self._task(given.task.stretch.first(answer.packs), given.task.tries)
-        self._do_again(begun, f"{given.member}: {fact}")
+        begun = self._task(given.task.stretch.first(answer.packs), given.task.failed_on)
+        self._do_again(begun, given.member, fact)
 
 
 class _DamagedError(Exception):

@@ -24,7 +24,7 @@ from lib.errors import InterruptedRunError, LedgerError, MachineError, SettingsE
 from lib.jobs.interruption import Interruption
 from schema.settings import ClusterSettings
 
-__all__ = ["import_ray", "is_loss", "joined", "machines", "one_line", "ray_errors", "room"]
+__all__ = ["import_ray", "joined", "machines", "one_line", "ray_errors", "room"]
 
 # A cluster on one machine shares its folder, so that only sequences go through the object store.
 _OBJECT_STORE_BYTES = 1 << 30
@@ -110,16 +110,6 @@ def machines() -> dict[str, Mapping[str, float]]:
     with ray_errors():
         nodes = import_ray().nodes()
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
-
-
-def is_loss(error: BaseException) -> bool:
-    """Return whether an error says that an actor has died or cannot be reached.
-
-    One that cannot be reached may still work on; who calls this gives it up in both cases.
-    """
-    found = import_ray().exceptions
-    kinds = (found.RayActorError, found.WorkerCrashedError, found.NodeDiedError)
-    return isinstance(error, (*kinds, found.OutOfMemoryError))
 
 
 def one_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lib.errors import MachineError
 from lib.jobs import dispatch
@@ -139,6 +140,59 @@ def test_what_fails_on_three_workers_ends_the_run_with_its_line_and_the_rest_com
     runs.check_files()
     ray.hooks.clear()
     assert runs.script("resume").status == 0
+    runs.check()
+
+
+@pytest.mark.parametrize(
+    "says", [torch.AcceleratorError("CUDA error: uncorrectable ECC error"), MachineError("full")]
+)
+def test_what_fails_on_one_worker_is_left_to_the_others(
+    runs: Runs, ray: InProcessRay, says: Exception
+) -> None:
+    """A broken GPU fails at once, and so is free again before any other worker is."""
+    ray.machines = [{"CPU": 1.0}] * 3
+    tried: list[int] = []
+
+    def breaks(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if actor is not ray.actors[0]:
+            time.sleep(0.1)
+            return true(order, packs)
+        tried.append(packs[0].positions.start)
+        if len(tried) == 1:
+            return true(order, packs)
+        if isinstance(says, MachineError):
+            return Answer(0, failure=Failure.of(says)), None
+        raise says
+
+    ray.hooks["compute"] = breaks
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert len(tried) == len(set(tried))  # it gets no stretch twice
+    assert f": {says}\n" in answer.err
+    runs.check()
+    assert runs.outcomes().count("lost") == (
+        isinstance(says, torch.AcceleratorError) or len(tried) > 3
+    )
+
+
+def test_a_worker_that_begins_nothing_is_ended_and_another_takes_its_place(
+    runs: Runs, ray: InProcessRay
+) -> None:
+    ray.machines = [{"CPU": 1.0}]
+    failed: list[int] = []
+
+    def fails(actor: Handle, true: Any, order: Any, packs: Any) -> Any:  # noqa: ANN401
+        if actor is not ray.actors[0]:
+            return true(order, packs)
+        failed.append(packs[0].positions.start)
+        return Answer(0, failure=Failure.of(MachineError("no memory"))), None
+
+    ray.hooks["compute"] = fails
+    answer = runs.embed()
+    assert answer.status == 0, answer.err
+    assert len(failed) == 3
+    assert "lost: failed 3 times in a row: no memory" in answer.err
+    assert runs.outcomes() == ["lost", "finished"]
     runs.check()
 
 
