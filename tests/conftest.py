@@ -266,13 +266,17 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A fresh folder with a copy of config.ini; torch hub's cache is an empty folder of it.
 
-    Every run computes, as most tests want it, unless a test sets `[output] reuse`.
+    Every run computes, as most tests want it, unless a test sets `[output] reuse`. It computes on
+    the CPU, where torch's forks can, unless a test sets `[compute] device`.
     """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     # Tables are as wide as they need to be, whatever the tests are run from.
     monkeypatch.delenv("COLUMNS", raising=False)
     fresh = Place(tmp_path)
-    fresh.config.write_text(DEFAULT_CONFIG.read_text().replace("\nreuse = yes\n", "\nreuse = no\n"))
+    text = DEFAULT_CONFIG.read_text()
+    for option, own in [("reuse = yes", "reuse = no"), ("device = auto", "device = cpu")]:
+        text = text.replace(f"\n{option}\n", f"\n{own}\n")
+    fresh.config.write_text(text)
     return fresh
 
 

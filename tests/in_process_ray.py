@@ -115,6 +115,7 @@ class InProcessRay(ModuleType):
     """
 
     __version__ = "in process"
+
     def __init__(self) -> None:
         super().__init__("ray")
         self.machines: list[dict[str, float]] = [{"CPU": 1.0}, {"CPU": 1.0}]

@@ -35,7 +35,8 @@ def _run_once() -> None:
         make_model(model, 2, 64, 4)
         config.write_text(DEFAULT_CONFIG.read_text())
         flags = ["--input", str(SOME_PROTEINS), "--esm-model", str(model)]
-        flags += ["--set", "compute.threads=1"]
+        # A fork cannot use a GPU that the process before it has used.
+        flags += ["--set", "compute.threads=1", "--set", "compute.device=cpu"]
         for script, argv in [("embed", flags), ("validate", ["--run", "1"]), ("history", [])]:
             main = import_module(f"scripts.{script}").main
             assert main([*argv, "--config", str(config)]) == 0

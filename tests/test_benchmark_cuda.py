@@ -133,3 +133,13 @@ def test_no_ratio_stands_where_a_side_failed_or_disagrees() -> None:
     assert by_name["esm-ledger bfloat16"][5:7] == [3.0, None]
     assert by_name["transformers bfloat16"][2] == "RuntimeError: x"
     assert by_name["transformers FlashAttention float16"][2] == "no package flash_attn"
+
+
+def test_what_was_not_compared_is_left() -> None:
+    """The truth may have failed when the others were measured."""
+    known: dict[str, dict[str, object]]
+    known = {"esm-ledger float16": {"seconds": [1.0]}, FAIR_ESM: {"seconds": [1.0]}}
+    assert cuda._is_left("esm-ledger float16", known)
+    assert not cuda._is_left(FAIR_ESM, known)
+    known["esm-ledger float16"] = {"seconds": [1.0], "agrees": False}
+    assert not cuda._is_left("esm-ledger float16", known)

@@ -29,6 +29,7 @@ from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
+from lib.network.memory import device_errors
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import Pack, packs_left, remaining
@@ -139,13 +140,15 @@ class ThisProcess:
 
     def _computed(self, job: Job, packs: Iterator[Pack]) -> Generator[tuple[Pack, Vectors]]:
         run = job.ownership.run
-        yield from computed(
-            self._network(),
-            packs,
-            vector_columns(run.include, run.repr_layers),
-            run.per_tok_dtype,
-            stopped=lambda: job.interruption.requested is not None,
-        )
+        # A worker of a cluster does not do so: its process is of no use then, and is replaced.
+        with device_errors(self._device):
+            yield from computed(
+                self._network(),
+                packs,
+                vector_columns(run.include, run.repr_layers),
+                run.per_tok_dtype,
+                stopped=lambda: job.interruption.requested is not None,
+            )
 
 
 def work(job: Job) -> Run:

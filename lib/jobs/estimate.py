@@ -25,7 +25,7 @@ from lib.jobs.reuse import SEARCH_BYTES
 from lib.ledger.checkpoints import ROW_GROUP_BYTES
 from lib.network.device import packs_at_once
 from lib.network.pipeline import computed
-from lib.network.vectors import needed_bytes
+from lib.network.vectors import kept_on_host, needed_bytes
 from lib.sequences.inventory import WINDOW_RECORDS, Inventory
 from lib.sequences.plan import Pack, plan_packs
 from lib.sequences.records import Owner
@@ -101,8 +101,10 @@ def estimate_run(
     needs = _Needs(model)
     trial = timed_trial(own, model, needs.compute, clock)
     seconds = computing_cost(own, width) * trial.seconds / trial.cost
-    cuda = model.network.device.type == "cuda"
-    beyond = max(0, needs.of_largest(int(own.max())) - needs.tried)
+    device = model.network.device
+    cuda = device.type == "cuda"
+    longest = int(own.max())
+    beyond = max(0, needs.of_largest(longest) - needs.tried)
     held = _PREPARED_BYTES + _HELD_BYTES + _RECORD_BYTES * min(inventory.records, WINDOW_RECORDS)
     held += SEARCH_BYTES * inventory.sequences if settings.output.reuse else 0
     return Estimate(
@@ -111,8 +113,8 @@ def estimate_run(
         seconds=seconds,
         disk=disk_bytes(inventory, settings, model.config, seconds),
         disk_free=_disk_free(Path(settings.output.folder)),
-        memory=_peak_bytes() + held + (0 if cuda else beyond),
-        gpu_memory=torch.cuda.max_memory_allocated() + beyond if cuda else None,
+        memory=_peak_bytes() + held + (needs.kept_of_largest(longest) if cuda else beyond),
+        gpu_memory=torch.cuda.max_memory_allocated(device) + beyond if cuda else None,
         device=model.facts.device,
         trial=trial,
     )
@@ -219,10 +221,16 @@ class _Needs:
 
     def of_largest(self, longest: int) -> int:
         """Return the bytes that the largest packs need, if sequences have up to `longest`."""
-        tokens = self._model.settings.compute.tokens_per_pack
-        pack = _sequences([longest] * max(1, tokens // (longest + 2)))
         at_once = packs_at_once(self._model.network.device)
-        return at_once * needed_bytes(self._model.network, pack, self._columns)
+        return at_once * needed_bytes(self._model.network, self._largest(longest), self._columns)
+
+    def kept_of_largest(self, longest: int) -> int:
+        """Return the bytes of the CPU's memory that the vectors of two such packs on a GPU take."""
+        return 2 * kept_on_host(self._model.network, self._largest(longest), self._columns)
+
+    def _largest(self, longest: int) -> list[FastaSequence]:
+        tokens = self._model.settings.compute.tokens_per_pack
+        return _sequences([longest] * max(1, tokens // (longest + 2)))
 
 
 def _sequences(lengths: Lengths) -> list[FastaSequence]:

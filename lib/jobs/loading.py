@@ -25,7 +25,7 @@ from lib.network.elementwise import compiled
 from lib.network.esm2 import Network, load_network
 from lib.network.fused import BY_TORCH, FusedAttention, fused_attention
 from lib.network.linear import refuse_rounding
-from lib.network.memory import ran_out
+from lib.network.memory import device_errors, ran_out
 from lib.sequences.alphabet import tokenise
 from lib.settings import Settings
 from schema.esm2_config import ESM2Config
@@ -128,9 +128,11 @@ def begin_config(detection: Detection, sha256: str | None) -> Callable[[], ESM2C
 def try_model(model: LoadedModel) -> None:
     """Run one short sequence through every layer; raises WeightsError if it is not finite."""
     layers = range(model.config.num_layers + 1)
-    for layer, finite in _finite_layers(model.network, _SHORT_SEQUENCE, layers):
-        if not finite:
-            raise WeightsError(f"{model.facts.weights_path}: layer {layer} gives non-finite values")
+    with device_errors(model.network.device):
+        for layer, finite in _finite_layers(model.network, _SHORT_SEQUENCE, layers):
+            if not finite:
+                fact = f"layer {layer} gives non-finite values"
+                raise WeightsError(f"{model.facts.weights_path}: {fact}")
 
 
 def _finite_layers(
@@ -188,11 +190,12 @@ def _read(detection: Detection, place: _Place, sha256: str | None) -> tuple[ESM2
     """
     device = place.device
     weights = detection.require_weights()
-    refuse_rounding(device)
     try:
-        config_known = begin_config(detection, sha256)
-        network = load_network(detection, device, place.dtype)
-        config = config_known()
+        with device_errors(device):
+            refuse_rounding(device)
+            config_known = begin_config(detection, sha256)
+            network = load_network(detection, device, place.dtype)
+            config = config_known()
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise

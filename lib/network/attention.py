@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from lib.network.elementwise import Elementwise
 from lib.network.groups import Group
 
-__all__ = ["attend", "sequence_bounds", "turned"]
+__all__ = ["attend", "sequence_bounds", "takes_varlen", "turned"]
 
 # A block of scores is this small so that it stays in a core's cache between the two products.
 _SCORE_BYTES = 2 << 20
@@ -38,7 +38,7 @@ def attend(
     zeros. elementwise: turns a copy of the whole pack, instead of what is the fastest uncompiled.
     """
     v = qkv[:, 2]
-    is_varlen = v.device.type == "cuda" and v.dtype is not torch.float32
+    is_varlen = takes_varlen(v.device, v.dtype, v.shape[-1])
     whole = None
     if elementwise is not None:
         whole = elementwise.turned(qkv[:, :2], torch.view_as_real(rotary))
@@ -54,10 +54,21 @@ def attend(
         part = slice(group.start, group.stop)
         # Turned by group and not by pack, so that the products find it in the cache.
         qk = turned(qkv[part, :2].float(), rotary[part]) if whole is None else whole[part]
-        blocked = v.dtype is not torch.float32 and group.tokens <= _BLOCKED_TOKENS
+        is_half_on_cpu = v.device.type == "cpu" and v.dtype is not torch.float32
+        blocked = is_half_on_cpu and group.tokens <= _BLOCKED_TOKENS
         attend_group = _blocked if blocked else _flash
         attend_group(qk, v[part], mixed[part], group)
     return mixed
+
+
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether torch's variable-length kernel, which is FlashAttention's, can be used.
+
+    It refuses GPUs before Ampere, float32, and widths that are not a multiple of 8 or above 256.
+    """
+    if device.type != "cuda" or dtype is torch.float32 or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def turned(qk: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:

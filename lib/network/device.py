@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from functools import cache
 from pathlib import Path
 from timeit import repeat
@@ -31,20 +32,19 @@ _PACKS_AT_ONCE = {"cpu": 2, "cuda": 1}
 
 def choose_device(compute: ComputeSettings) -> tuple[torch.device, str]:
     """Return the device and why it was chosen; raises MachineError if there is none."""
+    if compute.device == "cpu":
+        return torch.device("cpu"), "as set"
+    complaint = _complaint()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if compute.device == "auto":
-        if torch.cuda.is_available():
-            count = torch.cuda.device_count()
-            others = f", 1 of {count} devices ([cluster] ray = auto uses all)" if count > 1 else ""
-            return torch.device("cuda", 0), f"auto: CUDA is available{others}"
-        return torch.device("cpu"), "auto: no CUDA device"
-    device = torch.device(compute.device)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index or 0
-        if index >= count:
-            raise MachineError(f"device {compute.device}: torch sees {count} CUDA devices")
-        device = torch.device("cuda", index)
-    return device, "as set"
+        if not count:
+            return torch.device("cpu"), f"auto: no CUDA device{complaint}"
+        others = f", 1 of {count} devices ([cluster] ray = auto uses all)" if count > 1 else ""
+        return torch.device("cuda", 0), f"auto: CUDA is available{others}"
+    index = torch.device(compute.device).index or 0
+    if index >= count:
+        raise MachineError(f"device {compute.device}: torch sees {count} CUDA devices{complaint}")
+    return torch.device("cuda", index), "as set"
 
 
 def choose_precision(compute: ComputeSettings, device: torch.device) -> tuple[str, str]:
@@ -95,6 +95,19 @@ def use_threads(compute: ComputeSettings) -> int:
 def cpu_flags() -> frozenset[str]:
     """Return what the processor can do, by the names of Linux's /proc/cpuinfo."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+@cache
+def _complaint() -> str:
+    """Return what torch says of a GPU that it cannot use, as of a driver that is too old for it.
+
+    It says so once in a process, as a warning.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+    facts = [" ".join(str(one.message).split()).partition(" Please ")[0] for one in said]
+    return "".join(f"; {fact[:300]}" for fact in facts)
 
 
 @cache

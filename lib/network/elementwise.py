@@ -92,7 +92,10 @@ def _compiled(
     # torch counts the graphs of a code object, and refuses a ninth: each network has its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     # Not dynamic=True, which makes variables of the widths too.
-    call = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    # Deterministic, or inductor times the kernels of a sum and takes the fastest: another order.
+    options: dict[str, str | int | bool | Callable[..., object]] | None
+    options = {"deterministic": True} if backend == "inductor" else None
+    call = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     def over_tokens(*arguments: torch.Tensor | torch.dtype) -> Result:
         for one in arguments:

@@ -21,7 +21,12 @@ _FUSED = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _FUSED_BFLOAT16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # What can have operands of float32 products rounded to bfloat16 or TF32.
-_ROUNDING = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
+_ROUNDING = (
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 Affine = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,9 +69,18 @@ def refuse_rounding(device: torch.device) -> None:
     ones = torch.eye(256, device=device), torch.zeros(256, device=device)
     if not torch.equal(linear(odd, ones), odd):
         said = [f"{name} = {os.environ[name]}" for name in _ROUNDING if name in os.environ]
-        chosen = torch.get_float32_matmul_precision()
-        said.append(f"torch.get_float32_matmul_precision() = {chosen}")
+        said.append(_chosen_precision(device))
         raise MachineError(f"{device}: operands of float32 products are rounded: {', '.join(said)}")
+
+
+def _chosen_precision(device: torch.device) -> str:
+    """Return what torch's settings say of float32 products, by the name that they were set by."""
+    try:
+        return f"torch.get_float32_matmul_precision() = {torch.get_float32_matmul_precision()}"
+    except RuntimeError:  # torch does not mix the old setting with the new ones
+        name = "cuda" if device.type == "cuda" else "mkldnn"
+        chosen = getattr(torch.backends, name).matmul.fp32_precision
+        return f"torch.backends.{name}.matmul.fp32_precision = {chosen}"
 
 
 def _is_fused(x: torch.Tensor) -> bool:

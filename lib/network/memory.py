@@ -7,15 +7,24 @@ to wait for an allocation to fail.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from lib.errors import MachineError
 from lib.network.cgroups import memory_left
 from lib.network.contacts import BLOCK_BYTES
 
-__all__ = ["available_bytes", "contact_bytes", "pack_bytes", "ran_out"]
+__all__ = [
+    "available_bytes",
+    "contact_bytes",
+    "device_errors",
+    "kept_bytes",
+    "pack_bytes",
+    "ran_out",
+]
 
 # Largest number of (tokens, hidden_dim) float32 arrays that are alive at once in the network: in
 # the feed-forward layer its input, its norm and its inner array, 4 times as wide, which is there
@@ -36,17 +45,25 @@ _LACKS_MEMORY = (
     "CUDA error: out of memory",
     "STATUS_ALLOC_FAILED",
 )
+# How errors of a GPU begin that are plain RuntimeErrors, too.
+_OF_A_GPU = ("CUDA error", "CUDA driver", "cuDNN error", "cuBLAS error", "Found no NVIDIA driver")
 
 
-def pack_bytes(tokens: int, hidden_dim: int, kept_layers: int) -> int:
-    """Return an upper estimate of the bytes that a pack takes beside the weights.
-
-    kept_layers: how many layers' per-token vectors are kept until the checkpoint has them.
-    """
+def pack_bytes(tokens: int, hidden_dim: int) -> int:
+    """Return an upper estimate of the bytes that a pack takes beside the weights."""
     array = 4 * tokens * hidden_dim
     arrays = _ARRAYS_ALIVE + (_ARRAYS_KEPT if array <= _GIVEN_BACK_BYTES else 0)
-    # Kept vectors are in memory as arrays and again as the rows of a Parquet file.
-    return _SCRATCH_BYTES + array * (arrays + 3 * kept_layers)
+    return _SCRATCH_BYTES + array * arrays
+
+
+def kept_bytes(tokens: int, hidden_dim: int, layers: int, device: torch.device) -> int:
+    """Return an upper estimate of what vectors of all tokens take in the memory of the CPU.
+
+    layers: of which they are kept until the checkpoint has them.
+    """
+    # As arrays, and again as the rows of a Parquet file. What comes from a GPU is page-locked, for
+    # which torch takes a power of two.
+    return (4 if device.type == "cuda" else 3) * layers * 4 * tokens * hidden_dim
 
 
 def contact_bytes(lengths: Sequence[int]) -> int:
@@ -81,6 +98,19 @@ def ran_out(error: Exception) -> bool:
     """Return whether an error reports lack of memory, and not another fault of memory."""
     kinds = MemoryError | torch.OutOfMemoryError
     return isinstance(error, kinds) or any(fact in str(error) for fact in _LACKS_MEMORY)
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Turn what a GPU reports into a MachineError, but lack of memory, which others handle."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, torch.AcceleratorError) or str(error).startswith(_OF_A_GPU)
+        if ran_out(error) or not known:
+            raise
+        fact = " ".join(str(error).partition("\n")[0].split())[:300]
+        raise MachineError(f"{device}: {fact}") from None
 
 
 def _give_back() -> None:

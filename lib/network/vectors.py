@@ -17,13 +17,13 @@ from lib.network.contacts import ContactMaps
 from lib.network.esm2 import Network
 from lib.network.groups import group_equal_lengths
 from lib.network.linear import rows_of
-from lib.network.memory import available_bytes, contact_bytes, pack_bytes, ran_out
+from lib.network.memory import available_bytes, contact_bytes, kept_bytes, pack_bytes, ran_out
 from lib.sequences.alphabet import tokenise
 from lib.sequences.windows import Sequence as FastaSequence
 from lib.units import size
 from schema.parquet import CONTACTS, VectorColumn
 
-__all__ = ["Launched", "NonFiniteError", "launch", "needed_bytes"]
+__all__ = ["Launched", "NonFiniteError", "kept_on_host", "launch", "needed_bytes"]
 
 _CONTACT_MAPS = VectorColumn(CONTACTS)
 
@@ -76,10 +76,9 @@ def launch(
     naming a record that does not fit alone. Another thread may set `abandoned`: then nobody
     collects the pack, and it ends after the layer that is being computed.
     """
-    needed = needed_bytes(network, sequences, columns)
-    available = available_bytes(network.device, needed)
+    lacking = _lacking(network, sequences, columns)
     try:
-        if available is not None and needed > available:
+        if lacking is not None:
             raise MemoryError
         return Launched([_launch_part(network, sequences, columns, per_tok_dtype, abandoned)])
     except (MemoryError, RuntimeError) as error:
@@ -87,11 +86,9 @@ def launch(
             raise
     if len(sequences) == 1:
         owner, length = sequences[0].owners[0], len(sequences[0].residues)
-        there = "" if available is None else f", {size(available)} are available"
-        raise MachineError(
-            f"record {owner.number} ({owner.id}): {length} residues need {size(needed)} of "
-            f"memory{there} on {network.device}"
-        )
+        needed = size(needed_bytes(network, sequences, columns))
+        fact = lacking or f"{needed} of memory on {network.device}"
+        raise MachineError(f"record {owner.number} ({owner.id}): {length} residues need {fact}")
     middle = len(sequences) // 2
     halves = sequences[:middle], sequences[middle:]
     parts = [launch(network, half, columns, per_tok_dtype, abandoned)._parts for half in halves]
@@ -101,12 +98,36 @@ def launch(
 def needed_bytes(
     network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
 ) -> int:
-    """Return an upper estimate of the memory that a pack takes beside the weights."""
+    """Return an upper estimate of the memory of the device that a pack takes beside the weights."""
     lengths = [len(sequence.residues) for sequence in sequences]
     tokens = rows_of(sum(lengths) + 2 * len(lengths), network.device)
-    kept_layers = sum(column.kind == "per_tok" for column in columns)
     maps = contact_bytes(lengths) if _CONTACT_MAPS in columns else 0
-    return pack_bytes(tokens, network.shape.hidden_dim, kept_layers) + maps
+    # A GPU holds what is kept only while it converts it.
+    kept = 0 if network.device.type == "cuda" else kept_on_host(network, sequences, columns)
+    return pack_bytes(tokens, network.shape.hidden_dim) + maps + kept
+
+
+def kept_on_host(
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
+) -> int:
+    """Return an upper estimate of the memory that the per-token vectors of a pack take."""
+    tokens = sum(len(sequence.residues) + 2 for sequence in sequences)
+    layers = sum(column.kind == "per_tok" for column in columns)
+    return kept_bytes(tokens, network.shape.hidden_dim, layers, network.device)
+
+
+def _lacking(
+    network: Network, sequences: Sequence[FastaSequence], columns: Sequence[VectorColumn]
+) -> str | None:
+    """Return what a pack needs and where it is not there; None if it is, as far as is known."""
+    wanted = [(network.device, needed_bytes(network, sequences, columns))]
+    if network.device.type == "cuda":
+        wanted.append((torch.device("cpu"), kept_on_host(network, sequences, columns)))
+    for device, needed in wanted:
+        available = available_bytes(device, needed)
+        if available is not None and needed > available:
+            return f"{size(needed)} of memory, {size(available)} are available on {device}"
+    return None
 
 
 def _launch_part(

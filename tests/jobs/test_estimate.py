@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lib.errors import MachineError
 from lib.jobs import estimate as estimates
@@ -158,6 +159,18 @@ def test_the_memory_grows_with_the_longest_sequence(
     needs.compute([[1_000], [900]])
     needs.compute([[30]])
     assert needs.tried > small > 0
+
+
+def test_the_memory_of_a_gpu_is_that_of_the_device_that_computes(
+    model: LoadedModel, inventory: Inventory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {second: 7_000_000_000}.__getitem__)
+    monkeypatch.setattr(estimates._Needs, "compute", lambda *_: None)
+    model.network.device = second
+    found = estimate_run(model, inventory, iter(range(1_000)).__next__)
+    assert found.gpu_memory is not None
+    assert 7_000_000_000 < found.gpu_memory < 8_000_000_000
 
 
 def test_the_page_has_the_figures_of_the_estimate() -> None:

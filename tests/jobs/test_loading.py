@@ -122,6 +122,23 @@ def test_a_product_that_is_rounded_is_refused_on_any_processor(
         linear.refuse_rounding(cpu)
 
 
+def test_the_refusal_names_what_asks_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of NVIDIA set the variable; of torch's two kinds of settings, one is refused."""
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    monkeypatch.setattr(linear, "linear", lambda x, _: x + 1)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(MachineError) as refused:
+            linear.refuse_rounding(torch.device("cpu"))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert str(refused.value).startswith(
+        "cpu: operands of float32 products are rounded: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE = 1, "
+        "torch.backends.mkldnn.matmul.fp32_precision = "
+    )
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_non_finite_weights_are_found_at_validation(
     script: Script, place: Place, small_model: Path, value: str

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.network import attention
-from lib.network.attention import attend, sequence_bounds
+from lib.network.attention import attend, sequence_bounds, takes_varlen
 from lib.network.groups import Group, group_equal_lengths
 
 LENGTHS = [130, 41, 41, 41, 9, 1, 1]
@@ -103,3 +103,26 @@ def test_float16_is_turned_in_float32() -> None:
     values = qkv[:, 2].clone()
     assert torch.equal(attention.turned(qkv[:, :2], rotary), expected)
     assert torch.equal(qkv[:, 2], values)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "takes"),
+    [
+        ((9, 0), torch.float16, 64, True),
+        ((8, 0), torch.bfloat16, 16, True),
+        ((7, 5), torch.float16, 64, False),  # a T4
+        ((9, 0), torch.float32, 64, False),
+        ((9, 0), torch.float16, 12, False),
+        ((9, 0), torch.float16, 320, False),
+    ],
+)
+def test_the_kernel_for_packs_on_a_gpu_is_used_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    takes: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert takes_varlen(torch.device("cuda", 0), dtype, head_dim) is takes
+    assert not takes_varlen(torch.device("cpu"), dtype, head_dim)

@@ -43,6 +43,7 @@ def test_every_layer_and_the_contacts_of_a_mixed_pack_are_those_of_fair_esm(
 
 
 def test_auto_is_float16_and_a_run_ends(script: Script, place: Place, small_model: Path) -> None:
+    place.set("compute", "device", "auto")
     answer = script("embed", "--esm-model", small_model, "--input", WHOLE_PROTEINS)
     assert answer.status == 0, answer.err
     assert "precision float16 (auto: float16 on CUDA)" in answer.err

@@ -71,6 +71,17 @@ def test_packs_of_any_size_are_computed_by_one_graph_of_each_step_as_by_the_plai
                 assert (one == other).all()
 
 
+def test_inductor_is_told_not_to_choose_kernels_by_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of a sum add in different orders: the bits would differ from machine to machine."""
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options["options"]))
+    compiled()
+    assert asked == [{"deterministic": True}] * 4
+    assert torch._inductor.config.deterministic is False  # or the option would do nothing
+
+
 def by_its_kernels(network: Network, pack: list[str]) -> torch.Tensor:
     """Return the last layer of a pack, (T, hidden_dim), by the kernels for a CPU one by one."""
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from benchmarks.processes import peak_bytes
+from lib.errors import MachineError
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network import memory, vectors
 from lib.network.device import choose_pack, packs_at_once
 from lib.network.esm2 import Network, load_network
-from lib.network.memory import available_bytes, contact_bytes, pack_bytes, ran_out
+from lib.network.memory import available_bytes, contact_bytes, kept_bytes, pack_bytes, ran_out
 from lib.network.pipeline import computed
 from lib.sequences.plan import Pack
 from lib.sequences.records import Owner
@@ -102,15 +103,38 @@ def test_packs_take_no_more_than_estimated(
     done = run_function(partial(print_peak, models[width], precision, parts, residues, columns))
     assert done.status == 0, done.err
     kept = sum(column.kind == "per_tok" for column in columns)
-    maps = contact_bytes([residues] * count) if columns == CONTACTS else 0
+    tokens = count * (residues + 2)
+    needed = pack_bytes(tokens, width) + kept_bytes(tokens, width, kept, torch.device("cpu"))
+    needed += contact_bytes([residues] * count) if columns == CONTACTS else 0
     at_once = packs if residues + 2 <= 2048 else 1
-    assert int(done.out) <= at_once * (pack_bytes(count * (residues + 2), width, kept) + maps)
+    assert int(done.out) <= at_once * needed
 
 
 def test_packs_of_default_size_take_at_most_a_gigabyte_at_the_largest_model() -> None:
     cpu = torch.device("cpu")
     tokens, _ = choose_pack(load_settings().compute, cpu)
-    assert packs_at_once(cpu) * pack_bytes(tokens, 5120, 0) <= 1e9
+    assert packs_at_once(cpu) * pack_bytes(tokens, 5120) <= 1e9
+
+
+def test_vectors_that_are_kept_take_the_memory_of_the_cpu(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Charged to a GPU that computes them, packs would be halved for nothing."""
+    found = detect(load_settings(overrides={"model.esm_model": str(small_model)}).model)
+    network = load_network(found, torch.device("cpu"), torch.float32)
+    pack = [Sequence(b"M" * 98, [Owner(0, "p", "", 98, "")])]
+    here = vectors.needed_bytes(network, pack, PER_TOK) - vectors.needed_bytes(network, pack, MEAN)
+    assert here == kept_bytes(100, 64, 2, network.device) == 3 * 2 * 4 * 100 * 64
+    network.device = cuda = torch.device("cuda", 0)
+    needed = [vectors.needed_bytes(network, pack, columns) for columns in (MEAN, PER_TOK)]
+    assert needed[0] == needed[1]
+    monkeypatch.setattr(
+        vectors, "available_bytes", lambda device, _: 1 << 60 if device == cuda else 200_000
+    )
+    with pytest.raises(
+        MachineError, match=r"98 residues need 204.8 kB of memory, 200.0 kB are available on cpu$"
+    ):
+        vectors.launch(network, pack, PER_TOK, "float32")
 
 
 def test_a_pack_that_does_not_fit_is_halved(
@@ -127,7 +151,8 @@ def test_a_pack_that_does_not_fit_is_halved(
         return true_forward(self, tokens, *others)
 
     monkeypatch.setattr(Network, "forward", forward)
-    monkeypatch.setattr(vectors, "available_bytes", lambda *_: pack_bytes(400, 64, 1))
+    enough = pack_bytes(400, 64) + kept_bytes(400, 64, 1, torch.device("cpu"))
+    monkeypatch.setattr(vectors, "available_bytes", lambda *_: enough)
     assert script("embed", *flags).status == 0
     assert max(packs) <= 400
     whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))

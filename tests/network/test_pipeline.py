@@ -294,7 +294,7 @@ def test_packs_that_do_not_fit_beside_each_other_go_one_after_the_other(
     small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = Forwards(monkeypatch)
-    monkeypatch.setattr(pipeline, "available_bytes", lambda *_: pack_bytes(200, 64, 0))
+    monkeypatch.setattr(pipeline, "available_bytes", lambda *_: pack_bytes(200, 64))
     list(computed(loaded(small_model), packs_of(100, 99, 98), [MEAN], "float32"))
     kinds = [kind for kind, _ in forwards.events]
     assert kinds == ["begins", "ends"] * 3
