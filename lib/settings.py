@@ -15,6 +15,7 @@ from marshmallow import ValidationError
 
 from lib.catalog import RELEASED, named_on_hub
 from lib.errors import SettingsError
+from lib.files import expanded
 from schema.settings import SECTIONS, STANDARD_INPUT, SettingsSchema, SettingsSections
 
 __all__ = [
@@ -175,7 +176,7 @@ def _paths_in(text: str, folder: Path) -> list[str]:
 
 def _exists(text: str, folder: Path) -> bool:
     try:
-        return (folder / Path(text).expanduser()).exists()
+        return (folder / expanded(text)).exists()
     except (OSError, RuntimeError, ValueError):  # too long, ~NAME without a user, a NUL byte
         return False
 
@@ -186,7 +187,7 @@ def _absolute(value: str, folder: Path, place: str, *, is_path: bool) -> str:
     if not is_path:
         return value
     try:
-        return str((folder / Path(value).expanduser()).absolute())
+        return str((folder / expanded(value)).absolute())
     except RuntimeError as error:  # ~NAME, but there is no user NAME
         raise SettingsError(f"{place} = {value}: {error}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from lib.settings import (
     snapshot,
 )
 from schema.settings import SECTIONS
-from tests.conftest import Place, Script
+from tests.conftest import SOME_PROTEINS, Place, Script
 
 OPTIONS = [
     (section, option) for section, (schema, _) in SECTIONS.items() for option in schema().fields
@@ -190,6 +191,19 @@ def test_paths_in_flags_start_at_the_current_folder(
 def test_absolute_paths_stay(tmp_path: Path, section: str, option: str) -> None:
     config = write(tmp_path, f"[{section}]\n{option} = /some/file\n")
     assert path_in(load_settings(config), section, option) == "/some/file"
+
+
+def test_a_tilde_behind_a_folder_is_a_name(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    shutil.copy(SOME_PROTEINS, "~a.fasta")
+    Path("~").mkdir()
+    given = ["--esm-model", small_model, "--input", "./~a.fasta", "--output", "./~"]
+    answer = script("embed", *given)
+    assert answer.status == 0, answer.err
+    assert (place.folder / "~" / "run-000001").is_dir()
+    assert script("validate", "--run", "1", "--output", "./~/run-000001").status == 0
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.errors import LedgerError, SettingsError
+from lib.files import expanded
 from lib.settings import DEFAULT_CONFIG, Overrides, Settings, load_settings
 from schema.settings import ClusterSettings
 
@@ -138,7 +139,7 @@ def given_path(said: str | None) -> Path | None:
     if said is None:
         return None
     try:
-        return Path(said).expanduser().absolute()
+        return expanded(said).absolute()
     except RuntimeError as error:  # ~NAME, but there is no user NAME
         raise SettingsError(f"{said}: {error}") from None
 

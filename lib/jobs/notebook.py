@@ -51,11 +51,12 @@ def embed(
     """Embed sequences as a run on record, and open it.
 
     sequences: a list, whose ids are its positions, or sequences by their id, as in a dictionary or
-    a pandas Series, whose index has the ids. model: a released name or a path, as MODEL=; settings:
-    "section.option" to text, a number or a path, as --set. Both are laid over `config`, as a script
-    does it. label: what history calls the run. What an earlier run embedded alike is copied from
-    it. `say` is told which run it is, what was changed in the sequences and what it reuses. Ctrl-C
-    commits what is finished and ends with an InterruptedRunError; resume.py continues the run.
+    a pandas Series, whose index has the ids (without blanks). model: a released name or a path, as
+    MODEL=; settings: "section.option" to text, a number or a path, as --set. Both are laid over
+    `config`, as a script does it. label: what history calls the run. What an earlier run embedded
+    alike is copied from it. `say` is told which run it is, what was changed in the sequences and
+    what it reuses. Ctrl-C commits what is finished and ends with an InterruptedRunError; resume.py
+    continues the run.
 
     Returns the vectors in the order of `sequences`: `matrix()` is (N, hidden_dim) float32. Raises
     what the scripts print as one line: a LedgerError, as InputError for a letter that is not in
@@ -122,6 +123,9 @@ def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:
         for what, text in (("id", str(name)), ("sequence", sequence)):
             if "\n" in text or "\r" in text:
                 raise InputError(f"record {number}: a line break in its {what}")
+        words = str(name).split()
+        if words and words != [str(name)]:  # of a FASTA header, only the first word is the id
+            raise InputError(f"record {number} ({name}): a blank in its id")
         lines.append(f">{name}\n{sequence}\n")
     return "".join(lines).encode("utf-8", "surrogatepass")
 

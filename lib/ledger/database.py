@@ -24,6 +24,7 @@ from lib.ledger.sqlite_file import (
     database_path,
     error_fact,
     leave_wal,
+    refuse_empty,
     refuse_strangers,
     sqlite_errors,
 )
@@ -94,9 +95,11 @@ def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
     references: whether a row may only refer to rows that are there.
     """
     engine = _engine(path, connect_args={"timeout": BUSY_SECONDS})
+    opened: list[sqlite3.Connection] = []
 
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _record: object) -> None:
+        opened.append(connection)
         # pysqlite would begin transactions of its own accord, and only before writes.
         connection.isolation_level = None
         connection.execute(f"PRAGMA foreign_keys = {'ON' if references else 'OFF'}")
@@ -112,6 +115,10 @@ def writing_engine(path: Path, *, references: bool = True) -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
+        # One that a signal's exception has torn from SQLAlchemy lives as long as its traceback, in
+        # a notebook until the next one, and with it the write lock.
+        for connection in opened:
+            connection.close()
 
 
 def _engine(path: Path, **how: Any) -> Engine:  # noqa: ANN401
@@ -132,9 +139,10 @@ def _dialect() -> Dialect:
 
 
 def open_for_reading(url: str) -> Engine:
-    """Open the run database read-only; raises SettingsError if there is none."""
+    """Open the run database read-only; raises SettingsError if there is none, or it is empty."""
     path = database_path(url)
     connect_read_only(path).close()
+    refuse_empty(path)
     return _engine(path, creator=lambda: connect_read_only(path), poolclass=NullPool)
 
 

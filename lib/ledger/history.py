@@ -13,7 +13,12 @@ from typing import Any
 from lib.errors import MachineError, SettingsError
 from lib.ledger.ownership import shown_status
 from lib.ledger.places import StoredRun, shown_path
-from lib.ledger.sqlite_file import connect_read_only, database_path, sqlite_errors
+from lib.ledger.sqlite_file import (
+    connect_read_only,
+    database_path,
+    refuse_empty,
+    sqlite_errors,
+)
 
 __all__ = [
     "RunDetail",
@@ -74,6 +79,7 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
             columns = [column[0] for column in cursor.description or []]
             return Table(columns, cursor.fetchall())
         except (sqlite3.Error, sqlite3.Warning) as error:
+            refuse_empty(path)
             raise SettingsError(f"SQL: {error}") from None
 
 

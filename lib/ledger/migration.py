@@ -14,7 +14,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, insert
 
-from lib.errors import LedgerError, SettingsError
+from lib.errors import LedgerError, MachineError, SettingsError
 from lib.files import disk_errors, new_path
 from lib.ledger.comments import view_comments
 from lib.ledger.database import database_errors, make_views, utc_now, writing_engine
@@ -92,7 +92,12 @@ def _copy(path: Path, to: Path, *, replace_same: bool = False) -> None:
         closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source,
         closing(sqlite3.connect(temporary)) as target,
     ):
-        source.backup(target)
+        try:
+            source.backup(target)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_FULL":
+                raise
+            raise MachineError(f"{to}: {error}") from None
         # A copy of a database in WAL mode would make itself a -wal file when it is first read.
         target.execute("PRAGMA journal_mode = DELETE")
 

@@ -21,6 +21,7 @@ __all__ = [
     "database_path",
     "error_fact",
     "leave_wal",
+    "refuse_empty",
     "refuse_strangers",
     "schema_version",
     "sqlite_errors",
@@ -88,6 +89,12 @@ def refuse_strangers(
     raise SettingsError(
         f"database {path}: schema version {found}, this program's is {SCHEMA_VERSION}{older}"
     )
+
+
+def refuse_empty(path: Path) -> None:
+    """Raise SettingsError for a database without tables: its first start was cut short."""
+    if schema_version(path) is None:
+        raise SettingsError(f"database {path}: no runs in it yet")
 
 
 def schema_version(path: Path, *, may_write: bool = False) -> int | None:

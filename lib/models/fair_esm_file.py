@@ -26,6 +26,7 @@ from lib.models.weights import TensorInfo, Weights
 
 __all__ = ["FairEsmFile", "refuse_relatives"]
 
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _PREFIX = re.compile(r"^(encoder\.sentence_encoder\.|encoder\.)")
 # What fair-esm calls the properties, in cfg["model"].
 _CFG_WORDS = {
@@ -63,7 +64,7 @@ class FairEsmFile:
         """Return whether fair-esm's token embedding is where this format has it."""
         state = archive.get("model", archive)
         names = (name for name in state if isinstance(name, str)) if isinstance(state, dict) else ()
-        return any(_PREFIX.sub("", name) == "embed_tokens.weight" for name in names)
+        return any(_PREFIX.sub("", name) == _EMBEDDING for name in names)
 
     @classmethod
     def open(cls, candidate: Candidate) -> FairEsmFile:
@@ -110,7 +111,18 @@ class FairEsmFile:
         """Yield (name, tensor) as stored; the tensors are views of a mapping of the file."""
         state = _state_dict(load_archive(self.file), self.path)
         for name in names:
+            if name == _EMBEDDING:
+                self._refuse_untied(state)
             yield name, state[self.stored[name]]
+
+    def _refuse_untied(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise WeightsError if the head's weights are not those of the embedding.
+
+        fair-esm has one tensor for both, and loads the head's into it.
+        """
+        one, head = self.stored[_EMBEDDING], self.stored.get(_HEAD)
+        if head is not None and not torch.equal(state[one], state[head]):
+            raise WeightsError(f"{self.path}: {head} is not {one}, which fair-esm makes one")
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:

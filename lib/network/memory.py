@@ -7,6 +7,7 @@ to wait for an allocation to fail.
 from __future__ import annotations
 
 import ctypes
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,10 @@ _GIVEN_BACK_BYTES = 32 * 1024 * 1024
 _ARRAYS_KEPT = 9
 # What matrix products keep for themselves: beside so many small arrays, 5 MB were measured.
 _SCRATCH_BYTES = 8 * 1024 * 1024
-# In plain RuntimeErrors: of torch on a CPU, of the system, of CUDA, of cuBLAS and cuDNN.
+# In plain RuntimeErrors: of torch on a CPU, of oneDNN, C++, the system, CUDA, cuBLAS and cuDNN.
 _LACKS_MEMORY = (
+    "could not create a primitive",
+    "std::bad_alloc",
     "can't allocate memory",
     "Cannot allocate memory",
     "CUDA error: out of memory",
@@ -80,8 +83,8 @@ def contact_bytes(lengths: Sequence[int]) -> int:
 def available_bytes(device: torch.device, wanted: int = 0) -> int | None:
     """Return the bytes of memory left on `device`, or None if the system does not tell.
 
-    On a CPU that is the least of what the machine and the control groups of this process have. If
-    it is less than `wanted`, memory that this process has freed is given back to the system first.
+    On a CPU that is the least of what the machine, control groups and `ulimit -v` leave. If it is
+    less than `wanted`, memory that this process has freed is given back to the system first.
     """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
@@ -121,9 +124,20 @@ def _give_back() -> None:
 
 
 def _left() -> int | None:
-    """Return the least of what the machine and the control groups of this process have left."""
-    known = [left for left in (_meminfo_available(), memory_left()) if left is not None]
-    return min(known, default=None)
+    """Return the least of what the machine, control groups and `ulimit -v` leave this process."""
+    ways = _meminfo_available(), memory_left(), _address_space_left()
+    return min((left for left in ways if left is not None), default=None)
+
+
+def _address_space_left() -> int | None:
+    limit, _hard = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except OSError:
+        return None
+    return max(0, limit - pages * resource.getpagesize())
 
 
 def _meminfo_available() -> int | None:

@@ -199,3 +199,14 @@ def test_output_on_another_device_than_the_folder_for_temporary_files(
         assert_same_bits(folder / "run-000001", reference)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_backup_to_a_full_disk_names_its_file(
+    script: Script, place: Place, small_model: Path, small_disk: Path
+) -> None:
+    assert script("embed", *embed_flags(small_model)).status == 0
+    (small_disk / "filler").write_bytes(bytes((1 << 20) - 8192))
+    to = small_disk / "backup.sqlite"
+    answer = script("backup", "--to", to)
+    assert (answer.status, answer.error) == (4, f"{to}: database or disk is full")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]

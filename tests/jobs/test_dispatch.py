@@ -190,7 +190,7 @@ def test_a_worker_that_begins_nothing_is_ended_and_another_takes_its_place(
     ray.hooks["compute"] = fails
     answer = runs.embed()
     assert answer.status == 0, answer.err
-    assert len(failed) == 3
+    assert len(failed) in (3, 4)  # it has two at a time
     assert "lost: failed 3 times in a row: no memory" in answer.err
     assert runs.outcomes() == ["lost", "finished"]
     runs.check()
@@ -626,6 +626,7 @@ def test_a_signal_while_ray_starts_is_no_failure_of_ray(
 
 def test_where_the_cluster_has_gpus_a_worker_has_one(runs: Runs, ray: InProcessRay) -> None:
     ray.machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+    runs.place.set("compute", "device", "auto")
     answer = runs.embed()
     assert answer.status == 4
     assert answer.error.startswith("all 2 workers were refused: worker ")

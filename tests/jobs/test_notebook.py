@@ -100,6 +100,8 @@ def test_the_run_can_be_verified_and_is_reused(
         (["MKV", "MK\nV"], "record 1: a line break in its sequence"),
         (["MKV\n>two\nMKV"], "record 0: a line break in its sequence"),
         ({"a\r>b": "MKV"}, "record 0: a line break in its id"),
+        ({"protein 1": "MKV"}, "record 0 (protein 1): a blank in its id"),
+        ({"one": "MKV", " two": "MKV"}, "record 1 ( two): a blank in its id"),
         ([">MKV"], "record 0 (0): empty sequence"),
         ([";MKV"], "record 0 (0): empty sequence"),
         ({"MKV"}, "sequences: set, not a list of them or sequences by their id"),
@@ -108,7 +110,6 @@ def test_the_run_can_be_verified_and_is_reused(
         (["MKV", None], "record 1 (1): its sequence is NoneType, not str"),
         (["MKV", "MJV"], "record 1 (1): 'J' at residue 2 is not in the ESM-2 alphabet"),
         ({"": "MKV"}, "record 0: empty id"),
-        ({"a 1": "MKV", "a 2": "MKT"}, "record 1 (a): id repeats record 0's"),
     ],
 )
 def test_what_is_not_a_list_of_proteins_is_refused(

@@ -16,7 +16,12 @@ from sqlalchemy import inspect, select
 
 from lib.errors import MachineError, SettingsError
 from lib.ledger import database
-from lib.ledger.database import open_for_reading, open_for_writing, transaction
+from lib.ledger.database import (
+    open_for_reading,
+    open_for_writing,
+    transaction,
+    writing_engine,
+)
 from schema.tables import Base, SchemaVersion
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests import processes
@@ -209,6 +214,30 @@ def test_a_database_whose_making_was_killed_is_made_again(
     embed = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
     assert embed.status == 0, embed.err
     assert script("validate", "--run", "1").status == 0
+
+
+def test_a_connection_that_nobody_has_given_back_holds_no_lock(fresh_db: Path) -> None:
+    """An interrupted cell of a notebook keeps its traceback, and all that is in it."""
+    with writing_engine(fresh_db) as engine:
+        kept = engine.connect()
+        kept.begin()
+    with closing(sqlite3.connect(fresh_db, timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+    assert kept.in_transaction()
+
+
+@pytest.mark.parametrize(
+    "argv", [["history"], ["report", "--run", "1"], ["validate", "--run", "1"]]
+)
+def test_a_database_whose_first_start_was_interrupted_has_no_runs_yet(
+    script: Script, place: Place, argv: list[str]
+) -> None:
+    place.database.touch()
+    if argv[0] == "report":
+        argv = [*argv, "--to", str(place.folder / "page.html")]
+    answer = script(*argv)
+    fact = f"database {place.database}: no runs in it yet"
+    assert (answer.status, answer.error) == (2, fact)
 
 
 def test_first_runs_at_the_same_instant_are_two_runs(

@@ -20,7 +20,6 @@ def test_writes_a_model_and_its_contact_regression_that_fair_esm_reads(
     answer = script("make_model", "--to", path, *shape, "--json")
     assert answer.status == 0, answer.err
     assert answer.json["untrained"] is True
-    assert "untrained weights" in answer.err
     assert Path(answer.json["regression"]).is_file()
     assert Reference(path).tokens("MKLV", [2])[2].shape == (6, 32)
 
@@ -89,3 +88,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert answer.status == 4
     assert answer.error.startswith(f"{path}: [enforce fail")
     assert [one.name for one in place.folder.iterdir()] == ["config.ini"]
+
+
+def test_a_target_without_a_name_is_refused(
+    script: Script, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    shape = ["--num-layers", "2", "--hidden-dim", "32", "--attention-heads", "2"]
+    for to in (".", "", "/"):
+        answer = script("make_model", "--to", to, *shape)
+        assert (answer.status, answer.error) == (2, f"{Path(to)}: exists already")

@@ -980,3 +980,20 @@ def test_a_missing_shard_is_missing_tensors(sharded: Path) -> None:
     kept = {name: file for name, file in listed.items() if "00001" in file}
     index.write_text(json.dumps({"weight_map": kept}))
     assert re.match(r"tensor esm\.encoder\.layer\.\S+ and \d+ more missing", refusal(sharded))
+
+
+def test_a_head_that_is_not_the_embedding_is_refused(small_model: Path, tmp_path: Path) -> None:
+    """fair-esm has one tensor for both, and loads the head's into it last."""
+    content = load(small_model)
+    head = content["model"]["encoder.lm_head.weight"]
+    assert torch.equal(head, content["model"]["encoder.sentence_encoder.embed_tokens.weight"])
+    content["model"]["encoder.lm_head.weight"] = head + 1
+    path = tmp_path / "esm2_untied.pt"
+    torch.save(content, path)
+    regression = small_model.with_name(f"{small_model.stem}-contact-regression.pt")
+    shutil.copy(regression, tmp_path / "esm2_untied-contact-regression.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        theirs, _ = esm.pretrained.load_model_and_alphabet_local(str(path))
+    assert torch.equal(theirs.embed_tokens.weight, head + 1)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is not .*embed_tokens\.weight, which"):
+        load_model(load_settings(overrides={"model.esm_model": str(path)}), found(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import threading
 from functools import partial
 from pathlib import Path
@@ -264,3 +265,13 @@ def test_what_was_freed_counts_as_available_to_packs_and_to_verification(
     answer = script("verify", "--run", "1", "--config", place.config)
     assert answer.status == 0, answer.err
     assert "available" not in answer.out + answer.err
+
+
+def test_the_address_space_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ulimit -v`, as batch systems set it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 50_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    left = available_bytes(torch.device("cpu"))
+    assert left is not None
+    assert 0 <= left <= 50_000_000

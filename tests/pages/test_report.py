@@ -881,3 +881,14 @@ def measured(page: Path, widths: Iterable[int], folder: Path) -> Any:  # noqa: A
     )  # fmt: skip
     (title,) = re.findall(r"<title>(.*?)</title>", done.stdout.partition("<iframe")[0])
     return json.loads(html.unescape(title))
+
+
+def test_a_target_without_a_name_is_refused(
+    script: Script, place: Place, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed()
+    monkeypatch.chdir(place.folder)
+    for to in (".", "/"):
+        answer = script("report", "--run", "1", "--to", to)
+        assert answer.status == 2
+        assert answer.error.endswith(": exists already")
