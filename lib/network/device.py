@@ -18,6 +18,7 @@ __all__ = [
     "choose_pack",
     "choose_precision",
     "cpu_flags",
+    "cpu_vendor",
     "device_name",
     "packs_at_once",
     "sent",
@@ -95,6 +96,11 @@ def use_threads(compute: ComputeSettings) -> int:
 def cpu_flags() -> frozenset[str]:
     """Return what the processor can do, by the names of Linux's /proc/cpuinfo."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def cpu_vendor() -> str:
+    """Return who made the processor, by the names of Linux's /proc/cpuinfo; empty elsewhere."""
+    return _cpuinfo("vendor_id")
 
 
 @cache

@@ -135,7 +135,7 @@ class Network:
         if 0 in wanted:
             yield 0, x
         count = len(x)
-        x = F.pad(x, (0, 0, 0, rows_of(count, self.device) - count))
+        x = F.pad(x, (0, 0, 0, rows_of(count, self.device, self.dtype) - count))
         bounds = sent(sequence_bounds(groups), self.device)
         where = _Positions(groups, bounds, self._inv_freq)
         last = max(wanted) if maps is None else self.shape.num_layers

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from lib.errors import MachineError
+from lib.network.device import cpu_vendor
 
 __all__ = ["linear", "linear_add", "linear_gelu", "refuse_rounding", "rows_of"]
 
@@ -16,9 +17,15 @@ __all__ = ["linear", "linear_add", "linear_gelu", "refuse_rounding", "rows_of"]
 _ROWS = 64
 
 # oneDNN's linear with a fused tail, the operator that torch's own compiler emits on CPU. It is
-# not public API; where it is missing, two steps compute the same.
-_FUSED = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_FUSED_BFLOAT16 = _FUSED and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# not public API; where it is missing, two steps compute the same. So they do on Intel's processors
+# in float32: there, torch's own products are MKL's, which are faster, and on AMD's slower.
+_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+_MKL_IS_FASTER = _HAS_MKL and cpu_vendor() == "GenuineIntel"
+_BY_ONEDNN = {
+    torch.float32: _ONEDNN and not _MKL_IS_FASTER,
+    torch.bfloat16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+}
 
 # What can have operands of float32 products rounded to bfloat16 or TF32.
 _ROUNDING = (
@@ -31,32 +38,37 @@ _ROUNDING = (
 Affine = tuple[torch.Tensor, torch.Tensor]
 
 
-def rows_of(tokens: int, device: torch.device) -> int:
-    """Return how many rows the products of a pack have: on a CPU, few numbers of them come up."""
-    return -(-tokens // _ROWS) * _ROWS if device.type == "cpu" else tokens
+def rows_of(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Return how many rows the products of a pack have: for oneDNN, few numbers of them come up."""
+    return -(-tokens // _ROWS) * _ROWS if _is_by_onednn(device, dtype) else tokens
 
 
 def linear(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
     """Return x @ weight.T + bias; x: (T, in), weight: (out, in), all of one dtype."""
-    if _is_fused(x):
+    if _is_by_onednn(x.device, x.dtype):
         return _pointwise(x, weight_bias, "none", "")
     return F.linear(x, *weight_bias)
 
 
 def linear_gelu(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
     """Return the exact GELU (by erf) of `linear`."""
-    if _is_fused(x):
+    if _is_by_onednn(x.device, x.dtype):
         return _pointwise(x, weight_bias, "gelu", "none")
-    return F.gelu(F.linear(x, *weight_bias))
+    activated = torch.ops.aten.gelu_(F.linear(x, *weight_bias))
+    assert isinstance(activated, torch.Tensor)
+    return activated
 
 
 def linear_add(x: torch.Tensor, weight_bias: Affine, residual: torch.Tensor) -> torch.Tensor:
     """Return `linear` plus a float32 residual, which this may overwrite."""
-    if _is_fused(x) and x.dtype is torch.float32:
+    if x.dtype is not torch.float32:
+        return residual.add_(linear(x, weight_bias))
+    if _is_by_onednn(x.device, x.dtype):
         fused = torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weight_bias, "add")
         assert isinstance(fused, torch.Tensor)
         return fused
-    return residual.add_(linear(x, weight_bias))
+    weight, bias = weight_bias
+    return residual.add_(bias).addmm_(x, weight.t())
 
 
 def refuse_rounding(device: torch.device) -> None:
@@ -83,10 +95,8 @@ def _chosen_precision(device: torch.device) -> str:
         return f"torch.backends.{name}.matmul.fp32_precision = {chosen}"
 
 
-def _is_fused(x: torch.Tensor) -> bool:
-    if x.device.type != "cpu":
-        return False
-    return (_FUSED and x.dtype is torch.float32) or (_FUSED_BFLOAT16 and x.dtype is torch.bfloat16)
+def _is_by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and _BY_ONEDNN.get(dtype, False)
 
 
 def _pointwise(

@@ -100,7 +100,7 @@ def needed_bytes(
 ) -> int:
     """Return an upper estimate of the memory of the device that a pack takes beside the weights."""
     lengths = [len(sequence.residues) for sequence in sequences]
-    tokens = rows_of(sum(lengths) + 2 * len(lengths), network.device)
+    tokens = rows_of(sum(lengths) + 2 * len(lengths), network.device, network.dtype)
     maps = contact_bytes(lengths) if _CONTACT_MAPS in columns else 0
     # A GPU holds what is kept only while it converts it.
     kept = 0 if network.device.type == "cuda" else kept_on_host(network, sequences, columns)

@@ -92,7 +92,7 @@ def by_its_kernels(network: Network, pack: list[str]) -> torch.Tensor:
     tokens = torch.from_numpy(tokenise([sequence.encode() for sequence in pack])).long()
     rotary, bounds = turns_by_token(groups, network._inv_freq), sequence_bounds(groups)
     x = F.embedding(tokens, network._embedding) * 0.88
-    rows = rows_of(len(x), x.device)
+    rows = rows_of(len(x), x.device, network.dtype)
     x = F.pad(x, (0, 0, 0, rows - len(x)))
     heads = network.shape.attention_heads
     for layer in network._layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from lib.models.detection import detect
 from lib.models.untrained import make_model
+from lib.network import linear
 from lib.network.esm2 import Network, load_network
 from lib.network.fused import FusedAttention
 from lib.network.vectors import launch
@@ -177,6 +179,40 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
     # float16 is a GPU's, and a CPU is slow at it: without the longest where it is much.
     start = 1 if shape[0] * shape[1] > 5_000 else 0
     assert_within_bounds(load(path, torch.float16), MIXED_PACK[start:], truth[start:])
+
+
+@pytest.mark.parametrize("is_by_onednn", [True, False], ids=["oneDNN", "torch"])
+def test_products_of_both_libraries_are_within_the_bounds_of_fair_esm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_by_onednn: bool
+) -> None:
+    """A processor has the one that is faster there."""
+    path = tmp_path / "esm2_made.pt"
+    make_model(path, 6, 320, 20)
+    truth, contacts = truth_and_contacts(path, MIXED_PACK)
+    for dtype in linear._BY_ONEDNN:
+        if is_by_onednn and dtype is torch.bfloat16 and not linear._BY_ONEDNN[dtype]:
+            continue  # oneDNN has it on some processors only
+        monkeypatch.setitem(linear._BY_ONEDNN, dtype, is_by_onednn)
+        network = load(path, dtype)
+        tokens = sum(map(len, MIXED_PACK)) + 2 * len(MIXED_PACK)
+        rows = linear.rows_of(tokens, network.device, dtype)
+        assert (rows % 64, rows >= tokens) == (0, True) if is_by_onednn else (rows == tokens)
+        assert_within_bounds(network, MIXED_PACK, truth)
+        assert_contacts_within_bounds(network, MIXED_PACK, contacts)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "has_mkl", "is_faster"),
+    [("GenuineIntel", True, True), ("GenuineIntel", False, False), ("AuthenticAMD", True, False)],
+)
+def test_mkl_computes_float32_on_the_processors_of_its_maker(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, has_mkl: bool, is_faster: bool
+) -> None:
+    monkeypatch.setattr("lib.network.device.cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    again = runpy.run_path(linear.__file__)
+    assert again["_MKL_IS_FASTER"] is is_faster
+    assert again["_BY_ONEDNN"][torch.float32] is not is_faster
 
 
 def test_float16_weights_are_computed_in_float32_as_fair_esm_does(tmp_path: Path) -> None:
