@@ -17,7 +17,6 @@ from lib.errors import MachineError, SettingsError
 
 __all__ = [
     "disk_errors",
-    "expanded",
     "file_md5",
     "file_sha256",
     "link_new",
@@ -136,14 +135,6 @@ def new_path(
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
-
-
-def expanded(text: str) -> Path:
-    """Return a path, `~` or `~NAME` at its start being a home folder; in `./~` it is a name.
-
-    Raises RuntimeError if there is no user NAME.
-    """
-    return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
 def refuse_existing(path: Path, replaceable: Callable[[Path], bool] | None = None) -> None:

@@ -15,13 +15,13 @@ from marshmallow import ValidationError
 
 from lib.catalog import RELEASED, named_on_hub
 from lib.errors import SettingsError
-from lib.files import expanded
 from schema.settings import SECTIONS, STANDARD_INPUT, SettingsSchema, SettingsSections
 
 __all__ = [
     "DEFAULT_CONFIG",
     "Overrides",
     "Settings",
+    "expanded",
     "from_snapshot",
     "load_settings",
     "override",
@@ -172,6 +172,14 @@ def _paths_in(text: str, folder: Path) -> list[str]:
         return shlex.split(text)
     except ValueError:  # a quote that does not end
         return [text]
+
+
+def expanded(text: str) -> Path:
+    """Return a path, `~` or `~NAME` at its start being a home folder; in `./~` it is a name.
+
+    Raises RuntimeError if there is no user NAME.
+    """
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
 def _exists(text: str, folder: Path) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.errors import LedgerError, SettingsError
-from lib.files import expanded
-from lib.settings import DEFAULT_CONFIG, Overrides, Settings, load_settings
+from lib.settings import DEFAULT_CONFIG, Overrides, Settings, expanded, load_settings
 from schema.settings import ClusterSettings
 
 __all__ = [
