@@ -45,6 +45,7 @@ _READ = {
     "model_type",
     "position_embedding_type",
     "rope_theta",
+    "transformers_weights",
     "untrained",  # scripts/make_model.py writes it
 }
 # Keys that change no vector of a sequence by itself, in a trunk with rotary positions.
@@ -111,6 +112,9 @@ def refuse_other_models(config: Mapping[str, Any], folder: Path) -> None:
     for key, meaning in _REFUSED_IF_SET.items():
         if config.get(key):
             raise WeightsError(f"{folder}: {key} {_shown(config[key])}: {meaning}, not ESM-2")
+    if config.get("transformers_weights"):
+        named = _shown(config["transformers_weights"])
+        raise WeightsError(f"{folder}: transformers_weights {named}: a file of another name")
     _refuse_other_norms(config, folder)
     _refuse_other_masks(config, folder)
 

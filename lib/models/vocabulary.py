@@ -34,8 +34,10 @@ _FILES = {
 def refuse_other_numbers(folder: Path) -> None:
     """Raise WeightsError if a file of a tokenizer gives a token another number than ESM-2 does.
 
-    Tokens that sequences do not hold may have any number.
+    Tokens that sequences do not hold may have any number. So if a sequence gets other tokens before
+    or after it.
     """
+    _refuse_other_frame(folder)
     for name, whole in _FILES.items():
         path = folder / name
         if not path.is_file():
@@ -49,6 +51,20 @@ def refuse_other_numbers(folder: Path) -> None:
                 raise WeightsError(
                     f"{path}: token {token!r} has the number {said!r:.20}, in ESM-2 {number}"
                 )
+
+
+def _refuse_other_frame(folder: Path) -> None:
+    """Raise WeightsError if a tokenizer has other tokens than ESM-2 before or after a sequence."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = read_json(HeldFile(path))
+        for key, token in (("cls_token", "<cls>"), ("eos_token", "<eos>")):
+            said = content.get(key, token)
+            said = said.get("content") if isinstance(said, dict) else said
+            if said != token:
+                raise WeightsError(f"{path}: {key} is {said!r:.20}, in ESM-2 {token!r}")
 
 
 def _numbers_in(file: HeldFile) -> dict[str, Any]:

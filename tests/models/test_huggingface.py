@@ -212,6 +212,11 @@ def configured(folder: Path, changes: Mapping[str, object]) -> Path:
             "{'0': {'layer_norm_eps': 0.01}}: other layers than ESM-2 has, not ESM-2",
         ),
         (
+            "transformers_weights",
+            "other.safetensors",
+            "'other.safetensors': a file of another name",
+        ),
+        (
             "mask_token_id",
             4,
             "4 with token_dropout: a token that sequences hold; ESM-2 has 32",

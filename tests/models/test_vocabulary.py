@@ -85,6 +85,21 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         '{"B": 33}',
         "token 'B' has the number 33, in ESM-2 25",
     ),
+    "another token before a sequence": (
+        "special_tokens_map.json",
+        '{"cls_token": "<null_1>", "eos_token": "<eos>"}',
+        "cls_token is '<null_1>', in ESM-2 '<cls>'",
+    ),
+    "no token after a sequence": (
+        "tokenizer_config.json",
+        '{"eos_token": null}',
+        "eos_token is None, in ESM-2 '<eos>'",
+    ),
+    "another token after a sequence": (
+        "tokenizer_config.json",
+        '{"eos_token": {"content": "<pad>"}}',
+        "eos_token is '<pad>', in ESM-2 '<eos>'",
+    ),
     "no text": ("vocab.txt", b"\xff\n", "not the tokens and numbers of a tokenizer"),
     "no vocabulary": ("tokenizer.json", "{}", "not the tokens and numbers of a tokenizer"),
     "no token": (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.models.detection import detect
 from lib.models.untrained import make_model
@@ -213,6 +214,52 @@ def test_mkl_computes_float32_on_the_processors_of_its_maker(
     again = runpy.run_path(linear.__file__)
     assert again["_MKL_IS_FASTER"] is is_faster
     assert again["_BY_ONEDNN"][torch.float32] is not is_faster
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The names of the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        self.names.add(func.overloadpacket.__name__.rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+# What torch has MKL's vector library do on a CPU: ATen/cpu/vml.h.
+OF_MKLS_VECTOR_LIBRARY = [
+    "acos",
+    "asin",
+    "atan",
+    "cos",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "expm1",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "sin",
+    "sqrt",
+    "tan",
+    "tanh",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_computed_by_mkls_vector_library(small_model: Path, dtype: torch.dtype) -> None:
+    """Of two threads that begin with it, one may get half of the bits."""
+    for network in by_every_kernel(load(small_model, dtype)):
+        with Operations() as seen:
+            hidden(network, MIXED_PACK, [2])
+            contacts_of(network, MIXED_PACK)
+        assert {"polar", "baddbmm"} < seen.names
+        assert seen.names.isdisjoint(OF_MKLS_VECTOR_LIBRARY)
 
 
 def test_float16_weights_are_computed_in_float32_as_fair_esm_does(tmp_path: Path) -> None:
