@@ -82,7 +82,8 @@ def write_anndata(run: RunEmbeddings, to: Path, selection: Selection) -> None:
     ):
         made = anndata.AnnData(X=vectors, obs=obs, uns={"esm_ledger": facts_of(run, [column])})
         anndata.io.write_elem(file, "/", made)
-        del file["raw"]  # a null, which anndata before 0.12 cannot read
+        if made.raw is None and "raw" in file:
+            del file["raw"]  # a null, which anndata before 0.12 cannot read
 
 
 def _converted(vector: npt.NDArray[Any], dtype: str | None, record: int) -> npt.NDArray[Any]:
