@@ -261,6 +261,8 @@ def _sorted_out(
             pairs.setdefault(part[1], {})[part[2]] = name
         elif ".lora_" in module:
             raise WeightsError(f"{file}: tensor {name} is not a factor of a linear module")
+        elif ".modules_to_save." in module:  # PEFT stores it so beside the one that it replaces
+            raise WeightsError(f"{file}: tensor {name}: a bias twice, by bias and modules_to_save")
         else:
             replacements[fair_esm_name(module.replace(".base_layer.", "."))] = name
     return pairs, replacements

@@ -404,6 +404,10 @@ def test_ranks_and_scales_that_are_none_are_refused(
         ({"base_model.model.esm.encoder.x": torch.ones(2)}, "does not fit any module of "),
         (dict(list(factors(QUERY, 64, 64).items())[:1]), "has no counterpart"),
         (
+            {f"base_model.model.{QUERY}.modules_to_save.bias": torch.ones(64)},
+            "a bias twice, by bias and modules_to_save",
+        ),
+        (
             {f"base_model.model.{QUERY}.lora_magnitude_vector": torch.ones(2)},
             "is not a factor of a linear module",
         ),
