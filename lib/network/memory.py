@@ -39,7 +39,7 @@ _GIVEN_BACK_BYTES = 32 * 1024 * 1024
 _ARRAYS_KEPT = 9
 # What matrix products keep for themselves: beside so many small arrays, 5 MB were measured, and in
 # one process of forty 10 MB.
-_SCRATCH_BYTES = 16 * 1024 * 1024
+_SCRATCH_BYTES = 12 * 1024 * 1024
 # In plain RuntimeErrors: of torch on a CPU, of oneDNN, C++, the system, CUDA, cuBLAS and cuDNN.
 _LACKS_MEMORY = (
     "could not create a primitive",

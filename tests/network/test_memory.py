@@ -212,7 +212,7 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     assert answer.status == 4
     # As many rows as tokens, or filled up to 64 of them.
     assert re.fullmatch(
-        r"record 0 \(titin\): 6000 residues need 46\.[01] MB of memory, "
+        r"record 0 \(titin\): 6000 residues need 41\.[89] MB of memory, "
         r"10\.0 MB are available on cpu",
         answer.error,
     )
