@@ -1,2 +1,4 @@
-"""The machinery of esm-ledger. Only lib.console parses arguments and prints,
-but for `embed` of a notebook, which says what it does."""
+"""The machinery of esm-ledger. Only lib.console parses arguments and prints.
+
+`embed` of a notebook prints what it does, too, unless it is told to say it elsewhere.
+"""

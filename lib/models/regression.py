@@ -38,7 +38,7 @@ class Regression:
 
 def regression_path(weights: Path) -> Path:
     """Return where fair-esm looks for the contact regression that belongs to a .pt file."""
-    return weights.with_name(f"{weights.stem}-contact-regression.pt")
+    return weights.parent / f"{weights.stem}-contact-regression.pt"
 
 
 def read_regression(weights: Weights, layers: int, heads: int) -> Regression:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lib.errors import MachineError, SettingsError
-from lib.files import disk_errors, new_path, refuse_existing
+from lib.files import disk_errors, new_path
 from lib.models.regression import regression_path
 from lib.models.tensor_names import hugging_face_name
 from schema.esm2_config import VOCABULARY, ModelShape
@@ -52,9 +52,8 @@ def make_model(
     """
     shape = ModelShape(num_layers, hidden_dim, attention_heads, token_dropout)
     _check_shape(shape)
-    _make_parents(path)
-    refuse_existing(path)
     regression = regression_path(path)
+    _make_parents(path)
     drawn = io.BytesIO()
 
     def is_the_same(found: Path) -> bool:

@@ -54,7 +54,7 @@ def multiqc_path(report: Path) -> Path:
 
     A run has one row, also when it is pruned.
     """
-    return report.with_name(f"{report.stem.removesuffix(PRUNED)}_mqc.json")
+    return report.parent / f"{report.stem.removesuffix(PRUNED)}_mqc.json"
 
 
 def multiqc_text(sample: str, uuid: str, row: Mapping[str, Any]) -> str:
