@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +140,7 @@ def _sources_rows(copying: Copying) -> Iterator[_Rows]:
                 if str(error) not in lost.values():  # of a pruned run, all files have the same
                     copying.say(f"not reused: {error}")
                 lost[source] = str(error)
+        del owners  # before those of the next range are in memory, too
 
 
 class _Reader:
@@ -199,13 +201,18 @@ def _taken(
         for batch in file.batches(group, names, most):
             stop = int(np.searchsorted(rows, start + batch.num_rows))
             if stop > first:
-                yield (
-                    slice(first, stop),
-                    batch.select(names).take(arrow_array(rows[first:stop] - start, pa.int32())),
-                )
+                places = rows[first:stop] - start
+                yield slice(first, stop), _at(batch.select(names), places)
             first, start = stop, start + batch.num_rows
             if first == end:
                 break
+
+
+def _at(table: pa.Table, places: npt.NDArray[np.integer[Any]]) -> pa.Table:
+    """Return the rows of a table at some places, without a copy if those are all, in order."""
+    if np.array_equal(places, np.arange(table.num_rows)):
+        return table
+    return table.take(arrow_array(places, pa.int64()))
 
 
 def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:
@@ -223,9 +230,8 @@ def _fitting(rows: pa.Table, columns: pa.Schema, source: Source) -> pa.Table:
 
 def _checked(rows: _Rows) -> _Rows:
     """Return rows; raises LostSourceError unless each is of the residues of its owners."""
-    index = arrow_array(_index(rows), pa.int64())
-    found = rows.vectors.column(EMBEDDED_SHA256).take(index).combine_chunks()
-    if not found.equals(rows.owners.column(EMBEDDED_SHA256).combine_chunks()):
+    found = _at(rows.vectors.select([EMBEDDED_SHA256]), _index(rows))
+    if not found.column(0).equals(rows.owners.column(EMBEDDED_SHA256)):
         place = f"run {rows.source.run_id}: {rows.source.file}"
         raise LostSourceError(f"{place}: {EMBEDDED_SHA256} is not that of the residues")
     return rows
@@ -250,7 +256,7 @@ def _batches(rows: _Rows, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
             sizes += lengths * (kind.value_type.bit_width // 8)
     for part in row_group_slices(sizes[index]):
         owners = rows.owners.slice(part.start, part.stop - part.start)
-        vectors = rows.vectors.take(arrow_array(index[part], pa.int64()))
+        vectors = _at(rows.vectors, index[part])
         arrays = [
             (owners if name in owners.column_names else vectors).column(name).combine_chunks()
             for name in columns.names

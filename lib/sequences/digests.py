@@ -11,7 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Digests", "first_halves"]
+__all__ = ["Digests", "Index", "first_halves", "index_type"]
+
+Index = npt.NDArray[np.int32 | np.int64]
 
 _BYTES = 16
 # Digests that `first_equal` compares at once: its temporary arrays stay small.
@@ -29,15 +31,15 @@ class Digests:
         made = [hashlib.sha256(text).digest()[:_BYTES] for text in texts]
         self._digests += b"".join(made)
 
-    def of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    def of(self, numbers: Index) -> npt.NDArray[np.uint64]:
         """Return (len(numbers), 2) the digests of some texts."""
         return np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)[numbers]
 
-    def first_equal(self) -> npt.NDArray[np.int64]:
+    def first_equal(self) -> Index:
         """Return (N,), for each text, the number of the first text that equals it."""
         halves = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2)
         order = _sorted(halves)
-        first = np.empty(len(order), dtype=np.int64)
+        first = np.empty(len(order), index_type(len(order)))
         for start in range(0, len(order), _CHUNK):
             part = order[start : start + _CHUNK]
             ordered = halves[order[max(0, start - 1) : start + _CHUNK]]
@@ -62,6 +64,11 @@ def _sorted(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         if ((ordered[1:, 0] == ordered[:-1, 0]) & (ordered[1:, 1] != ordered[:-1, 1])).any():
             return np.lexsort((halves[:, 1], halves[:, 0]))
     return order
+
+
+def index_type(total: int) -> type[np.int32 | np.int64]:
+    """Return the smaller type that numbers of `total` things, and -1, have room in."""
+    return np.int32 if total <= np.iinfo(np.int32).max else np.int64
 
 
 def first_halves(digests: bytes | memoryview) -> npt.NDArray[np.uint64]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from lib.errors import InputError
 from lib.sequences.compression import DigestedRead
-from lib.sequences.digests import Digests
+from lib.sequences.digests import Digests, Index
 from lib.sequences.entries import shortened
 from lib.sequences.inputs import (
     InputFile,
@@ -78,7 +78,7 @@ class Inventory:
     header_letters: int = 0
     windows: list[WindowSummary] = field(default_factory=list)
     # (records,) the first record with the same embedded residues, which can be the record itself.
-    same_as: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    same_as: Index = field(default_factory=lambda: np.empty(0, np.int32))
     # (records,) embedded residues, in file order.
     record_lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     # (sequences, 2) the digest of each, by its first record; None unless it was asked for.
@@ -102,7 +102,9 @@ class Inventory:
 
     def first_records(self) -> npt.NDArray[np.int64]:
         """Return (sequences,) the first record that has each different sequence, ascending."""
-        return np.flatnonzero(self.same_as == np.arange(len(self.same_as)))
+        return np.flatnonzero(
+            self.same_as == np.arange(len(self.same_as), dtype=self.same_as.dtype)
+        )
 
     def file_of(self, record: int) -> InputFile:
         """Return the file of a record."""

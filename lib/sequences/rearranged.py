@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from lib.arrow import arrow_array, numbers
 from lib.files import disk_errors
+from lib.sequences.digests import Index
 from lib.sequences.inventory import Inventory
 from lib.sequences.records import Owner, Record, read_same_records
 from lib.sequences.reused import Reused
@@ -92,7 +92,7 @@ def rearranged_windows(
         yield Window(positions.start, sequences)
 
 
-def _within(positions: npt.NDArray[np.int64], ranges: Sequence[range]) -> npt.NDArray[np.int64]:
+def _within(positions: Index, ranges: Sequence[range]) -> Index:
     """Return positions with -1 for those that are in none of the ranges."""
     after = np.searchsorted([one.stop for one in ranges], positions, side="right")
     starts = np.array([*(one.start for one in ranges), np.iinfo(np.int64).max])
@@ -101,8 +101,8 @@ def _within(positions: npt.NDArray[np.int64], ranges: Sequence[range]) -> npt.ND
 
 def _rows(
     records: Iterator[Record],
-    firsts: npt.NDArray[np.int64],
-    positions: npt.NDArray[np.int64],
+    firsts: Index,
+    positions: Index,
     columns: pa.Schema,
 ) -> pa.RecordBatch:
     """Read the next records; return those that have a position, by position.

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.parts import bounded_parts
+from lib.sequences.digests import Index, index_type
 from lib.sequences.inventory import WINDOW_RECORDS, WINDOW_RESIDUES, Inventory
 from lib.sequences.windows import Sequence, Window, read_windows
 from schema.settings import InputSettings
@@ -25,18 +26,19 @@ class Reused:
     records: (R,) the first record of each, in the order of the plan; records_total: of the input.
     """
 
-    def __init__(self, records: npt.NDArray[np.int64], records_total: int) -> None:
-        self.records = records
+    def __init__(self, records: Index, records_total: int) -> None:
+        self._kind = index_type(records_total)
+        self.records: Index = records.astype(self._kind)
         self._total = records_total
 
     def __len__(self) -> int:
         return len(self.records)
 
     @cached_property
-    def places(self) -> npt.NDArray[np.int64]:
+    def places(self) -> Index:
         """(records,) the position in the plan of what has its first record there; -1 for others."""
-        places = np.full(self._total, -1, np.int64)
-        places[self.records] = np.arange(len(self.records))
+        places: Index = np.full(self._total, -1, self._kind)
+        places[self.records] = np.arange(len(self.records), dtype=self._kind)
         return places
 
 
