@@ -51,6 +51,7 @@ from lib.jobs.reuse import may_reuse
 from lib.jobs.validation import validate
 from lib.ledger.database import open_for_writing
 from lib.ledger.runs import checked_label
+from lib.ledger.sqlite_file import database_path, refuse_unwritable
 from lib.ledger.standard_input import copied_standard_input, standard_input_for_now
 from lib.models.detection import detect
 from lib.sequences.inventory import preflight
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # ---- What will be done: detected, checked, displayed
         refuse_missing_input(settings)
+        refuse_unwritable(database_path(settings.database.url))
         label = checked_label(parsed.label)
         detection = detect(settings.model, contacts="contacts" in settings.output.include)
         note(describe_weights(detection, offer_of(settings, detection)))

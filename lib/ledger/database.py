@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from lib.ledger.sqlite_file import (
     leave_wal,
     refuse_empty,
     refuse_strangers,
+    refuse_unwritable,
     sqlite_errors,
 )
 from lib.ledger.statements import read_statements
@@ -74,7 +75,10 @@ def open_for_writing(
         raise SettingsError(f"database {path}: no such file")
     if not path.parent.is_dir():
         raise MachineError(f"database {path}: folder {path.parent} does not exist")
+    refuse_unwritable(path)
     refuse_strangers(path, may_write=True)
+    with suppress(OSError):  # which SQLite reports; by itself it would let only the owner write
+        path.touch(0o666, exist_ok=False)
     with writing_engine(path) as engine:
         with database_errors(path):
             mode = _choose_journal(path)

@@ -24,6 +24,7 @@ from lib.ledger.sqlite_file import (
     connect_read_only,
     database_path,
     refuse_strangers,
+    refuse_unwritable,
     schema_version,
     sqlite_errors,
 )
@@ -65,6 +66,7 @@ def upgrade(url: str) -> Upgrade:
     path = database_path(url)
     if not path.is_file():
         raise SettingsError(f"database {path}: no such file")
+    refuse_unwritable(path)
     refuse_strangers(path, may_write=True, versions=KNOWN_VERSIONS)
     before = schema_version(path)
     if before is None or before == SCHEMA_VERSION:

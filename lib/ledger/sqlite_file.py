@@ -23,6 +23,7 @@ __all__ = [
     "leave_wal",
     "refuse_empty",
     "refuse_strangers",
+    "refuse_unwritable",
     "schema_version",
     "sqlite_errors",
 ]
@@ -89,6 +90,17 @@ def refuse_strangers(
     raise SettingsError(
         f"database {path}: schema version {found}, this program's is {SCHEMA_VERSION}{older}"
     )
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise MachineError for a database, or what SQLite keeps beside it, that may only be read.
+
+    SQLite opens it all the same, and fails at the first change.
+    """
+    for suffix in ("", "-wal", "-shm"):
+        file = Path(f"{path}{suffix}")
+        if file.exists() and not os.access(file, os.W_OK):
+            raise MachineError(f"database {path}: {file.name} is not writable")
 
 
 def refuse_empty(path: Path) -> None:
@@ -197,14 +209,15 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _is_at_rest(path: Path) -> bool:
-    """Return whether a database in WAL mode lies where this process cannot share its memory.
+    """Return whether a database in WAL mode may only be read by this process, and nobody writes it.
 
-    SQLite reads it if it is told that nobody writes: neither file nor folder can be written to, and
-    no process has it open, which would have made a -wal file. What is in such a file would be lost.
+    SQLite reads it if it is told so. Else it would have to make a -wal and a -shm file, for which
+    the folder may not be writable; where it is, they would be this user's, and lock out the owner.
+    A process that has the database open has made a -wal file, whose content would be left out.
     """
     path = path.resolve()
     try:
-        if os.access(path, os.W_OK) or os.access(path.parent, os.W_OK):
+        if os.access(path, os.W_OK):
             return False
         log = Path(f"{path}-wal")
         if log.exists() and (log.stat().st_size > 0 or Path(f"{path}-shm").exists()):

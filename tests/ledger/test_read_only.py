@@ -101,3 +101,40 @@ def test_a_log_is_not_left_out(finished: Place, at_rest: bool) -> None:
             assert done.error == f"database {there.database}: unable to open database file"
     finally:
         unlock(there.folder)
+
+
+def test_who_may_only_read_locks_nobody_out(finished: Place) -> None:
+    """In a folder that a group may write to, SQLite would leave files that are the reader's own."""
+    before = {path.name for path in finished.folder.iterdir()}
+    finished.database.chmod(0o444)
+    assert answer(finished, "history").status == 0
+    assert {path.name for path in finished.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["runs.sqlite", "runs.sqlite-wal", "runs.sqlite-shm"])
+def test_a_database_that_may_only_be_read_is_told_before_the_work(
+    finished: Place, name: str
+) -> None:
+    file = finished.folder / name
+    file.touch()
+    file.chmod(0o444)
+    folders = {*finished.output.iterdir()}
+    for script, *flags in [
+        ("resume", "--run", "1"),
+        ("embed", "--esm-model", finished.folder / "none.pt", "--input", SOME_PROTEINS),
+    ]:
+        done = answer(finished, script, *flags)
+        assert done.error == f"database {finished.database}: {name} is not writable"
+        assert done.status == 4
+    assert {*finished.output.iterdir()} == folders
+
+
+def test_who_may_write_a_new_database_is_decided_by_the_umask(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    before = os.umask(0o002)
+    try:
+        assert script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS).status == 0
+    finally:
+        os.umask(before)
+    assert place.database.stat().st_mode & 0o777 == 0o664
