@@ -59,7 +59,7 @@ takes.benchmark-cuda    := CONFIG ARGS
 takes.benchmark-loading := ARGS
 
 # `make embed RUN=1` would begin a new run without a word. Of several targets each may have variables
-# of its own; the environment's are nobody's business, and a target that is a file has no line above.
+# of its own. Variables of the environment are not checked, and a target that is a file has no line above.
 variables := MODEL INPUT OUTPUT RUN LABEL RAY FORMAT TO QUERY CONFIG ARGS
 given := $(foreach name,$(variables),$(if $(findstring command line,$(origin $(name))),$(name)))
 goals := $(or $(MAKECMDGOALS),help)
@@ -69,7 +69,7 @@ ifneq ($(refused),)
 $(error $(refused)= is not a variable of $(goals) ($(or $(strip $(taken)),it has none)))
 endif
 
-# `make embed model=FILE` would go on without a word, with another model.
+# `make embed model=FILE` would silently use another model.
 upper = $(shell echo '$(1)' | tr a-z A-Z)
 $(foreach name,model input output run label ray format to query config args,\
   $(if $(findstring command line,$(origin $(name))),\
@@ -211,7 +211,7 @@ relocate: $(installed) ## write down that the folder of RUN= lies in OUTPUT= now
 model: $(installed) ## write untrained weights: make model ARGS='--like esm2_t6_8M_UR50D --to FILE'
 	@$(python) scripts/make_model.py $(config) $(ARGS)
 
-# What stands there is whole: it is renamed into place when it is.
+# The file is always whole: it gets its name once it is written.
 .PRECIOUS: $(demo_model)
 $(demo_model): | $(installed)
 	@$(python) scripts/make_model.py --like esm2_t6_8M_UR50D --to $@

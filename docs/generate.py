@@ -154,7 +154,7 @@ def _about(path: Path) -> str:
         text = ast.get_docstring(ast.parse(text)) or ""
     heading = path.suffix == ".md" and text.startswith("# ")
     paragraph = text.split("\n\n")[1 if heading else 0]
-    words = " ".join(line.strip("{#-} ") for line in paragraph.splitlines())
+    words = " ".join(line.strip("{#-/} ") for line in paragraph.splitlines())
     # The first sentence; "Su et al. 2021" goes on.
     return re.split(r"(?<! al)\. ", words.removeprefix("esm-ledger: "))[0].rstrip(".")
 

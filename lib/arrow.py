@@ -24,7 +24,7 @@ def arrow_array(values: Values, kind: pa.DataType) -> pa.Array:
     """Return values as an Arrow array, without a copy if they are an array of numpy's of that kind.
 
     values: (N,) numbers, texts or bytes; None among bytes of any length is a null. Raises
-    pa.ArrowInvalid for 2 GB of texts or bytes, and for bytes that have not the width of the kind.
+    pa.ArrowInvalid for 2 GB of texts or bytes, and for bytes of another width than the kind's.
     """
     if pa.types.is_string(kind):
         return _bytes([text.encode() for text in values]).view(kind)

@@ -107,5 +107,5 @@ def _parsed(text: str | None) -> datetime | None:
 
 
 def in_words(value: object) -> str:
-    """Return a property's value as a message has it: yes and no for what is true and false."""
+    """Return a property's value as messages show it: `yes` or `no` for a bool."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -89,7 +89,7 @@ class VerifiedFile:
             raise IdentityRefusedError(f"{self.listed.place}: sha256 differs from the database")
 
     def _blocks(self) -> Iterator[bytes]:
-        # What the caller raises does not come by here, where it would be blamed on this file.
+        # The caller's errors do not pass through here, so that this file is not blamed for them.
         with _opened(self.listed) as file:
             while block := file.read(_BLOCK):
                 yield block

@@ -203,7 +203,7 @@ def to_compute(
 ) -> tuple[npt.NDArray[np.int32], list[range]]:
     """Return the lengths of what a run computes, and which of them it has computed already.
 
-    Of what was to be copied, only that which was computed instead is there, before all else.
+    Sequences that were to be copied are there only if they were computed instead; they come first.
     """
     if reuse is None:
         return inventory.lengths, committed(run)

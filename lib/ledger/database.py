@@ -184,7 +184,7 @@ def database_errors(path: Path) -> Iterator[None]:
 
 
 def _file(path: Path) -> tuple[int, int]:
-    """Return what stays the same of a file that is written to, and is another file's own."""
+    """Return device and inode: writing does not change them, and another file has others."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

@@ -1,7 +1,7 @@
 """Pruning: the files of a run are taken off the disk, and its history stays on record.
 
-First the record says that the run is pruned, then its files go one by one: what was killed in the
-middle can be run again. Only a file goes that the database lists and that agrees with its row: a
+First the record says that the run is pruned, then its files go one by one: an interrupted pruning
+can be run again. Only a file goes that the database lists and that agrees with its row: a
 checkpoint by size and footer, without its digest; standard input by size; a reuse plan by digest.
 """
 

@@ -196,7 +196,7 @@ def error_fact(error: BaseException | None) -> str:
     if name == "SQLITE_IOERR_SHMMAP":  # a network file system, as a rule
         return f"WAL does not work there: {error} ({name})"
     if name == "SQLITE_READONLY_ROLLBACK":
-        return f"a change of it was cut short and is not rolled back ({name})"
+        return f"an interrupted change has not been rolled back ({name})"
     return f"{error} ({name})" if name.startswith("SQLITE_IOERR") else str(error)
 
 

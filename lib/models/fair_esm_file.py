@@ -122,7 +122,7 @@ class FairEsmFile:
         """
         one, head = self.stored[_EMBEDDING], self.stored.get(_HEAD)
         if head is not None and not torch.equal(state[one], state[head]):
-            raise WeightsError(f"{self.path}: {head} is not {one}, which fair-esm makes one")
+            raise WeightsError(f"{self.path}: {head} differs from {one}, fair-esm has one for both")
 
 
 def _cfg(archive: Mapping[str, Any]) -> dict[str, object]:

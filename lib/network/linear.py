@@ -39,7 +39,7 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 
 
 def rows_of(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many rows the products of a pack have: for oneDNN, few numbers of them come up."""
+    """Return how many rows the products of a pack have: oneDNN is to meet few different numbers."""
     return -(-tokens // _ROWS) * _ROWS if _is_by_onednn(device, dtype) else tokens
 
 

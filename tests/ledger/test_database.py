@@ -209,7 +209,7 @@ def test_a_database_whose_making_was_killed_is_made_again(
     assert place.database.stat().st_size > 0
     assert Path(f"{place.database}-journal").stat().st_size > 0
     history = script("history")
-    fact = "a change of it was cut short and is not rolled back (SQLITE_READONLY_ROLLBACK)"
+    fact = "an interrupted change has not been rolled back (SQLITE_READONLY_ROLLBACK)"
     assert (history.status, history.error) == (4, f"database {place.database}: {fact}")
     embed = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
     assert embed.status == 0, embed.err
