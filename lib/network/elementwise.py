@@ -2,7 +2,7 @@
 
 The residual stream is float32, and on a GPU each pass over it takes as long as a good part of a
 product. `compiled` makes each of these functions one kernel: the residual is added and normed in
-one pass, and queries and keys are turned while they are copied. The bias is added by the product.
+one pass, and queries and keys are turned while they are copied. Other biases are added by products.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ def normed(
 def added(
     x: torch.Tensor,
     product: torch.Tensor,
+    product_bias: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x + product, (T, hidden_dim) float32, and its layer norm in `dtype`."""
-    x = x + product
+    """Return x + product_bias + product, (T, hidden_dim) float32, and its layer norm in `dtype`.
+
+    product_bias: (hidden_dim,) float32, whatever the type of the product is.
+    """
+    x = x + product_bias + product
     return x, normed(x, weight, bias, dtype)
 
 

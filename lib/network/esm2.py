@@ -205,16 +205,18 @@ class Network:
         """
         if self.elementwise is None or norm is None:
             return linear_add(inner, weight_bias, x), None
-        return self.elementwise.added(x, linear(inner, weight_bias), *norm, dtype or self.dtype)
+        weight, bias = weight_bias
+        product = linear(inner, (weight, None))
+        return self.elementwise.added(x, product, bias, *norm, dtype or self.dtype)
 
 
 def load_network(detection: Detection, device: torch.device, dtype: torch.dtype) -> Network:
     """Read the tensors of detected weights into memory on `device`, a few mapped at a time.
 
-    Matrices and their biases become `dtype`, everything else float32. Nothing is initialised
-    first, and no second copy is kept: the peak is the model plus the tensors of one mapping.
-    Attention is fused if it can be. Raises WeightsError for rotary frequencies that differ by
-    layer.
+    Matrices and the biases of what stays in `dtype` become it, everything else float32. Nothing is
+    initialised first, and no second copy is kept: the peak is the model plus the tensors of one
+    mapping. Attention is fused if it can be. Raises WeightsError for rotary frequencies that differ
+    by layer.
     """
     weights = detection.require_weights()
     shape = detection.shape
@@ -231,7 +233,7 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
             if target not in tensors:
                 own = shapes[name]
                 whole = (3 * own[0], *own[1:]) if rows is not None else own
-                kind = torch.float32 if "norm" in name or "embed" in name else dtype
+                kind = torch.float32 if _is_float32(name) else dtype
                 tensors[target] = torch.empty(whole, dtype=kind, device=device)
             turned = ".q_proj." in name or ".k_proj." in name
             source = _pair_neighbours(stored, shape.attention_heads) if turned else stored
@@ -250,6 +252,15 @@ def load_network(detection: Detection, device: torch.device, dtype: torch.dtype)
     network = Network(shape, dtype, embedding, layers, final, inv_freq, detection.regression)
     network.fused = fused_attention(device, dtype)
     return network
+
+
+def _is_float32(name: str) -> bool:
+    """Return whether a tensor is float32 in half precision, too.
+
+    A bias that is added to the residual stream is: rounded with the product, large ones of opposite
+    sign in two layers would leave more of the rounding than of themselves.
+    """
+    return "norm" in name or "embed" in name or name.endswith(("out_proj.bias", "fc2.bias"))
 
 
 def _mappings(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:

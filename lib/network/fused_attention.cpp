@@ -87,14 +87,15 @@ INLINE void transpose(Floats (&x)[LANES]) {
 // errors of 7.5e-5, below bfloat16's rounding of 2e-3, and 1.9e-9.
 template <bool rough>
 INLINE Floats exp2(Floats x) {
-  x = x < -126.f ? Floats{} - 126.f : x;  // NaN stays NaN
-  const Floats shifted = x + 12582912.f;  // 1.5 * 2^23: the whole part stands in the low bits
-  const Floats f = x - (shifted - 12582912.f);
+  x = larger(Floats{} - 125.f, x);  // NaN stays NaN
+  const float shift = 12582912.f + 127.f;  // 1.5 * 2^23: the whole part stands in the low bits
+  const Floats shifted = x + shift;
+  const Floats f = x - (shifted - shift);
   const Floats head = 1.534581242e-4f * f + 1.339993090e-3f;
   const Floats p = rough ? ((0.055171669f * f + 0.242611125f) * f + 0.693260968f) * f + 0.999928057f
                          : ((((head * f + 9.618489072e-3f) * f + 5.550328642e-2f) * f +
                              2.402264625e-1f) * f + 6.931471825e-1f) * f + 1.0f;
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return p * (Floats)((Ints)shifted << 23);  // by addition to its bits, NaN could become finite
 }
 
 // Turn n rows of d by their positions: cos and sin are (n, d), the sign of sin included. Queries

@@ -36,6 +36,7 @@ _ROUNDING = (
 )
 
 Affine = tuple[torch.Tensor, torch.Tensor]
+_PerhapsAffine = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def rows_of(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -43,8 +44,8 @@ def rows_of(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
     return -(-tokens // _ROWS) * _ROWS if _is_by_onednn(device, dtype) else tokens
 
 
-def linear(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
-    """Return x @ weight.T + bias; x: (T, in), weight: (out, in), all of one dtype."""
+def linear(x: torch.Tensor, weight_bias: _PerhapsAffine) -> torch.Tensor:
+    """Return x @ weight.T + bias, if there is one; x: (T, in), weight: (out, in), of one dtype."""
     if _is_by_onednn(x.device, x.dtype):
         return _pointwise(x, weight_bias, "none", "")
     return F.linear(x, *weight_bias)
@@ -60,14 +61,14 @@ def linear_gelu(x: torch.Tensor, weight_bias: Affine) -> torch.Tensor:
 
 
 def linear_add(x: torch.Tensor, weight_bias: Affine, residual: torch.Tensor) -> torch.Tensor:
-    """Return `linear` plus a float32 residual, which this may overwrite."""
+    """Return `linear` plus a float32 residual, which this may overwrite; the bias is float32."""
+    weight, bias = weight_bias
     if x.dtype is not torch.float32:
-        return residual.add_(linear(x, weight_bias))
+        return residual.add_(bias).add_(linear(x, (weight, None)))
     if _is_by_onednn(x.device, x.dtype):
         fused = torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weight_bias, "add")
         assert isinstance(fused, torch.Tensor)
         return fused
-    weight, bias = weight_bias
     return residual.add_(bias).addmm_(x, weight.t())
 
 
@@ -100,7 +101,7 @@ def _is_by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _pointwise(
-    x: torch.Tensor, weight_bias: Affine, activation: str, algorithm: str
+    x: torch.Tensor, weight_bias: _PerhapsAffine, activation: str, algorithm: str
 ) -> torch.Tensor:
     fused = torch.ops.mkldnn._linear_pointwise(x, *weight_bias, activation, [], algorithm)
     assert isinstance(fused, torch.Tensor)

@@ -125,8 +125,10 @@ def test_scores_that_grow_or_fall_by_thousands_along_a_sequence_are_no_trouble(
     assert torch.isfinite(found).all()
 
 
+# torch's own; and one whose low bits, taken for those of a number, would become the exponent's.
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001], ids=hex)
 def test_what_is_no_number_stays_none_and_in_its_own_sequence(
-    kind: tuple[FusedAttention, torch.dtype, float],
+    kind: tuple[FusedAttention, torch.dtype, float], bits: int
 ) -> None:
     attention, dtype, _ = kind
     tokens = [140, 40, 40]
@@ -134,7 +136,7 @@ def test_what_is_no_number_stays_none_and_in_its_own_sequence(
     expected = attended(attention, whole, tokens)
     for which, rows in ((0, [150]), (1, range(140, 180)), (2, range(140, 180))):
         qkv = whole.clone()
-        qkv[150, which, 0, 3] = torch.nan
+        qkv[150, which, 0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         found = attended(attention, qkv, tokens)
         lost = torch.isnan(found).any(-1).flatten()
         assert lost.nonzero().flatten().tolist() == list(rows), which

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network import linear
+from lib.network.elementwise import PLAIN
 from lib.network.esm2 import Network, load_network
 from lib.network.fused import FusedAttention
 from lib.network.vectors import launch
@@ -180,6 +181,21 @@ def test_every_layer_of_a_mixed_pack_is_within_its_bounds_in_every_precision(
     # float16 is a GPU's, and a CPU is slow at it: without the longest where it is much.
     start = 1 if shape[0] * shape[1] > 5_000 else 0
     assert_within_bounds(load(path, torch.float16), MIXED_PACK[start:], truth[start:])
+
+
+@pytest.mark.parametrize(("shape", "seed"), [((6, 320, 20), 2), ((33, 64, 4), 2)], ids=str)
+def test_biases_that_all_but_cancel_are_within_the_bounds(
+    tmp_path: Path, shape: tuple[int, int, int], seed: int
+) -> None:
+    """Outliers of two layers with opposite signs: rounded with the products, they missed them."""
+    path = tmp_path / "esm2_made.pt"
+    make_model(path, *shape, seed=seed)
+    truth = truth_of(path, MIXED_PACK)
+    for dtype in BOUNDS:
+        network = load(path, dtype)
+        assert_within_bounds(network, MIXED_PACK, truth)
+    network.elementwise = PLAIN  # the steps that are compiled
+    assert_within_bounds(network, MIXED_PACK, truth)
 
 
 @pytest.mark.parametrize("is_by_onednn", [True, False], ids=["oneDNN", "torch"])
