@@ -76,7 +76,9 @@ $(foreach name,model input output run label ray format to query config args,\
     $(error $(name)= is not a variable, $(call upper,$(name))= is)))
 
 # Values reach the scripts through the environment, not through the text of a recipe: blanks,
-# quotes, `%` and `$` in a path stay what they are.
+# quotes, `%` and `$` in a path stay what they are. By itself make would export the variables of the
+# command line, too, and expand them: `$(shell ...)` in a path would be run.
+unexport $(variables)
 export esm_model := $(value MODEL)
 export esm_input := $(value INPUT)
 export esm_output := $(value OUTPUT)
@@ -95,7 +97,7 @@ run := $${esm_run:+--run="$$esm_run"}
 label := $${esm_label:+--label="$$esm_label"}
 ray := $${esm_ray:+--ray="$$esm_ray"}
 # What computes on a cluster needs Ray, and so does every machine of the cluster.
-cluster := $(if $(RAY),$(venv)/.installed-cluster)
+cluster := $(if $(value RAY),$(venv)/.installed-cluster)
 config := $${esm_config:+--config="$$esm_config"}
 format := $${esm_format:+--format="$$esm_format"}
 to := $${esm_to:+--to="$$esm_to"}

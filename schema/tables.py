@@ -29,6 +29,20 @@ def _column_with_comment(element: CreateColumn, compiler: Any, **kw: Any) -> str
     return f"{text} /* {element.element.comment} */" if text else text
 
 
+class _List(JSON):
+    """JSON that holds a list."""
+
+    cache_ok = True
+    python_type = list
+
+
+class _Dictionary(JSON):
+    """JSON that holds a dictionary."""
+
+    cache_ok = True
+    python_type = dict
+
+
 class Base(DeclarativeBase):
     """Base of every table; JSON columns hold dictionaries and lists.
 
@@ -37,9 +51,9 @@ class Base(DeclarativeBase):
     """
 
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
-        dict[str, Any]: JSON(none_as_null=True),
-        list[int]: JSON(none_as_null=True),
-        list[str]: JSON(none_as_null=True),
+        dict[str, Any]: _Dictionary(none_as_null=True),
+        list[int]: _List(none_as_null=True),
+        list[str]: _List(none_as_null=True),
     }
 
 

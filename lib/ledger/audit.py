@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
-from lib.ledger.footer import read_footer
+from lib.ledger.footer import TOTALS, read_columns, read_footer
 from lib.ledger.identity import (
     first_difference,
     identity_in_footer,
     identity_on_record,
+    run_columns,
     run_config,
 )
 from lib.ledger.reuse_plan import check_plan
@@ -30,6 +31,10 @@ __all__ = [
     "differs_from_row",
     "missing_positions",
 ]
+
+
+# Of the totals: a user may change a label, and when a run started is no part of what it is.
+_COUNTS = tuple(name for name in TOTALS if name not in ("label", "started_at"))
 
 
 @dataclass(frozen=True)
@@ -155,21 +160,18 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     path = Path(run.output_folder) / checkpoint.path
     try:
         footer = _footer(path)
+        columns = read_columns(path)
     except ValueError as error:
         yield Finding(_of(checkpoint, str(error)), damaged=True, checkpoint=checkpoint)
         return
-    expected = identity_on_record(run) | {
-        "first_position": checkpoint.first_position,
-        "stop_position": checkpoint.stop_position,
-        "reused_run_id": checkpoint.reused_run_id,
-    }
-    found, reused = identity_in_footer(footer), footer.get("reused")
-    found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
-    found["reused_run_id"] = reused.get("run") if isinstance(reused, dict) else None
-    difference = first_difference(expected, found)
+    difference = first_difference(*_repeated(run, checkpoint, footer))
     if difference:
         key, was, now = difference
         fact = f"{key} is {was} in the database, {now} in the file's footer"
+        yield Finding(_of(checkpoint, fact), damaged=False, checkpoint=checkpoint)
+        return
+    if not columns.equals(run_columns(run)):
+        fact = "its columns are not those of the run"
         yield Finding(_of(checkpoint, fact), damaged=False, checkpoint=checkpoint)
         return
     try:
@@ -180,6 +182,30 @@ def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     if (size, digest) != (checkpoint.bytes, checkpoint.sha256):
         fact = f"its bytes do not match their digest ({size} bytes, sha256 {digest})"
         yield Finding(_of(checkpoint, fact), damaged=True, checkpoint=checkpoint)
+
+
+def _repeated(
+    run: Run, checkpoint: Checkpoint, footer: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the rows of a checkpoint and of its run say, and what its footer repeats of it.
+
+    Footers of earlier versions repeat less, and rows of earlier versions have less.
+    """
+    expected = identity_on_record(run) | {
+        "first_position": checkpoint.first_position,
+        "stop_position": checkpoint.stop_position,
+        "reused_run_id": checkpoint.reused_run_id,
+    }
+    found, reused = identity_in_footer(footer), footer.get("reused")
+    found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
+    found["reused_run_id"] = reused.get("run") if isinstance(reused, dict) else None
+    totals = footer.get("totals")
+    told = {"records": footer.get("records")} if "records" in footer else {}
+    if isinstance(totals, dict):
+        told |= {key: totals[key] for key in _COUNTS if key in totals}
+    rows = {"records": checkpoint.records} | {key: getattr(run, key) for key in _COUNTS}
+    told = {key: value for key, value in told.items() if rows[key] is not None}
+    return expected | {key: rows[key] for key in told}, found | told
 
 
 def differs_from_row(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:

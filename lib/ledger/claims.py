@@ -7,6 +7,7 @@ nothing is of an earlier version, and any database may list its run.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import itertools
 import os
@@ -25,7 +26,7 @@ from lib.ledger.reuse_plan import plan_name
 from lib.ledger.standard_input import kept_name
 from schema.tables import Run, SchemaVersion
 
-__all__ = ["claim_folder"]
+__all__ = ["claim_folder", "made_for_another"]
 
 _BEGUN = f"{LOCK_NAME}."
 _UUID = 36  # characters
@@ -51,6 +52,22 @@ def claim_folder(
             if lock is not None:
                 return number, folder, lock
     raise AssertionError("unreachable")
+
+
+def made_for_another(folder: Path, database: Path) -> Path | None:
+    """Return the database that the folder of a run was made for, if it is there and another one.
+
+    A copy of a database lists the runs of the first.
+    """
+    lock = folder / LOCK_NAME
+    with suppress(OSError, ValueError, SyntaxError):  # of earlier versions, or altered
+        last = lock.read_text("utf-8").splitlines()[-1:]
+        for claim in last:
+            _uuid, inode, _made, path = claim.split(" ", 3)
+            other = Path(ast.literal_eval(path))
+            if other.stat().st_ino == int(inode) and not other.samefile(database):
+                return other
+    return None
 
 
 def _mark(session: Session, database: Path) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schema.parquet import FOOTER_KEY
 
-__all__ = ["TOTALS", "footer_of", "is_compiled", "read_footer"]
+__all__ = ["TOTALS", "footer_of", "is_compiled", "read_columns", "read_footer"]
 
 # Columns of `runs` that footers repeat, beside the identity, so that a lost row can be made anew.
 TOTALS = (
@@ -36,15 +36,23 @@ def read_footer(path: Path, file: BinaryIO | None = None) -> dict[str, Any]:
     file: the regular file at `path`, if it is open already; it stays open. Raises ValueError, in
     one line, for a file that is not a checkpoint, or not readable.
     """
+    return footer_of(_metadata(path, file).metadata)
+
+
+def read_columns(path: Path) -> pa.Schema:
+    """Return the columns of a checkpoint file; raises what `read_footer` raises."""
+    return _metadata(path).schema.to_arrow_schema()
+
+
+def _metadata(path: Path, file: BinaryIO | None = None) -> pq.FileMetaData:
     try:
         if file is None and (path.is_symlink() or not path.is_file()):
             raise ValueError("not a regular file" if path.exists() else "no such file")
-        metadata = pq.read_metadata(path if file is None else file).metadata
+        return pq.read_metadata(path if file is None else file)
     except UnicodeDecodeError:  # a column's name, or what Arrow says of it
         raise ValueError("footer not readable: its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
-    return footer_of(metadata)
 
 
 def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ checkpoint by size and footer, without its digest; standard input by size; a reu
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 
 from sqlalchemy import Engine, func, select, update
 
-from lib.errors import IdentityRefusedError, MachineError, SettingsError
+from lib.errors import IdentityRefusedError, LedgerError, MachineError, SettingsError
 from lib.files import disk_errors
 from lib.ledger.audit import differs_from_row
 from lib.ledger.checkpoints import attempt_of
+from lib.ledger.claims import made_for_another
 from lib.ledger.database import (
     open_for_reading,
     open_for_writing,
@@ -30,8 +32,10 @@ from lib.ledger.database import (
     utc_now,
 )
 from lib.ledger.ownership import LOCK_NAME, is_held, uuid_in_lock
+from lib.ledger.places import StoredRun
 from lib.ledger.reuse_plan import check_plan, plan_path
 from lib.ledger.runs import end_lost_attempts, hold_lock, load_run, owned_by_another
+from lib.ledger.sqlite_file import KNOWN_VERSIONS, connect_read_only
 from lib.ledger.standard_input import kept_name
 from lib.ledger.whereabouts import write_folder
 from lib.units import count, counted, printable, size
@@ -155,6 +159,7 @@ def try_pruning(
     """Return what `prune` would do, and change nothing; raises what it raises."""
     run = _load(engine, run_id, output)
     _refuse_lost(run, age)
+    _refuse_another_databases(engine, run)
     return _examined(engine, run)
 
 
@@ -166,8 +171,9 @@ def prune(
     age: None, or do nothing and return None if the last sign of life of the run is not older: it
     may have been continued meanwhile. output: where its folder lies, as in `load_run`, which is
     recorded, too. Raises SettingsError if there is no such run, or its folder on record is there
-    and is not `output`; MachineError if a live process owns it, its disk seems not to be mounted,
-    its folder cannot be written to or the disk fails; and what `given_folder` raises.
+    and is not `output`, or is that of another database, of which this is a copy; MachineError if a
+    live process owns it, its disk seems not to be mounted, its folder cannot be written to or the
+    disk fails; and what `given_folder` raises.
     """
     folder = Path(_load(engine, run_id, output).output_folder)
     with _held(engine, run_id, folder):
@@ -175,6 +181,7 @@ def prune(
         if age is not None and run_id not in _idle(engine, age):
             return None
         _refuse_lost(run, age)
+        _refuse_another_databases(engine, run)
         pruning = _examined(engine, run)
         _record(engine, run)
         # The folder of a run that was pruned before may be another run's by now.
@@ -240,6 +247,29 @@ def _refuse_lost(run: Run, age: timedelta | None) -> None:
         is_there = place.is_dir()
     if not is_there:
         raise _NoFolderError(f"run {run.id}: output folder {place}: no such folder")
+
+
+def _refuse_another_databases(engine: Engine, run: Run) -> None:
+    """Raise SettingsError if this database is a copy of one that has the very folder of a run."""
+    folder = Path(run.output_folder)
+    other = made_for_another(folder, Path(engine.url.database or ""))
+    if other is not None and _lists(other, run.uuid, folder):
+        raise SettingsError(f"run {run.id}: output folder {folder} is that of database {other}")
+
+
+def _lists(database: Path, uuid: str, folder: Path) -> bool:
+    """Return whether a database has a run in a folder, or cannot be asked."""
+    try:
+        with closing(connect_read_only(database, KNOWN_VERSIONS)) as connection:
+            connection.row_factory = sqlite3.Row
+            columns = "id, uuid, output_folder, settings"
+            query = f"SELECT {columns} FROM runs WHERE uuid = ?"
+            row = connection.execute(query, [uuid]).fetchone()
+        return row is not None and StoredRun.of_row(row).folder(database).samefile(folder)
+    except FileNotFoundError:
+        return False
+    except (LedgerError, sqlite3.Error, OSError):
+        return True
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from sqlalchemy import JSON, Engine, delete, func, select, update
+from sqlalchemy import Engine, delete, func, select, update
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 
 from lib.errors import IdentityRefusedError, InterruptedRunError, MachineError, SettingsError
 from lib.files import disk_errors
 from lib.ledger.attempts import AttemptFacts
-from lib.ledger.claims import claim_folder
+from lib.ledger.claims import claim_folder, made_for_another
 from lib.ledger.database import transaction, utc_now
 from lib.ledger.history import refuse_pruned
 from lib.ledger.identity import settings_identity
@@ -385,7 +385,7 @@ def load_run(engine: Engine, run_id: int, output: Path | None = None) -> Run:
                     selectinload(Run.checkpoints).selectinload(Checkpoint.attempt),
                 )
             )
-    except ValueError as error:  # a JSON column that holds no JSON
+    except (ValueError, RecursionError) as error:  # a JSON column that holds no JSON, or too deep
         raise IdentityRefusedError(f"run {run_id}: metadata is not JSON: {error}") from None
     if run is None:
         raise SettingsError(f"run {run_id}: not in database {engine.url.database}")
@@ -441,7 +441,7 @@ def check_types(run_id: int, row: Base) -> None:
         value, kind = getattr(row, column.name), column.type.python_type
         wanted = (int, float) if kind is float else kind
         may_be_missing = column.nullable or column.primary_key  # a new row gets its number later
-        if isinstance(column.type, JSON) or (value is None and may_be_missing):
+        if value is None and may_be_missing:
             continue
         if not isinstance(value, wanted):
             raise IdentityRefusedError(
@@ -529,7 +529,8 @@ def _tidy(session: Session, output: Path, database: Path) -> None:
     def is_listed(copy: Path, uuid_start: str) -> bool:
         its = Run.uuid.startswith(uuid_start, autoescape=True)
         read = Run.inputs.any(Input.path.in_([str(copy), stored_path(copy, database)]))
-        return session.scalar(select(Run.id).where(its | read).limit(1)) is not None
+        here = session.scalar(select(Run.id).where(its | read).limit(1))
+        return here is not None or made_for_another(copy.parent, database) is not None
 
     with disk_errors(output):
         remove_unlisted(output, is_listed)

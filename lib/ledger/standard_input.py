@@ -3,7 +3,7 @@
 Until the run is on record, the copy has a temporary name in the output folder. Its file lock dies
 with the process: what a killed process left is removed by the next that reads standard input there.
 In the folder of the run it has a second name. If both are left, the next new run there removes the
-second, too, unless the database lists it.
+second, too, unless the database lists it or the folder was made for another.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def drop_names(temporary: Sequence[Path]) -> None:
 def remove_unlisted(folder: Path, is_listed: Callable[[Path, str], bool]) -> None:
     """Remove the copies of processes that died after they had named them and before the record.
 
-    folder: the output folder. is_listed: whether the database has a run that reads a copy, or whose
-    UUID begins as its name says.
+    folder: the output folder. is_listed: whether some database may have a run that reads a copy, or
+    whose UUID begins as its name says.
     """
     for path, found in _dead(folder):
         for kept in folder.glob(f"run-*/{_KEPT.format('*')}"):

@@ -122,7 +122,7 @@ ROWS = {
     ),
     "a snapshot that is no object": (
         "UPDATE runs SET esm2_config = '[1]'",
-        "run 1: model metadata is list, not an object",
+        "run 1: runs.esm2_config is [1], not dict",
     ),
     "a checkpoint row of another model": (
         "UPDATE checkpoints SET esm2_config = json_set(esm2_config, '$.hidden_dim', 128)",
@@ -157,7 +157,7 @@ ROWS = {
         "UPDATE runs SET settings = json_set(settings, '$.compute.compile', json('true'))",
         "compile is True in the database, False in the file's footer",
     ),
-    "broken settings": ("UPDATE runs SET settings = '[]'", "run 1: stored settings"),
+    "broken settings": ("UPDATE runs SET settings = '[]'", "run 1: runs.settings is [], not dict"),
     "overlapping positions": (
         "UPDATE checkpoints SET first_position = first_position - 1 WHERE first_position > 0",
         "its positions overlap",
@@ -177,6 +177,27 @@ ROWS = {
     "bytes where text belongs": (
         "UPDATE runs SET output_folder = x'ff'",
         "run 1: runs.output_folder is b'\\xff', not str",
+    ),
+    "a number for the kinds": ("UPDATE runs SET include = '7'", "runs.include is 7, not list"),
+    "a number for the versions": (
+        "UPDATE attempts SET versions = '7'",
+        "run 1: attempts.versions is 7, not dict",
+    ),
+    "brackets in brackets": (
+        f"UPDATE attempts SET versions = '{'[' * 5000}{']' * 5000}'",
+        "run 1: metadata is not JSON",
+    ),
+    "columns without digests": (
+        "UPDATE runs SET has_digests = NULL",
+        "its columns are not those of the run",
+    ),
+    "other records": (
+        "UPDATE checkpoints SET records = records + 5 WHERE first_position = 0",
+        "in the file's footer",
+    ),
+    "no record truncated": (
+        "UPDATE runs SET records_truncated = records_truncated + 1",
+        "records_truncated is 2 in the database, 1 in the file's footer",
     ),
     "a path out of the folder": (
         "UPDATE checkpoints SET path = '../../etc/passwd' WHERE first_position > 0",

@@ -995,5 +995,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(small_model: Path, tmp_path
     with torch.serialization.safe_globals([argparse.Namespace]):
         theirs, _ = esm.pretrained.load_model_and_alphabet_local(str(path))
     assert torch.equal(theirs.embed_tokens.weight, head + 1)
-    with pytest.raises(WeightsError, match=r"lm_head\.weight is not .*embed_tokens\.weight, which"):
+    with pytest.raises(
+        WeightsError, match=r"lm_head\.weight differs from .*embed_tokens\.weight, fair-esm"
+    ):
         load_model(load_settings(overrides={"model.esm_model": str(path)}), found(path))
