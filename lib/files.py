@@ -127,8 +127,11 @@ def new_path(
                     os.fsync(written.fileno())
             if folder:
                 sync_folder(temporary)
-            refuse_existing(path, replaceable)
-            temporary.rename(path)
+            if folder or replaceable is not None:
+                refuse_existing(path, replaceable)
+                temporary.rename(path)  # which replaces no folder that has files
+            elif not rename_new(temporary, path):
+                raise _exists(path)
             sync_folder(path.parent)
     finally:
         if folder:
@@ -142,4 +145,8 @@ def refuse_existing(path: Path, replaceable: Callable[[Path], bool] | None = Non
     if not path.parent.is_dir():
         raise SettingsError(f"{path.parent}: no such folder")
     if (path.exists() or path.is_symlink()) and not (replaceable and replaceable(path)):
-        raise SettingsError(f"{path}: exists already")
+        raise _exists(path)
+
+
+def _exists(path: Path) -> SettingsError:
+    return SettingsError(f"{path}: exists already")

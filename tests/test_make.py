@@ -227,3 +227,12 @@ def test_clean_removes_caches_and_nothing_else(tmp_path: Path) -> None:
     assert not any((tmp_path / folder).exists() for folder in caches)
     assert all((tmp_path / folder / "file").exists() for folder in users)
     assert (tmp_path / "runs.sqlite").exists()
+
+
+def test_no_value_is_run(tmp_path: Path, quick_python: Path) -> None:
+    """A name of a file is nobody's program, as in `for f in *; do make embed INPUT="$f"; done`."""
+    made = tmp_path / "made"
+    for odd in (f"$(shell touch {made})", "we$(ird"):
+        done = make("detect", f"MODEL={tmp_path}/{odd}.pt", f"python={quick_python}")
+        assert f"esm_model {tmp_path}/{odd}.pt: no such file" in done.stderr
+    assert not made.exists()

@@ -110,11 +110,17 @@ def facts_path(to: Path) -> Path:
 def described_path(to: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a temporary path for `to`, as `new_path` does, and write the facts as `to`.json.
 
-    For formats that have no place of their own for them.
+    For formats that have no place of their own for them. The same facts may be there: a process
+    that is killed between the two names leaves them.
     """
+    text = facts_text(facts)
+
+    def is_same(path: Path) -> bool:
+        return path.is_file() and path.read_bytes() == text.encode()
+
     with (
         new_path(to, folder=False) as temporary,  # refuses `/`, which has no name for the other
-        new_path(facts_path(to), folder=False) as temporary_facts,
+        new_path(facts_path(to), folder=False, replaceable=is_same) as temporary_facts,
     ):
-        temporary_facts.write_text(facts_text(facts), encoding="utf-8")
+        temporary_facts.write_text(text, encoding="utf-8")
         yield temporary

@@ -24,6 +24,7 @@ from lib.ledger.sqlite_file import (
     database_path,
     error_fact,
     leave_wal,
+    raise_ctrl_c,
     refuse_empty,
     refuse_strangers,
     refuse_unwritable,
@@ -180,6 +181,7 @@ def database_errors(path: Path) -> Iterator[None]:
         with sqlite_errors(path):
             yield
     except DatabaseError as error:
+        raise_ctrl_c(error.orig)
         raise MachineError(f"database {path}: {error_fact(error.orig)}") from None
 
 

@@ -16,6 +16,7 @@ from lib.ledger.places import StoredRun, shown_path
 from lib.ledger.sqlite_file import (
     connect_read_only,
     database_path,
+    raise_ctrl_c,
     refuse_empty,
     sqlite_errors,
 )
@@ -79,6 +80,7 @@ def query(url: str, statement: str, parameters: Sequence[object] = ()) -> Table:
             columns = [column[0] for column in cursor.description or []]
             return Table(columns, cursor.fetchall())
         except (sqlite3.Error, sqlite3.Warning) as error:
+            raise_ctrl_c(error)
             refuse_empty(path)
             raise SettingsError(f"SQL: {error}") from None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import as_file, files
@@ -19,7 +20,6 @@ from lib.files import disk_errors, new_path
 from lib.ledger.comments import view_comments
 from lib.ledger.database import database_errors, make_views, utc_now, writing_engine
 from lib.ledger.sqlite_file import (
-    BUSY_SECONDS,
     KNOWN_VERSIONS,
     connect_read_only,
     database_path,
@@ -89,9 +89,10 @@ def _copy(path: Path, to: Path, *, replace_same: bool = False) -> None:
     replaceable = partial(_same_content, path) if replace_same else None
     with (
         new_path(to, folder=False, replaceable=replaceable) as temporary,
+        _no_side_files(temporary),
         disk_errors(to),
         sqlite_errors(path),
-        closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source,
+        closing(connect_read_only(path, versions=KNOWN_VERSIONS)) as source,
         closing(sqlite3.connect(temporary)) as target,
     ):
         try:
@@ -101,7 +102,19 @@ def _copy(path: Path, to: Path, *, replace_same: bool = False) -> None:
                 raise
             raise MachineError(f"{to}: {error}") from None
         # A copy of a database in WAL mode would make itself a -wal file when it is first read.
-        target.execute("PRAGMA journal_mode = DELETE")
+        with sqlite_errors(to):
+            target.execute("PRAGMA locking_mode = EXCLUSIVE")  # which needs no -shm file
+            target.execute("PRAGMA journal_mode = DELETE")
+
+
+@contextmanager
+def _no_side_files(copy: Path) -> Iterator[None]:
+    """Remove what SQLite may leave beside a copy at the end of the block, as on a full disk."""
+    try:
+        yield
+    finally:
+        for suffix in ("-wal", "-shm", "-journal"):
+            Path(f"{copy}{suffix}").unlink(missing_ok=True)
 
 
 def _same_content(path: Path, copy: Path) -> bool:

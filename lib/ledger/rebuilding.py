@@ -159,6 +159,26 @@ def _rebuilt(engine: Engine, database: Path, folder: Path) -> Rebuilt:
     except (AttributeError, TypeError, ValueError, LedgerError) as error:
         raise _NotRebuiltError(f"footer: {error}") from None
     notes = _notes(run, files, folder)
+    try:
+        _put_on_record(engine, database, run, config, files, checkpoints)
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise _NotRebuiltError(f"footer: {error}") from None
+    records = sum(row.records for row in checkpoints)
+    return Rebuilt(
+        folder, run.id, run.status, len(checkpoints), records, run.records_total, left_out, notes,
+        is_fault=bool(left_out),
+    )  # fmt: skip
+
+
+def _put_on_record(
+    engine: Engine,
+    database: Path,
+    run: Run,
+    config: ESM2Config,
+    files: list[_File],
+    checkpoints: list[Checkpoint],
+) -> None:
+    """Add the rows of a run in one transaction; raises _NotRebuiltError if it is on record."""
     with transaction(engine) as session:
         _refuse_taken(session, run, files)
         run.model = model_row(session, config)
@@ -176,11 +196,6 @@ def _rebuilt(engine: Engine, database: Path, folder: Path) -> Rebuilt:
             text("UPDATE sqlite_sequence SET seq = max(seq, :number) WHERE name = 'runs'"),
             {"number": max(sources, default=0)},
         )
-    records = sum(row.records for row in checkpoints)
-    return Rebuilt(
-        folder, run.id, run.status, len(checkpoints), records, run.records_total, left_out, notes,
-        is_fault=bool(left_out),
-    )  # fmt: skip
 
 
 def _read(folder: Path) -> tuple[list[_File], dict[str, str]]:

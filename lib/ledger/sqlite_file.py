@@ -21,6 +21,7 @@ __all__ = [
     "database_path",
     "error_fact",
     "leave_wal",
+    "raise_ctrl_c",
     "refuse_empty",
     "refuse_strangers",
     "refuse_unwritable",
@@ -30,6 +31,7 @@ __all__ = [
 
 BUSY_SECONDS = 60
 KNOWN_VERSIONS = range(1, SCHEMA_VERSION + 1)  # this one, and those that `make upgrade` takes
+_STEPS = 100_000  # of SQLite's machine, some milliseconds
 _DRIVERS = ("sqlite", "sqlite+pysqlite")  # two names of Python's own
 _WAL_MODE = b"\2"  # in byte 18 of the file (sqlite.org/fileformat2.html, 1.3)
 
@@ -68,7 +70,9 @@ def connect_read_only(
         connection = _connect(path)
         connection.execute("PRAGMA query_only = ON")
         # A read-only connection could still create a file by ATTACH or VACUUM INTO.
-        connection.set_authorizer(_refuse_attach)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        # Ctrl-C raises KeyboardInterrupt where Python runs: within a query, here.
+        connection.set_progress_handler(_go_on, _STEPS)
     return connection
 
 
@@ -185,9 +189,16 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        raise_ctrl_c(error)
         raise MachineError(f"database {path}: {error_fact(error)}") from None
     except UnicodeDecodeError:  # SQLite quotes what it cannot read
         raise MachineError(f"database {path}: malformed, its text is not UTF-8") from None
+
+
+def raise_ctrl_c(error: BaseException | None) -> None:
+    """Raise KeyboardInterrupt if an error of SQLite is that a read-only query was interrupted."""
+    if getattr(error, "sqlite_errorname", "") == "SQLITE_INTERRUPT":
+        raise KeyboardInterrupt
 
 
 def error_fact(error: BaseException | None) -> str:
@@ -228,5 +239,5 @@ def _is_at_rest(path: Path) -> bool:
         return False
 
 
-def _refuse_attach(action: int, *_: object) -> int:
-    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
+def _go_on() -> int:
+    return 0

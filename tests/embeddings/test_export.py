@@ -27,6 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lib.errors import SettingsError
+from lib.files import new_path
 from lib.ledger.database import open_for_writing, transaction
 from lib.ledger.history import query
 from schema.version import VERSION
@@ -373,6 +375,49 @@ def test_nothing_that_exists_is_replaced(
     for nameless in ("/", ""):
         answer = script("export", "--run", "1", "--format", form, "--to", nameless)
         assert (answer.status, answer.error) == (2, f"{Path(nameless)}: exists already")
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    to = tmp_path / "mine"
+    with pytest.raises(SettingsError, match="exists already"), new_path(to, folder=False) as part:
+        part.write_text("an export")
+        to.write_text("my work")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["my work"]
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_an_export_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folder: bool
+) -> None:
+    done: list[object] = []
+    sync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        done.append((path, (tmp_path / "out").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with new_path(tmp_path / "out", folder=is_folder) as part:
+        (part / "one" if is_folder else part).write_text("content")
+    written = [part / "one", part] if is_folder else [part]
+    assert done == [*((path, False) for path in written), (tmp_path, True)]
+
+
+def test_after_a_kill_between_two_names_an_export_can_be_said_again(
+    script: Script, place: Place, rows: dict[int, Row]
+) -> None:
+    to = place.folder / "out.csv"
+    export = ["export", "--run", "1", "--format", "csv", "--to", to]
+    assert script(*export).status == 0
+    whole = to.read_bytes()
+    to.unlink()
+    assert script(*export).status == 0
+    assert to.read_bytes() == whole
+    to.unlink()
+    facts = to.with_name("out.csv.json")
+    facts.write_text("{}")
+    assert script(*export).error == f"{facts}: exists already"
 
 
 def test_an_unfinished_run_only_with_partial(

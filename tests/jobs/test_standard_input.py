@@ -377,6 +377,16 @@ def test_a_copy_whose_run_is_on_record_stays(
     assert_same_bits(place.output / "run-000001", place.output / "run-000002")
 
 
+def test_a_copy_that_another_database_lists_stays(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    left = killed_in_create_run(place, small_model, "lib.ledger.runs.drop_names", after=False)
+    other = ["--database", place.folder / "other.sqlite"]
+    assert script("embed", *embed(small_model, SOME_PROTEINS), *other).status == 0
+    assert kept(place) == [left]
+    assert script("resume", "--run", "1").status == 0
+
+
 def test_no_name_is_taken_from_another_file(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch, feed: Feed
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,7 +23,7 @@ from lib.ledger.database import (
     transaction,
     writing_engine,
 )
-from schema.tables import Base, SchemaVersion
+from schema.tables import Base, Input, SchemaVersion
 from schema.version import APPLICATION_ID, SCHEMA_VERSION
 from tests import processes
 from tests.conftest import SOME_PROTEINS, Place, Script
@@ -276,3 +277,25 @@ def test_first_starts_at_the_same_instant_make_one_database(place: Place) -> Non
         answers = [start.end() for start in starts]
     assert [(answer.status, answer.err) for answer in answers] == [(0, "")] * 6
     assert ask(place.database, "SELECT count(*) FROM schema_version") == [(1,)]
+
+
+def test_a_database_in_whose_place_another_has_come_is_not_written_to(fresh_db: Path) -> None:
+    copy = fresh_db.with_name("copy")
+    with open_for_writing(str(fresh_db)) as engine:
+        shutil.copy(fresh_db, copy)
+        copy.replace(fresh_db)
+        with (
+            pytest.raises(MachineError, match="another file has taken its place"),
+            transaction(engine),
+        ):
+            pass
+
+
+def test_a_row_refers_only_to_rows_that_are_there(fresh_db: Path) -> None:
+    with (
+        open_for_writing(str(fresh_db)) as engine,
+        pytest.raises(MachineError, match="FOREIGN KEY"),
+        transaction(engine) as session,
+    ):
+        named = {"path": "x", "sha256": "x", "bytes": 1, "first_record": 0, "records": 1}
+        session.add(Input(run_id=99, number=0, **named))

@@ -7,9 +7,11 @@ import pty
 import re
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,22 @@ def test_watch_with_nothing_to_follow(script: Script, a_run: None) -> None:
     assert script("history", "--watch").out == "no run is running\n"
     assert script("history", "--watch", "--run", "1").out.startswith("run 1 finished: ")
     assert script("history", "--watch", "--run", "9").status == 2
+
+
+def says_it() -> None:
+    """Say `going on` within a query."""
+    sqlite3.enable_callback_tracebacks(False)  # datasette wants them, which tests have imported
+    going_on = partial(processes.say, "going on")
+    processes.at_call("lib.ledger.sqlite_file._go_on", 3, going_on)
+
+
+def test_ctrl_c_ends_a_query(a_run: None, place: Place) -> None:
+    """SQLite does not look at signals by itself."""
+    endless = (
+        "with recursive t(n) as (select 1 union all select n + 1 from t) select count(*) from t"
+    )
+    with processes.start("query", endless, "--config", place.config, prepare=says_it) as process:
+        process.wait_for("going on")
+        process.send_signal(signal.SIGINT)
+        answer = process.end()
+    assert (answer.status, answer.error) == (130, "SIGINT: interrupted")

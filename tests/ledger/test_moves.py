@@ -58,6 +58,27 @@ def test_a_copied_project_works_and_leaves_the_first_alone(
     assert contents(made) == before
 
 
+def test_a_copied_database_prunes_nothing_of_the_first(
+    call: Call, made: Path, project: Path
+) -> None:
+    """Where runs lie outside of the project, both have the very folder."""
+    outside = project.parent / "outside"
+    flags = ["--esm-model", project / "models" / "small.pt", "--input", project / "proteins.fasta"]
+    assert call("embed", *flags, *QUICK, "--output", outside).status == 0
+    copied = project.parent / "copied.sqlite"
+    shutil.copy(project / "runs.sqlite", copied)
+    before = contents(outside)
+    for dry in ([], ["--dry-run"]):
+        answer = call("prune", "--run", "3", "--database", copied, *dry)
+        fact = f"is that of database {project / 'runs.sqlite'}"
+        assert (answer.status, answer.error) == (
+            2, f"run 3: output folder {outside / 'run-000003'} {fact}"
+        )  # fmt: skip
+    assert contents(outside) == before
+    assert call("prune", "--run", "3").status == 0
+    assert not (outside / "run-000003").exists()
+
+
 @pytest.mark.parametrize("absolute", [False, True], ids=["of today", "of an older version"])
 def test_a_moved_project_finds_weights_input_and_files(
     call: Call, project: Path, absolute: bool

@@ -119,11 +119,11 @@ def test_a_database_that_may_only_be_read_is_told_before_the_work(
     file.touch()
     file.chmod(0o444)
     folders = {*finished.output.iterdir()}
-    for script, *flags in [
-        ("resume", "--run", "1"),
-        ("embed", "--esm-model", finished.folder / "none.pt", "--input", SOME_PROTEINS),
-    ]:
-        done = answer(finished, script, *flags)
+    model = finished.folder / "none.pt"
+    for done in (
+        answer(finished, "resume", "--run", "1"),
+        answer(finished, "embed", "--esm-model", model, "--input", SOME_PROTEINS),
+    ):
         assert done.error == f"database {finished.database}: {name} is not writable"
         assert done.status == 4
     assert {*finished.output.iterdir()} == folders
@@ -138,3 +138,16 @@ def test_who_may_write_a_new_database_is_decided_by_the_umask(
     finally:
         os.umask(before)
     assert place.database.stat().st_mode & 0o777 == 0o664
+
+
+def test_a_database_that_may_only_be_read_is_backed_up(
+    finished: Place, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    to = tmp_path_factory.mktemp("backup") / "copy.sqlite"
+    lock_up(finished.folder)
+    try:
+        done = answer(finished, "backup", "--to", to)
+    finally:
+        unlock(finished.folder)
+    assert done.status == 0, done.err
+    assert [*to.parent.iterdir()] == [to]

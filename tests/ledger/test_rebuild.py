@@ -246,6 +246,7 @@ def test_a_folder_that_may_not_be_read_is_named(
     [
         ("run", "one"), ("identity", {}), ("identity", []), ("totals", {}), ("inputs", {"a": 1}),
         ("settings", None), ("reused", {"run": "x"}), ("residues", "many"),
+        ("settings", {"model": None}), ("run", 2**70),
     ],
 )  # fmt: skip
 def test_a_footer_of_the_wrong_types_is_one_line(

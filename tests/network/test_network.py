@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib.errors import WeightsError
 from lib.models.detection import detect
 from lib.models.untrained import make_model
 from lib.network import linear
@@ -334,3 +335,15 @@ def test_test_weights_have_outlier_channels(tmp_path: Path) -> None:
     middle = hidden(load(path), MIXED_PACK, [3])[3][0]
     by_channel = np.sqrt((middle**2).mean(0))
     assert by_channel.max() > 20 * np.median(by_channel)
+
+
+def test_rotary_frequencies_that_differ_by_layer_are_refused(
+    small_model: Path, tmp_path: Path
+) -> None:
+    content = torch.load(small_model, weights_only=False)
+    content["model"]["encoder.sentence_encoder.layers.1.self_attn.rot_emb.inv_freq"] *= 1.5
+    path = tmp_path / "esm2_other.pt"
+    torch.save(content, path)
+    found = detect(load_settings(overrides={"model.esm_model": str(path)}).model)
+    with pytest.raises(WeightsError, match="inv_freq is not the same in every layer"):
+        load_network(found, torch.device("cpu"), torch.float32)
