@@ -107,13 +107,6 @@ class ESM2Config:
     base_name: str | None = None
     base_sha256: str | None = None
 
-    @property
-    def shape(self) -> ModelShape:
-        """The properties that the network is built from."""
-        return ModelShape(
-            self.num_layers, self.hidden_dim, self.attention_heads, self.token_dropout
-        )
-
     def snapshot(self) -> dict[str, Any]:
         """Return the JSON-ready dictionary that is stored with runs, checkpoints and footers."""
         dumped: dict[str, Any] = _SCHEMA.dump(self)

@@ -63,7 +63,7 @@ def audit(run: Run, *, files: bool) -> Iterator[Finding]:
     yield from _audit_run_row(run, config)
     position = 0
     for checkpoint in run.checkpoints:
-        facts = list(_audit_row(run, config, checkpoint))
+        facts = list(_audit_row(config, checkpoint))
         if checkpoint.first_position < position or checkpoint.stop_position <= position:
             facts.append("its positions overlap those of another checkpoint")
         position = max(position, checkpoint.stop_position)
@@ -142,7 +142,7 @@ def _inputs_fit(run: Run) -> bool:
     return (combined_sha256(digests), first) == (run.input_sha256, run.records_total)
 
 
-def _audit_row(run: Run, config: ESM2Config, checkpoint: Checkpoint) -> Iterator[str]:
+def _audit_row(config: ESM2Config, checkpoint: Checkpoint) -> Iterator[str]:
     try:
         found = load_snapshot(checkpoint.esm2_config)
     except ValueError as error:

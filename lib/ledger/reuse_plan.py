@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,14 +35,12 @@ __all__ = [
     "ReusePlan",
     "Source",
     "check_plan",
-    "is_plan_name",
     "plan_name",
     "plan_path",
     "read_plan",
     "write_plan",
 ]
 
-_NAME = re.compile(r"\.reuse-[0-9a-f-]{36}")
 _ROWS_PER_GROUP = 1 << 20
 
 
@@ -89,11 +86,6 @@ def plan_path(run: Run) -> Path:
 def plan_name(uuid: str) -> str:
     """Return the name of a run's plan in its folder."""
     return f".reuse-{uuid}"
-
-
-def is_plan_name(name: str) -> bool:
-    """Return whether a file has the name of some run's plan."""
-    return _NAME.fullmatch(name) is not None
 
 
 def write_plan(plan: ReusePlan, path: Path) -> str:

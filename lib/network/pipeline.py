@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from lib.errors import InputError, LedgerError, MachineError
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
 from lib.network.memory import available_bytes
-from lib.network.vectors import Launched, launch, needed_bytes
+from lib.network.vectors import Launched, NoRoomError, launch, needed_bytes
 from lib.sequences.plan import Pack
 from schema.parquet import VectorColumn
 
@@ -36,10 +36,14 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class _OnWay:
-    """A pack on its way. needed: bytes of memory; launched: gives None if it was not begun."""
+    """A pack on its way.
+
+    needed: bytes of memory; where: what computes it; launched: gives None if it was not begun.
+    """
 
     pack: Pack
     needed: int
+    where: Executor
     launched: Future[Launched | None]
 
 
@@ -64,6 +68,14 @@ def computed(
             return None
         return launch(network, pack.sequences, columns, per_tok_dtype, abandoned)
 
+    def result(one: _OnWay) -> Launched | None:
+        try:
+            return one.launched.result()
+        except NoRoomError:
+            # It may have room once the packs beside it have ended.
+            wait([other.launched for other in on_way])
+            return one.where.submit(begin, one.pack).result()
+
     with lanes(network.device) as (executor, ahead):
         refused: list[LedgerError] = []
         on_way: deque[_OnWay] = deque()
@@ -72,11 +84,11 @@ def computed(
                 needed = needed_bytes(network, pack.sequences, columns)
                 alone = _is_alone(pack, network.device)
                 if alone or not _fits_beside(on_way, needed, network.device):
-                    yield from _taken(on_way, 0)
+                    yield from _taken(on_way, 0, result)
                 where = _Here() if alone else executor
-                on_way.append(_OnWay(pack, needed, where.submit(begin, pack)))
-                yield from _taken(on_way, 0 if alone else ahead)
-            yield from _taken(on_way, 0)
+                on_way.append(_OnWay(pack, needed, where, where.submit(begin, pack)))
+                yield from _taken(on_way, 0 if alone else ahead, result)
+            yield from _taken(on_way, 0, result)
             if refused:
                 raise refused[0]
         finally:
@@ -143,11 +155,13 @@ def _fits_beside(on_way: Collection[_OnWay], needed: int, device: torch.device) 
     return available is None or together <= available
 
 
-def _taken(on_way: deque[_OnWay], left: int) -> Iterator[tuple[Pack, Vectors]]:
-    """Yield the oldest packs, waiting for each, until `left` are on their way."""
+def _taken(
+    on_way: deque[_OnWay], left: int, result: Callable[[_OnWay], Launched | None]
+) -> Iterator[tuple[Pack, Vectors]]:
+    """Yield the oldest packs, waiting for the result of each, until `left` are on their way."""
     while len(on_way) > left:
         oldest = on_way.popleft()
-        launched = oldest.launched.result()
+        launched = result(oldest)
         if launched is None:
             raise StoppedError
         yield oldest.pack, launched.collect()

@@ -23,13 +23,17 @@ from lib.sequences.windows import Sequence as FastaSequence
 from lib.units import size
 from schema.parquet import CONTACTS, VectorColumn
 
-__all__ = ["Launched", "NonFiniteError", "kept_on_host", "launch", "needed_bytes"]
+__all__ = ["Launched", "NoRoomError", "NonFiniteError", "kept_on_host", "launch", "needed_bytes"]
 
 _CONTACT_MAPS = VectorColumn(CONTACTS)
 
 
 class NonFiniteError(LedgerError):
     """The network gave NaN or infinity."""
+
+
+class NoRoomError(MachineError):
+    """The memory that is left does not suffice for a record alone."""
 
 
 class _AbandonedError(Exception):
@@ -72,8 +76,8 @@ def launch(
 ) -> Launched:
     """Send a pack through the network, keeping `columns` of it.
 
-    A pack that does not fit into the device's memory is computed in halves. Raises MachineError
-    naming a record that does not fit alone. Another thread may set `abandoned`: then nobody
+    A pack that does not fit into the device's memory is computed in halves. Raises NoRoomError
+    naming a record that does not fit even so. Another thread may set `abandoned`: then nobody
     collects the pack, and it ends after the layer that is being computed.
     """
     lacking = _lacking(network, sequences, columns)
@@ -88,7 +92,7 @@ def launch(
         owner, length = sequences[0].owners[0], len(sequences[0].residues)
         needed = size(needed_bytes(network, sequences, columns))
         fact = lacking or f"{needed} of memory on {network.device}"
-        raise MachineError(f"record {owner.number} ({owner.id}): {length} residues need {fact}")
+        raise NoRoomError(f"record {owner.number} ({owner.id}): {length} residues need {fact}")
     middle = len(sequences) // 2
     halves = sequences[:middle], sequences[middle:]
     parts = [launch(network, half, columns, per_tok_dtype, abandoned)._parts for half in halves]

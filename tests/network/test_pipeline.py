@@ -301,6 +301,37 @@ def test_packs_that_do_not_fit_beside_each_other_go_one_after_the_other(
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_a_protein_that_has_no_room_beside_another_is_computed_after_it(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, packs = loaded(small_model), packs_of(100, 99, 98)
+    alone = list(computed(network, packs, [MEAN], "float32"))
+    computing, forward, lock = 0, network.forward, threading.Lock()
+    refused = threading.Event()
+
+    def counted(*arguments: Any) -> Iterator[tuple[int, torch.Tensor]]:  # noqa: ANN401
+        nonlocal computing
+        with lock:
+            computing += 1
+        assert refused.wait(processes.MOST_SECONDS)  # the second pack, beside the first
+        yield from forward(*arguments)
+        with lock:
+            computing -= 1
+
+    def available(*_: object) -> int:
+        if computing:
+            refused.set()
+        return 0 if computing else pack_bytes(200, 64)
+
+    monkeypatch.setattr(network, "forward", counted)
+    monkeypatch.setattr(vectors, "available_bytes", available)
+    found = list(computed(network, packs, [MEAN], "float32"))
+    assert [pack for pack, _ in found] == [pack for pack, _ in alone]
+    for (_, one), (_, other) in zip(found, alone, strict=True):
+        assert np.array_equal(one.columns[MEAN], other.columns[MEAN])
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_bits_do_not_depend_on_which_pack_is_ready_first(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, precision: str
