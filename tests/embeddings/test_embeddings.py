@@ -383,6 +383,13 @@ def test_another_runs_file_of_the_same_name_is_refused(
         open_run(place.database, 1)
 
 
+def test_vectors_of_another_input_are_refused(embedded: Runs, place: Place) -> None:
+    with open_for_writing(str(place.database)) as engine, transaction(engine) as session:
+        session.connection().exec_driver_sql(f"UPDATE runs SET input_sha256 = '{'0' * 64}'")
+    with pytest.raises(IdentityRefusedError, match="input_sha256 in its footer differs"):
+        open_run(place.database, 1)
+
+
 @pytest.mark.parametrize(
     ("written", "fact"),
     [

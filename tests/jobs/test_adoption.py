@@ -86,6 +86,18 @@ def with_other_records(path: Path) -> None:
     written_again(path, table.set_column(0, table.schema.field("record"), column))
 
 
+def with_other_columns(path: Path) -> None:
+    table = pq.read_table(path)
+    number = table.column_names.index("mean_2")
+    written_again(path, table.set_column(number, "other", table.column(number)))
+
+
+def linked(path: Path) -> None:
+    elsewhere = path.parents[2] / "elsewhere.parquet"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 def with_a_row_less(path: Path) -> None:
     written_again(path, pq.read_table(path).slice(1))
 
@@ -97,6 +109,8 @@ def with_a_row_less(path: Path) -> None:
         (truncated, "Parquet magic bytes not found"),
         (with_other_records, "its records are not those of its positions"),
         (with_a_row_less, "its records are not those of its positions"),
+        (with_other_columns, "its columns are not those of the run"),
+        (linked, "not a regular file"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

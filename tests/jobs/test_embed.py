@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.errors import MachineError
+from lib.ledger import commit
+from lib.ledger.checkpoints import FinishedStretch
 from lib.ledger.ownership import take_lock
 from tests.conftest import SOME_PROTEINS, UNIPROT_PART, WHOLE_PROTEINS, Place, Script
 from tests.reference import (
@@ -285,3 +287,19 @@ def test_non_finite_values_stop_the_run_and_name_the_record(
     assert (run["status"], run["records_done"]) == ("failed", 2)
     assert script("resume", "--run", "1").status == 0
     assert len(read_run(place.output / "run-000001")) == 15
+
+
+def test_no_position_is_committed_twice(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = commit.Committer.commit
+
+    def twice(self: commit.Committer, stretch: FinishedStretch) -> None:
+        once(self, stretch)
+        other = place.output / "run-000001" / "checkpoint-000009.parquet"
+        commit.add_checkpoint(self._engine, self._ownership, stretch, lambda _: other)
+
+    monkeypatch.setattr(commit.Committer, "commit", twice)
+    answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
+    assert answer.status == 4
+    assert "checkpoint-000001.parquet has positions of 0 to 15 already" in answer.error

@@ -156,6 +156,17 @@ def test_windows_before_the_change_are_delivered(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_windows")
+def test_a_window_whose_description_has_changed_is_not_delivered(path: Path) -> None:
+    """Before the digest of the file is compared, at its end."""
+    path.write_text(">a one\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n")
+    inventory = preflight(rules(path))
+    assert len(inventory.windows) > 1
+    path.write_text(">a two\nMK\n>b\nGGG\n>c\nMKT\n>d\nGGG\n>e\nW\n")
+    with pytest.raises(InputError):
+        next(read_windows(rules(path), inventory))
+
+
+@pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize(("before", "after"), [("MKTA", "MKTG"), ("MJK", "M?K")])
 def test_letters_that_are_not_embedded_are_compared_too(
     path: Path, before: str, after: str
