@@ -60,7 +60,7 @@ def made_for_another(folder: Path, database: Path) -> Path | None:
     A copy of a database lists the runs of the first.
     """
     lock = folder / LOCK_NAME
-    with suppress(OSError, ValueError, SyntaxError):  # of earlier versions, or altered
+    with suppress(OSError, ValueError, SyntaxError, TypeError):  # of an earlier version, or altered
         last = lock.read_text("utf-8").splitlines()[-1:]
         for claim in last:
             _uuid, inode, _made, path = claim.split(" ", 3)

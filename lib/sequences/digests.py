@@ -67,7 +67,7 @@ def _sorted(halves: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def index_type(total: int) -> type[np.int32 | np.int64]:
-    """Return the smaller type that numbers of `total` things, and -1, have room in."""
+    """Return the smallest type that has room for the numbers of `total` things, and for -1."""
     return np.int32 if total <= np.iinfo(np.int32).max else np.int64
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.sequences import digests
-from lib.sequences.digests import Digests
+from lib.sequences.digests import Digests, index_type
 
 
 def first_equal(made: list[bytes], chunk: int) -> list[int]:
@@ -37,3 +38,10 @@ def test_equal_texts_are_found(texts: list[bytes], chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digests, "_CHUNK", chunk)
         assert found.first_equal().tolist() == [texts.index(text) for text in texts]
+
+
+@pytest.mark.parametrize(("total", "kind"), [(2**31 - 1, np.int32), (2**31, np.int64)])
+def test_numbers_have_room(total: int, kind: type) -> None:
+    """Of 2 billion metagenomic proteins, the last would else have a negative number."""
+    assert index_type(total) is kind
+    assert np.array([total - 1, -1]).astype(index_type(total)).tolist() == [total - 1, -1]
