@@ -38,9 +38,11 @@ from schema.settings import STANDARD_INPUT
 
 __all__ = ["embed"]
 
+Proteins = Sequence[str] | Sequence[tuple[str, str]] | Mapping[str, str]
+
 
 def embed(
-    sequences: Sequence[str] | Mapping[str, str],
+    sequences: Proteins,
     *,
     model: str | Path | None = None,
     settings: Mapping[str, str | float | Path] = {},
@@ -50,8 +52,9 @@ def embed(
 ) -> RunEmbeddings:
     """Embed sequences as a run on record, and open it.
 
-    sequences: a list, whose ids are its positions, or sequences by their id, as in a dictionary or
-    a pandas Series, whose index has the ids (without blanks). model: a released name or a path, as
+    sequences: a list, whose ids are its positions; a list of (id, sequence), as fair-esm's batch
+    converter takes it; or sequences by their id, as in a dictionary or a pandas Series, whose index
+    has the ids (without blanks). model: a released name or a path, as
     MODEL=; settings: "section.option" to text, a number or a path, as --set. Both are laid over
     `config`, as a script does it. label: what history calls the run. What an earlier run embedded
     alike is copied from it. `say` is told which run it is, what was changed in the sequences and
@@ -110,7 +113,7 @@ def embed(
     return open_run(chosen.database.url, number)
 
 
-def _fasta(sequences: Sequence[str] | Mapping[str, str]) -> bytes:
+def _fasta(sequences: Proteins) -> bytes:
     """Return sequences as FASTA; raises InputError for what would become another record."""
     named = _named(sequences)
     if not named:
@@ -138,8 +141,11 @@ def _named(sequences: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401 (anything m
         kind = type(sequences).__name__
         raise InputError(f"sequences: {kind}, not a list of them or sequences by their id")
     # A pandas Series is not a Mapping.
-    pairs = sequences.items() if hasattr(sequences, "keys") else enumerate(sequences)
-    return [*pairs]
+    if hasattr(sequences, "keys"):
+        return [*sequences.items()]
+    listed = [*sequences]
+    are_pairs = all(isinstance(one, tuple) and len(one) == 2 for one in listed)
+    return listed if are_pairs else [*enumerate(listed)]
 
 
 def _text(name: str, value: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import esm
 import numpy as np
 import pandas  # type: ignore[import-untyped]
 import pytest
@@ -73,6 +74,16 @@ def test_a_list_has_its_positions_as_ids_and_settings_as_in_the_shell(
 def test_a_series_has_its_index_as_ids(call: Call) -> None:
     """They used to be its positions."""
     assert call(pandas.Series({"one": "MKV", "two": "MKTAY"})).ids == ["one", "two"]
+
+
+def test_pairs_are_those_of_fair_esm_s_batch_converter(call: Call) -> None:
+    pairs = [("one", "MKV"), ("two", "MKTAY")]
+    labels, sequences, _ = esm.Alphabet.from_architecture("ESM-1b").get_batch_converter()(pairs)
+    run = call(pairs)
+    assert run.ids == labels
+    assert run.table("length")["length"].to_pylist() == [*map(len, sequences)]
+    with pytest.raises(InputError, match=r"record 1 \(1\): its sequence is tuple, not str"):
+        call(["MKV", ("two", "MKTAY")])
 
 
 def test_the_run_can_be_verified_and_is_reused(
