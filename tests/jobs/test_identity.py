@@ -184,7 +184,7 @@ ROWS = {
         "run 1: attempts.versions is 7, not dict",
     ),
     "brackets in brackets": (
-        f"UPDATE attempts SET versions = '{'[' * 5000}{']' * 5000}'",
+        f"UPDATE attempts SET versions = '{'[' * 100_000}{']' * 100_000}'",
         "run 1: metadata is not JSON",
     ),
     "columns without digests": (
