@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from lib.errors import IdentityRefusedError
 from lib.files import disk_errors, file_sha256
 from lib.ledger.checkpoints import checkpoint_number, leftovers
-from lib.ledger.footer import TOTALS, read_columns, read_footer
+from lib.ledger.footer import TOTALS, columns_of, footer_of, read_footer, read_metadata
 from lib.ledger.identity import (
     first_difference,
     identity_in_footer,
@@ -159,8 +161,8 @@ def _audit_row(config: ESM2Config, checkpoint: Checkpoint) -> Iterator[str]:
 def _audit_file(run: Run, checkpoint: Checkpoint) -> Iterator[Finding]:
     path = Path(run.output_folder) / checkpoint.path
     try:
-        footer = _footer(path)
-        columns = read_columns(path)
+        metadata = _metadata(path)
+        footer, columns = footer_of(metadata.metadata), columns_of(metadata)
     except ValueError as error:
         yield Finding(_of(checkpoint, str(error)), damaged=True, checkpoint=checkpoint)
         return
@@ -200,12 +202,12 @@ def _repeated(
     found |= {key: footer.get(key) for key in ("first_position", "stop_position")}
     found["reused_run_id"] = reused.get("run") if isinstance(reused, dict) else None
     totals = footer.get("totals")
-    told = {"records": footer.get("records")} if "records" in footer else {}
-    if isinstance(totals, dict):
-        told |= {key: totals[key] for key in _COUNTS if key in totals}
-    rows = {"records": checkpoint.records} | {key: getattr(run, key) for key in _COUNTS}
-    told = {key: value for key, value in told.items() if rows[key] is not None}
-    return expected | {key: rows[key] for key in told}, found | told
+    told = {**(totals if isinstance(totals, dict) else {}), **footer}
+    counts = {"records": checkpoint.records} | {key: getattr(run, key) for key in _COUNTS}
+    for key, value in counts.items():
+        if key in told and value is not None:
+            expected[key], found[key] = value, told[key]
+    return expected, found
 
 
 def differs_from_row(run: Run, checkpoint: Checkpoint, path: Path) -> str | None:
@@ -217,7 +219,7 @@ def differs_from_row(run: Run, checkpoint: Checkpoint, path: Path) -> str | None
         with disk_errors(path):
             if path.is_file() and path.stat().st_size != checkpoint.bytes:
                 return f"{path.stat().st_size} bytes, {checkpoint.bytes} in the database"
-        footer = _footer(path)
+        footer = footer_of(_metadata(path).metadata)
     except ValueError as error:
         return str(error)
     identity = footer.get("identity")
@@ -230,7 +232,7 @@ def differs_from_row(run: Run, checkpoint: Checkpoint, path: Path) -> str | None
     return None
 
 
-def _footer(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> pq.FileMetaData:
     """Return the footer of a checkpoint file.
 
     Raises ValueError for a file that is lost or altered, MachineError for one that cannot be
@@ -238,10 +240,10 @@ def _footer(path: Path) -> dict[str, Any]:
     """
     with disk_errors(path):
         if path.is_symlink() or not path.is_file():
-            return read_footer(path)  # which says what it is
+            return read_metadata(path)  # which says what it is
         file = path.open("rb")
     with file:
-        return read_footer(path, file)
+        return read_metadata(path, file)
 
 
 def _audit_leftovers(run: Run) -> Iterator[Finding]:

@@ -61,12 +61,11 @@ def made_for_another(folder: Path, database: Path) -> Path | None:
     """
     lock = folder / LOCK_NAME
     with suppress(OSError, ValueError, SyntaxError, TypeError):  # of an earlier version, or altered
-        last = lock.read_text("utf-8").splitlines()[-1:]
-        for claim in last:
-            _uuid, inode, _made, path = claim.split(" ", 3)
-            other = Path(ast.literal_eval(path))
-            if other.stat().st_ino == int(inode) and not other.samefile(database):
-                return other
+        *_, claim = lock.read_text("utf-8").splitlines()
+        _uuid, inode, _made, path = claim.split(" ", 3)
+        other = Path(ast.literal_eval(path))
+        if other.stat().st_ino == int(inode) and not other.samefile(database):
+            return other
     return None
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schema.parquet import FOOTER_KEY
 
-__all__ = ["TOTALS", "footer_of", "is_compiled", "read_columns", "read_footer"]
+__all__ = ["TOTALS", "columns_of", "footer_of", "is_compiled", "read_footer", "read_metadata"]
 
 # Columns of `runs` that footers repeat, beside the identity, so that a lost row can be made anew.
 TOTALS = (
@@ -31,20 +31,19 @@ TOTALS = (
 
 
 def read_footer(path: Path, file: BinaryIO | None = None) -> dict[str, Any]:
-    """Return what the ledger wrote into a checkpoint's footer; no column is read.
+    """Return what the ledger wrote into a checkpoint's footer.
+
+    Takes and raises what `read_metadata` does, and raises what `footer_of` does.
+    """
+    return footer_of(read_metadata(path, file).metadata)
+
+
+def read_metadata(path: Path, file: BinaryIO | None = None) -> pq.FileMetaData:
+    """Return the footer of a Parquet file; no column is read.
 
     file: the regular file at `path`, if it is open already; it stays open. Raises ValueError, in
-    one line, for a file that is not a checkpoint, or not readable.
+    one line, for a file that is not Parquet, or not readable.
     """
-    return footer_of(_metadata(path, file).metadata)
-
-
-def read_columns(path: Path) -> pa.Schema:
-    """Return the columns of a checkpoint file; raises what `read_footer` raises."""
-    return _metadata(path).schema.to_arrow_schema()
-
-
-def _metadata(path: Path, file: BinaryIO | None = None) -> pq.FileMetaData:
     try:
         if file is None and (path.is_symlink() or not path.is_file()):
             raise ValueError("not a regular file" if path.exists() else "no such file")
@@ -52,7 +51,19 @@ def _metadata(path: Path, file: BinaryIO | None = None) -> pq.FileMetaData:
     except UnicodeDecodeError:  # a column's name, or what Arrow says of it
         raise ValueError("footer not readable: its text is not UTF-8") from None
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}") from None
+        raise _not_readable(error) from None
+
+
+def columns_of(metadata: pq.FileMetaData) -> pa.Schema:
+    """Return the columns of a Parquet file; raises ValueError, in one line, for none of Arrow's."""
+    try:
+        return metadata.schema.to_arrow_schema()
+    except pa.ArrowException as error:
+        raise _not_readable(error) from None
+
+
+def _not_readable(error: Exception) -> ValueError:
+    return ValueError(f"footer not readable: {' '.join(str(error).split())[:200]}")
 
 
 def footer_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

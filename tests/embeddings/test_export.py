@@ -404,7 +404,7 @@ def test_an_export_is_on_disk_before_it_has_its_name(
     assert done == [*((path, False) for path in written), (tmp_path, True)]
 
 
-def test_after_a_kill_between_two_names_an_export_can_be_said_again(
+def test_after_a_kill_between_two_names_an_export_can_be_repeated(
     script: Script, place: Place, rows: dict[int, Row]
 ) -> None:
     to = place.folder / "out.csv"

@@ -31,10 +31,10 @@ from lib.jobs.reuse import SEARCH_BYTES, LostSourceError, SourceFiles, _Search
 from lib.ledger.footer import read_footer
 from lib.models.detection import Detection
 from lib.network import esm2
-from schema.parquet import FOOTER_KEY
 from schema.tables import Checkpoint, Run
 from tests import processes
 from tests.conftest import DATA, SOME_PROTEINS, UNIPROT_PART, Place, Script, run_program
+from tests.jobs.test_adoption import written_again
 from tests.processes import Answer
 from tests.reference import (
     assert_near,
@@ -175,14 +175,11 @@ def test_what_is_too_large_for_float16_is_not_rounded_to_it(
 ) -> None:
     embed(REAL[:4], "--include", "per_tok")
     path = folder(reusing, 1) / "checkpoint-000001.parquet"
-    metadata, table = pq.read_metadata(path).metadata, pq.read_table(path)
+    table = pq.read_table(path)
     values, number = table.column("per_tok_2").to_pylist(), table.column_names.index("per_tok_2")
     values[0][0] = 1e6
     field = table.schema.field(number)
-    table = table.set_column(number, field, pa.array(values, field.type))
-    with pq.ParquetWriter(path, table.schema.remove_metadata(), write_page_checksum=True) as file:
-        file.write_table(table.replace_schema_metadata(None))
-        file.add_key_value_metadata({FOOTER_KEY: metadata[FOOTER_KEY]})
+    written_again(path, table.set_column(number, field, pa.array(values, field.type)))
     whole = f"sha256 = '{file_sha256(path)}', bytes = {path.stat().st_size}"
     change(reusing, f"UPDATE checkpoints SET {whole} WHERE path = '{path.name}'")
     half = ["--include", "per_tok", "--set", "output.per_tok_dtype=float16"]
