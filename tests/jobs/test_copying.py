@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.processes import peak_bytes
 from lib.columns import Column, Vectors
 from lib.embeddings.verified import ListedFile, verified_file
+from lib.jobs import copying
 from lib.jobs.copying import Copying, copied_stretches
 from lib.jobs.stretches import StretchRules, finished_stretches
 from lib.ledger.reuse_plan import ReusePlan, Source
@@ -124,3 +126,11 @@ def test_parts_are_as_large_as_the_columns_that_are_copied(tmp_path: Path) -> No
     write_source(tmp_path / "source", 100, [MEAN, PER_TOK])  # 61 KB a row, of which means are 5
     assert copy(tmp_path / "source", [MEAN], range(100))[1] == [100]
     assert len(copy(tmp_path / "source", [MEAN, PER_TOK], range(100))[1]) > 2
+
+
+@pytest.mark.parametrize("places", [[0, 1], [0, 0], [1, 0], [1], [0, 1, 1]], ids=str)
+def test_rows_are_taken_at_their_places(places: list[int]) -> None:
+    """All of them in order are taken without a copy; as many of others are others."""
+    table = pa.Table.from_arrays([pa.array(["one", "two"])], ["id"])
+    taken = copying._at(table, np.array(places)).column("id").to_pylist()
+    assert taken == [("one", "two")[place] for place in places]
