@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 
@@ -17,6 +18,7 @@ from lib.errors import MachineError, SettingsError
 
 __all__ = [
     "disk_errors",
+    "do_not_keep",
     "file_md5",
     "file_sha256",
     "link_new",
@@ -50,6 +52,16 @@ def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
     for digest, name in entries:
         listing.update(f"{digest}  {name}\n".encode())
     return listing.hexdigest()
+
+
+def do_not_keep(file: IO[bytes]) -> None:
+    """Ask the system to keep nothing of an open file in memory at the cost of what else is there.
+
+    A file that is read twice counts as in use else, and drives the code of this process out. Linux
+    does so from version 6.3 on; where there is room, the file stays in memory as ever.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # no such hint here, or not for such a file
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_NOREUSE)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.errors import IdentityRefusedError
-from lib.files import disk_errors
+from lib.files import disk_errors, do_not_keep
 from lib.ledger.footer import footer_of, read_footer
 
 __all__ = ["ListedFile", "OpenedFile", "VerifiedFile", "verified_file"]
@@ -242,6 +242,7 @@ def _opened(listed: ListedFile) -> Iterator[BufferedReader]:
         with os.fdopen(os.open(listed.path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise IdentityRefusedError(f"{listed.place}: no such regular file")
+            do_not_keep(file)
             yield file
 
 

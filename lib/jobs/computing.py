@@ -42,10 +42,13 @@ def made_ready(
     `load_model` raises, and MachineError for a cluster that fails.
     """
     if settings.cluster.ray is None:
-        if later:
+        if later or sha256 is not None:
             known = know_model(settings, detection, sha256)
-            yield known, ThisProcess(known.device, known.load)
-        else:
+            here = ThisProcess(known.device, known.load)
+            if not later:
+                here.make_ready()
+            yield known, here
+        else:  # the digest is taken beside the load
             model = load_model(settings, detection, sha256)
             yield model, ThisProcess(model.network.device, lambda: model.network)
         return

@@ -73,6 +73,9 @@ class Workers:
         """Wait for a worker."""
         self._crew.wait_for_one()
 
+    def make_room(self) -> None:
+        """Free nothing: networks are in the processes of workers."""
+
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
     ) -> Generator[FinishedStretch]:

@@ -29,7 +29,7 @@ from lib.ledger.reuse_plan import ReusePlan
 from lib.ledger.runs import Ownership, beat, finish_run
 from lib.network.device import packs_at_once
 from lib.network.esm2 import Network
-from lib.network.memory import device_errors
+from lib.network.memory import available_bytes, device_errors, give_back
 from lib.network.pipeline import StoppedError, computed
 from lib.sequences.inventory import Inventory
 from lib.sequences.plan import Pack, packs_left, remaining
@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 _HEARTBEAT_SECONDS = 10.0
+# Copying takes up to 80 MB, and must not drive the code that it runs out of memory.
+_COPYING_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Computer(Protocol):
         if memory, disk or cluster fail.
         """
 
+    def make_room(self) -> None:
+        """Free what can be loaded again, where memory is short for rows that are copied first."""
+
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
     ) -> Generator[FinishedStretch]:
@@ -110,7 +115,7 @@ class ThisProcess:
     """Computes in this process, with a network that is in its memory once it is needed."""
 
     def __init__(self, device: torch.device, load: Callable[[], Network]) -> None:
-        """Compute on a device; load: gives the network, and is called at most once."""
+        """Compute on a device; load: gives the network, and gives it again after `make_room`."""
         self._device = device
         self._network = cache(load)
 
@@ -127,6 +132,12 @@ class ThisProcess:
     def make_ready(self) -> None:
         """Load the network."""
         self._network()
+
+    def make_room(self) -> None:
+        """Forget the network if memory is short: that it can be loaded has been seen."""
+        left = available_bytes(torch.device("cpu"), _COPYING_BYTES)
+        if left is not None and left < _COPYING_BYTES:
+            self._network.cache_clear()
 
     def stretches(
         self, job: Job, packs: Iterator[Pack], rules: StretchRules, pulse: Pulse
@@ -163,9 +174,11 @@ def work(job: Job) -> Run:
     committer, pulse = Committer(job.engine, job.ownership), Pulse(job)
     try:
         if job.reuse is not None:
+            job.computer.make_room()
             with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
                 for stretch in stretches:
                     committer.commit(stretch)
+                    give_back()  # or what copying has freed has no room beside the network
         packs = _packs_left(job)
         first = next(packs, None)
         if first is not None:  # or no model is needed

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from lib.arrow import arrow_array
 from lib.columns import Vectors
-from lib.files import disk_errors
+from lib.files import disk_errors, do_not_keep
 from lib.parts import bounded_parts
 from lib.sequences.describing import describe_owners, owner_index
 from lib.sequences.windows import Sequence as FastaSequence
@@ -97,6 +97,7 @@ class CheckpointWriter:
         vectors = {field.name for field in columns if pa.types.is_nested(field.type)}
         with disk_errors(folder / name):
             self._temporary, self._file = _open_new(folder, name)
+            do_not_keep(self._file)  # it is read for its digest
             self._writer = pq.ParquetWriter(
                 self._file,
                 columns,

@@ -33,13 +33,16 @@ class _Version:
 
     limit: str
     usage: str
-    # Page cache that the kernel has not seen used lately, in a group and all below it.
+    # Page cache in a group and all below it: what has not been used lately, and the rest.
     inactive_file: str
+    active_file: str
 
 
 # memory.high is not a limit here: it slows a process down, but never ends it.
-_V2 = _Version("memory.max", "memory.current", "inactive_file")
-_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version("memory.max", "memory.current", "inactive_file", "active_file")
+_V1 = _Version(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,17 @@ class _Mount:
     point: Path
 
 
-def memory_left() -> int | None:
-    """Return the bytes that the process may still use, or None if no group limits it."""
+def memory_left(*, at_most: bool = False) -> int | None:
+    """Return the bytes that the process may still use, or None if no group limits it.
+
+    at_most: with all page cache, which the kernel frees before it ends a process. Without the part
+    that is in use, the code of this process has room beside them.
+    """
     try:
         folders = _folders(_proc_text("cgroup"), _proc_text("mountinfo"))
     except OSError:  # not Linux
         return None
-    known = [left for one in folders if (left := _left(*one)) is not None]
+    known = [left for one in folders if (left := _left(*one, at_most=at_most)) is not None]
     return min(known, default=None)
 
 
@@ -124,7 +131,7 @@ def _is_below(group: PurePosixPath, root: PurePosixPath) -> bool:
     return group.is_relative_to(root) and ".." not in group.relative_to(root).parts
 
 
-def _left(version: _Version, folder: Path) -> int | None:
+def _left(version: _Version, folder: Path, *, at_most: bool) -> int | None:
     """Return the bytes left in a group, or None if it has no limit or does not exist."""
     try:
         limit = int((folder / version.limit).read_text(encoding="ascii"))
@@ -133,21 +140,20 @@ def _left(version: _Version, folder: Path) -> int | None:
         return None
     if limit >= _NO_LIMIT:
         return None
-    return max(0, limit - used + _reclaimable(version, folder))
+    names = {version.inactive_file, *([version.active_file] if at_most else [])}
+    return max(0, limit - used + _page_cache(folder, names))
 
 
-def _reclaimable(version: _Version, folder: Path) -> int:
+def _page_cache(folder: Path, names: set[str]) -> int:
     """Return the bytes of page cache that count as used, but that the kernel frees on demand.
 
-    At a limit the kernel first reclaims memory, and ends a process only if that does not suffice;
-    it begins with inactive page cache. Reading a large file fills a group with it.
+    names: the kinds of it. At a limit the kernel first reclaims memory, and ends a process only if
+    that does not suffice; it begins with inactive page cache. Reading a large file fills a group
+    with it.
     """
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    for line in lines:
-        name, _, size = line.partition(" ")
-        if name == version.inactive_file:
-            return int(size)
-    return 0
+    sizes = dict(line.split(" ", 1) for line in lines)
+    return sum(int(sizes.get(name, 0)) for name in names)

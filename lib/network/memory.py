@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from lib.errors import MachineError
@@ -22,6 +23,7 @@ __all__ = [
     "available_bytes",
     "contact_bytes",
     "device_errors",
+    "give_back",
     "kept_bytes",
     "pack_bytes",
     "ran_out",
@@ -81,21 +83,30 @@ def contact_bytes(lengths: Sequence[int]) -> int:
     return 4 * longest + 5 * sum(4 * residues**2 for residues in lengths)
 
 
-def available_bytes(device: torch.device, wanted: int = 0) -> int | None:
+def available_bytes(device: torch.device, wanted: int = 0, *, at_most: bool = False) -> int | None:
     """Return the bytes of memory left on `device`, or None if the system does not tell.
 
     On a CPU that is the least of what the machine, control groups and `ulimit -v` leave. If it is
     less than `wanted`, memory that this process has freed is given back to the system first.
+    at_most: with page cache of control groups that is in use, as code is that runs.
     """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + int(reserved)
-    left = _left()
+    left = _left(at_most=at_most)
     if left is not None and left < wanted:
-        _give_back()
-        left = _left()
+        give_back()
+        left = _left(at_most=at_most)
     return left
+
+
+def give_back() -> None:
+    """Give back to the system what Arrow keeps of freed memory, and malloc, where it is glibc's."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def ran_out(error: Exception) -> bool:
@@ -117,16 +128,9 @@ def device_errors(device: torch.device) -> Iterator[None]:
         raise MachineError(f"{device}: {fact}") from None
 
 
-def _give_back() -> None:
-    """Give back to the system what malloc keeps of freed memory, where it is glibc's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def _left() -> int | None:
+def _left(*, at_most: bool) -> int | None:
     """Return the least of what the machine, control groups and `ulimit -v` leave this process."""
-    ways = _meminfo_available(), memory_left(), _address_space_left()
+    ways = _meminfo_available(), memory_left(at_most=at_most), _address_space_left()
     return min((left for left in ways if left is not None), default=None)
 
 

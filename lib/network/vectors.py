@@ -128,7 +128,8 @@ def _lacking(
     if network.device.type == "cuda":
         wanted.append((torch.device("cpu"), kept_on_host(network, sequences, columns)))
     for device, needed in wanted:
-        available = available_bytes(device, needed)
+        # A pack is halved before it drives code out of memory, a record is refused only after that.
+        available = available_bytes(device, needed, at_most=len(sequences) == 1)
         if available is not None and needed > available:
             return f"{size(needed)} of memory, {size(available)} are available on {device}"
     return None

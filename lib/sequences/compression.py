@@ -21,6 +21,8 @@ from typing import Protocol
 
 from backports import zstd
 
+from lib.files import do_not_keep
+
 __all__ = ["DigestedRead", "open_decompressed"]
 
 _CHUNK = 1 << 17
@@ -93,6 +95,9 @@ class _DigestedFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self._file.fileno()
+
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         if not self._block:
             self._block = memoryview(self._file.read(_CHUNK))
@@ -119,6 +124,7 @@ def open_decompressed(
     a stream that is damaged, unfinished or followed by other bytes.
     """
     file = path.open("rb") if read is None else read.open()
+    do_not_keep(file)  # a run reads its input several times
     kind = path.suffix
     if kind != ".gz" and kind not in _DECOMPRESSORS:
         start = file.peek(6)

@@ -5,6 +5,8 @@ Every run that copies is compared with one that computes everything.
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -635,6 +637,74 @@ def test_without_a_sequence_to_compute_no_tensor_is_read(
     loads.clear()  # of validate, which tries the model
     embed(REAL[:16])
     assert loads == [small_model]
+
+
+@pytest.mark.parametrize(("left", "times"), [(10**8, 2), (10**9, 1), (None, 1)])
+def test_where_memory_is_short_weights_are_loaded_again_after_copying(
+    reusing: Place,
+    embed: Callable[..., Answer],
+    loads: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    left: int | None,
+    times: int,
+) -> None:
+    embed(REAL[:15])
+    loads.clear()
+    given_back: list[int] = []  # how often the weights were loaded before each time
+    monkeypatch.setattr("lib.jobs.embedding.available_bytes", lambda *_: left)
+    monkeypatch.setattr("lib.jobs.embedding.give_back", lambda: given_back.append(len(loads)))
+    embed(REAL[:20])
+    assert len(loads) == times
+    assert given_back == [1] * 3  # for each of three files of five copied rows
+    embed(REAL[:20], "--no-reuse")
+    assert_near(folder(reusing, 2), folder(reusing, 3))
+
+
+def test_a_resumed_run_loads_weights_again_where_memory_is_short(
+    script: Script,
+    reusing: Place,
+    small_model: Path,
+    embed: Callable[..., Answer],
+    loads: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embed(REAL[:15])
+    write_fasta(reusing.folder / "input.fasta", REAL[:20])
+    flags = ["--esm-model", small_model, "--input", reusing.folder / "input.fasta", *QUICK]
+    killed_at(reusing, "lib.ledger.commit._row", 2, "embed", *flags)
+    loads.clear()
+    monkeypatch.setattr("lib.jobs.embedding.available_bytes", lambda *_: 0)
+    assert script("resume", "--run", "2").status == 0
+    assert loads == [small_model] * 2
+    assert len(open_run(reusing.database, 2)) == 20
+
+
+def test_what_is_copied_does_not_drive_code_out_of_memory(
+    reusing: Place, embed: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are read or written once are not kept in memory as if they were in use."""
+    asked: list[str] = []
+    true = os.posix_fadvise
+
+    def posix_fadvise(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert (start, size, advice) == (0, 0, os.POSIX_FADV_NOREUSE)
+        asked.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        true(descriptor, start, size, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    embed(REAL[:5])
+    assert {"input.fasta", ".attempt-1-0.parquet.tmp"} == {*asked}
+    asked.clear()
+    embed(REAL[:6])
+    assert {"checkpoint-000001.parquet", ".attempt-2-0.parquet.tmp"} < {*asked}
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EINVAL, "no such advice for this file")
+
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    embed(REAL[:7])
+    monkeypatch.delattr(os, "posix_fadvise")
+    embed(REAL[:8])
 
 
 def test_weights_that_change_before_they_are_needed_are_refused(

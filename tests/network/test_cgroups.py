@@ -70,7 +70,8 @@ def v1(folder: Path, limit: int, used: int, inactive: int = 0) -> None:
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
     (folder / "memory.stat").write_text(
-        f"cache 900\ninactive_file 3\ntotal_cache 950\ntotal_inactive_file {inactive}\n"
+        f"cache 900\ninactive_file 3\nactive_file 4\ntotal_cache 950\n"
+        f"total_inactive_file {inactive}\ntotal_active_file 600\n"
     )
 
 
@@ -140,6 +141,17 @@ def test_inactive_page_cache_is_left(machine: Machine) -> None:
     assert memory_left() == 1700
     (new / "b/memory.stat").unlink()
     assert memory_left() == 1000
+
+
+def test_page_cache_in_use_is_left_at_most(machine: Machine) -> None:
+    machine.is_in("4:memory:/a", "0::/b")
+    old, new = machine.mount(V1, name="memory"), machine.mount(V2, name="unified")
+    v1(old / "a", 5000, 4500, inactive=300)
+    assert (memory_left(), memory_left(at_most=True)) == (800, 1400)
+    v2(new / "b", 5000, 4900, inactive=70)
+    assert (memory_left(), memory_left(at_most=True)) == (170, 670)
+    assert available_bytes(torch.device("cpu")) == 170
+    assert available_bytes(torch.device("cpu"), at_most=True) == 670
 
 
 def test_a_group_beyond_its_limit_has_nothing_left(machine: Machine) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ from lib.settings import load_settings
 from schema.parquet import VectorColumn
 from tests.conftest import SOME_PROTEINS, Place, Script
 from tests.processes import run_function
-from tests.reference import read_run, worst_residue_error
+from tests.reference import assert_near, read_run, worst_residue_error
 
 
 def print_peak(
@@ -131,7 +132,9 @@ def test_vectors_that_are_kept_take_the_memory_of_the_cpu(
     needed = [vectors.needed_bytes(network, pack, columns) for columns in (MEAN, PER_TOK)]
     assert needed[0] == needed[1]
     monkeypatch.setattr(
-        vectors, "available_bytes", lambda device, _: 1 << 60 if device == cuda else 200_000
+        vectors,
+        "available_bytes",
+        lambda device, _, **__: 1 << 60 if device == cuda else 200_000,
     )
     with pytest.raises(
         MachineError, match=r"98 residues need 204.8 kB of memory, 200.0 kB are available on cpu$"
@@ -154,7 +157,7 @@ def test_a_pack_that_does_not_fit_is_halved(
 
     monkeypatch.setattr(Network, "forward", forward)
     enough = pack_bytes(400, 64) + kept_bytes(400, 64, 1, torch.device("cpu"))
-    monkeypatch.setattr(vectors, "available_bytes", lambda *_: enough)
+    monkeypatch.setattr(vectors, "available_bytes", lambda *_, **__: enough)
     assert script("embed", *flags).status == 0
     assert max(packs) <= 400
     whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
@@ -200,6 +203,29 @@ def test_only_a_lack_of_memory_is_called_one(error: Exception, lacks: bool) -> N
     assert ran_out(error) is lacks
 
 
+def test_before_a_protein_is_refused_code_may_leave_the_memory(
+    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel frees last lets each protein in by itself, and no pack of several."""
+    flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
+    assert script("embed", *flags).status == 0
+    packs: list[int] = []
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, lengths: list[int], *others: Any) -> object:  # noqa: ANN401
+        packs.append(len(lengths))
+        return true_forward(self, tokens, lengths, *others)
+
+    def available(*_: object, at_most: bool) -> int:
+        return 10**9 if at_most else 0
+
+    monkeypatch.setattr(Network, "forward", forward)
+    monkeypatch.setattr(vectors, "available_bytes", available)
+    assert script("embed", *flags).status == 0
+    assert packs == [1] * 15
+    assert_near(place.output / "run-000002", place.output / "run-000001")
+
+
 def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +233,7 @@ def test_a_protein_that_does_not_fit_alone_is_named_with_what_it_needs(
     long.write_text(f">titin\n{'MKLV' * 1500}\n>short\nMKLV\n")
     flags = ["--esm-model", small_model, "--input", long]
     flags += ["--set", "input.long_sequences=whole"]
-    monkeypatch.setattr(vectors, "available_bytes", lambda *_: 10**7)
+    monkeypatch.setattr(vectors, "available_bytes", lambda *_, **__: 10**7)
     answer = script("embed", *flags)
     assert answer.status == 4
     # As many rows as tokens, or filled up to 64 of them.
@@ -237,7 +263,7 @@ def print_what_is_given_back() -> None:
     for block in blocks[:-1]:
         libc.free(ctypes.c_void_p(block))
 
-    def left() -> int:
+    def left(**_: bool) -> int:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return 10**10 - pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -252,18 +278,40 @@ def test_memory_that_was_freed_is_given_back_before_a_pack_is_refused() -> None:
     assert int(done.out) > 1.5e8
 
 
+def print_what_arrow_gives_back() -> None:
+    """Free many Arrow buffers; print how many bytes of memory leave the process then."""
+    buffers = [pa.allocate_buffer(60_000) for _ in range(3_000)]
+    for buffer in buffers:
+        ctypes.memset(buffer.address, 1, buffer.size)
+    del buffer, buffers
+
+    def taken() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before = taken()
+    memory.give_back()
+    print(before - taken())
+
+
+def test_what_arrow_freed_is_given_back_too() -> None:
+    done = run_function(print_what_arrow_gives_back)
+    assert done.status == 0, done.err
+    assert int(done.out) > 1e8
+
+
 def test_what_was_freed_counts_as_available_to_packs_and_to_verification(
     script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = threading.local()
 
-    def left() -> int:
+    def left(**_: bool) -> int:
         """Nothing, but right after this thread has given memory back."""
         plenty, given.back = getattr(given, "back", False), False
         return 10**12 if plenty else 0
 
     monkeypatch.setattr(memory, "_left", left)
-    monkeypatch.setattr(memory, "_give_back", lambda: setattr(given, "back", True))
+    monkeypatch.setattr(memory, "give_back", lambda: setattr(given, "back", True))
     answer = script("embed", "--esm-model", small_model, "--input", SOME_PROTEINS)
     assert answer.status == 0, answer.err
     answer = script("verify", "--run", "1", "--config", place.config)

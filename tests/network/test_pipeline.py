@@ -318,7 +318,7 @@ def test_a_protein_that_has_no_room_beside_another_is_computed_after_it(
         with lock:
             computing -= 1
 
-    def available(*_: object) -> int:
+    def available(*_: object, **__: bool) -> int:
         if computing:
             refused.set()
         return 0 if computing else pack_bytes(200, 64)
