@@ -29,6 +29,7 @@ from lib.console.arguments import (
 )
 from lib.console.output import print_result
 from lib.console.program import run_script
+from lib.ledger.history import altered_rows
 from lib.pages.report import default_place, make_report, write_report
 
 
@@ -41,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     url = database_url(parsed)
     now = datetime.now(UTC).isoformat()
-    report = make_report(url, parsed.run, now, folder_of_run(parsed))
-    to = parsed.to
-    if to is None:
-        to = default_place(url, report)
-        to.parent.mkdir(exist_ok=True)
-    write_report(report, to)
+    with altered_rows(url):
+        report = make_report(url, parsed.run, now, folder_of_run(parsed))
+        to = parsed.to
+        if to is None:
+            to = default_place(url, report)
+            to.parent.mkdir(exist_ok=True)
+        write_report(report, to)
     content = {
         "run": report.run,
         "status": report.status,

@@ -66,7 +66,7 @@ def altered_rows(url: str) -> Iterator[None]:
     """Turn the errors that rows with wrong types or names cause into a MachineError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         fact = f"malformed rows: {type(error).__name__}: {error}"
         raise MachineError(f"database {database_path(url)}: {fact}") from None
 

@@ -118,6 +118,10 @@ def _sources(said: str, standard_input: Path | None) -> Iterator[Source]:
     if not files:
         raise InputError(f"{path}: no FASTA file in this folder ({' '.join(_SUFFIXES)})")
     for file in files:
+        try:
+            file.name.encode()
+        except UnicodeEncodeError:  # what no database can hold
+            raise InputError(f"{path}: {file.name!a}: not UTF-8") from None
         yield Source(file, str(file))
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lib.console.program import ctrl_c_within, guarded
 from tests import processes
-from tests.conftest import ROOT, SOME_PROTEINS, Place, handled_by
+from tests.conftest import ROOT, SOME_PROTEINS, Place, Script, handled_by
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[!_]*.py"))
 # The tests may run in the background, where SIGINT is ignored.
@@ -35,6 +35,18 @@ def test_an_argument_that_is_not_utf8_is_one_line(name: str) -> None:
     answer = processes.run(name, "--config", f"{NOT_UTF8}/config.ini")
     assert (answer.status, answer.out) == (2, "")
     assert answer.err == "error: argument 'm\\udcff/config.ini': not UTF-8\n"
+
+
+def test_a_name_in_an_input_folder_that_is_not_utf8_is_refused_at_once(
+    script: Script, place: Place, small_model: Path
+) -> None:
+    folder = place.folder / "proteins"
+    folder.mkdir()
+    for name in ("a.fasta", NOT_UTF8 + ".fasta"):
+        shutil.copy(SOME_PROTEINS, folder / name)
+    answer = script("embed", "--esm-model", small_model, "--input", folder)
+    assert (answer.status, answer.error) == (2, f"{folder}: 'm\\udcff.fasta': not UTF-8")
+    assert not place.database.exists()
 
 
 def test_a_current_folder_that_is_not_utf8_is_one_line(place: Place, small_model: Path) -> None:

@@ -511,6 +511,24 @@ def test_rows_without_model_metadata_are_refused(
     assert not (place.folder / "reports" / "run-000001.html").exists()
 
 
+def test_rows_of_other_types_are_one_line(script: Script, place: Place, embed: Embed) -> None:
+    embed()
+    kept = place.database.read_bytes()
+    for statement, kind in {
+        "UPDATE runs SET max_residues = 'many'": "TypeError",
+        "UPDATE attempts SET versions = '[[1, 2]]'": "AttributeError",
+        "UPDATE checkpoints SET seconds = 'long'": "TypeError",
+        "UPDATE runs SET precision = x'00ff'": "TypeError",
+        "UPDATE runs SET started_at = 'noon'": "ValueError",
+    }.items():
+        change(place, statement)
+        answer = script("report", "--run", "1")
+        assert answer.status == 4, statement
+        assert answer.error.startswith(f"database {place.database}: malformed rows: {kind}: ")
+        place.database.write_bytes(kept)
+    assert script("report", "--run", "1").status == 0
+
+
 def test_the_newest_of_many_attempts_are_shown(script: Script, place: Place, embed: Embed) -> None:
     embed()
     columns = (
