@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def test_the_batch_file_starts_ray_and_hands_the_signal_on(
             time.sleep(0.01)
         batch.send_signal(signal.SIGTERM)
         assert batch.wait(30) == 143
-        os.killpg(batch.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # if nothing of it is left
+            os.killpg(batch.pid, signal.SIGKILL)
     joined = f"--address=first:{20007}"
     starts = [words for words in asked(tmp_path, "ray") if words[0] == "start"]
     assert sorted("--head" in words for words in starts) == [False, True]
