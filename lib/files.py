@@ -55,10 +55,10 @@ def listing_sha256(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def do_not_keep(file: IO[bytes]) -> None:
-    """Ask the system to keep nothing of an open file in memory at the cost of what else is there.
+    """Ask the system not to keep an open file in memory at the cost of anything else.
 
-    A file that is read twice counts as in use else, and drives the code of this process out. Linux
-    does so from version 6.3 on; where there is room, the file stays in memory as ever.
+    A file that is read twice would otherwise count as in use, and drive out the code of this
+    process. Linux does so from version 6.3 on; where there is room, the file stays in memory.
     """
     with contextlib.suppress(AttributeError, OSError):  # no such hint here, or not for such a file
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_NOREUSE)

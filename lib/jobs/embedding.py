@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 _HEARTBEAT_SECONDS = 10.0
-# Copying takes up to 80 MB, and must not drive the code that it runs out of memory.
+# Copying takes up to 80 MB; the rest is for the code that it runs.
 _COPYING_BYTES = 128 * 1024 * 1024
 
 
@@ -178,7 +178,7 @@ def work(job: Job) -> Run:
             with closing(copied_stretches(_copying(job, job.reuse, pulse))) as stretches:
                 for stretch in stretches:
                     committer.commit(stretch)
-                    give_back()  # or what copying has freed has no room beside the network
+                    give_back()  # what is computed next needs the room
         packs = _packs_left(job)
         first = next(packs, None)
         if first is not None:  # or no model is needed

@@ -57,8 +57,8 @@ class _Mount:
 def memory_left(*, at_most: bool = False) -> int | None:
     """Return the bytes that the process may still use, or None if no group limits it.
 
-    at_most: with all page cache, which the kernel frees before it ends a process. Without the part
-    that is in use, the code of this process has room beside them.
+    at_most: counting all page cache, as the kernel frees it before it ends a process. Otherwise
+    only what has not been used lately counts, so that the code of this process has room, too.
     """
     try:
         folders = _folders(_proc_text("cgroup"), _proc_text("mountinfo"))
