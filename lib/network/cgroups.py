@@ -57,8 +57,9 @@ class _Mount:
 def memory_left(*, at_most: bool = False) -> int | None:
     """Return the bytes that the process may still use, or None if no group limits it.
 
-    at_most: counting all page cache, as the kernel frees it before it ends a process. Otherwise
-    only what has not been used lately counts, so that the code of this process has room, too.
+    at_most: counting half of the page cache that is in use, which the kernel frees before it ends
+    a process; of a whole machine it counts at least as much itself (MemAvailable). Otherwise none
+    of it counts, so that the code of this process has room, too.
     """
     try:
         folders = _folders(_proc_text("cgroup"), _proc_text("mountinfo"))
@@ -140,20 +141,19 @@ def _left(version: _Version, folder: Path, *, at_most: bool) -> int | None:
         return None
     if limit >= _NO_LIMIT:
         return None
-    names = {version.inactive_file, *([version.active_file] if at_most else [])}
-    return max(0, limit - used + _page_cache(folder, names))
+    inactive, active = _page_cache(version, folder)
+    return max(0, limit - used + inactive + (active // 2 if at_most else 0))
 
 
-def _page_cache(folder: Path, names: set[str]) -> int:
-    """Return the bytes of page cache that count as used, but that the kernel frees on demand.
+def _page_cache(version: _Version, folder: Path) -> tuple[int, int]:
+    """Return the bytes of inactive and of active page cache, which count as used.
 
-    names: the kinds of it. At a limit the kernel first reclaims memory, and ends a process only if
-    that does not suffice; it begins with inactive page cache. Reading a large file fills a group
-    with it.
+    At a limit the kernel first reclaims memory, and ends a process only if that does not suffice;
+    it begins with inactive page cache. Reading a large file fills a group with it.
     """
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
-        return 0
+        return 0, 0
     sizes = dict(line.split(" ", 1) for line in lines)
-    return sum(int(sizes.get(name, 0)) for name in names)
+    return int(sizes.get(version.inactive_file, 0)), int(sizes.get(version.active_file, 0))

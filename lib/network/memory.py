@@ -88,7 +88,7 @@ def available_bytes(device: torch.device, wanted: int = 0, *, at_most: bool = Fa
 
     On a CPU that is the least of what the machine, control groups and `ulimit -v` leave. If it is
     less than `wanted`, memory that this process has freed is given back to the system first.
-    at_most: counting page cache of control groups that is in use, as this process's code is.
+    at_most: counting half of the page cache of control groups that is in use, as code is.
     """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
