@@ -38,8 +38,8 @@ def made_ready(
 
     sha256: the digest of the weights, if it is known. `say` is told of workers that are refused or
     lost. later: whether no tensor is read and no worker is started before something is computed,
-    or the computer is told to make ready; else both are done while the digest is taken. Raises what
-    `load_model` raises, and MachineError for a cluster that fails.
+    or the computer is told to make ready; else both are done now, beside the digest if that is not
+    known. Raises what `load_model` raises, and MachineError for a cluster that fails.
     """
     if settings.cluster.ray is None:
         if later or sha256 is not None:
@@ -49,7 +49,7 @@ def made_ready(
                 here.make_ready()
             yield known, here
         else:  # the digest is taken beside the load
-            model = load_model(settings, detection, sha256)
+            model = load_model(settings, detection)
             yield model, ThisProcess(model.network.device, lambda: model.network)
         return
     with (

@@ -66,12 +66,17 @@ def embed(script: Script, reusing: Place, small_model: Path) -> Callable[..., An
     """Embed entries as a run; returns what was said."""
 
     def call(entries: Entries, *flags: str, model: Path = small_model) -> Answer:
-        path = write_fasta(reusing.folder / "input.fasta", entries)
-        answer = script("embed", "--esm-model", model, "--input", path, *QUICK, *flags)
+        write_fasta(reusing.folder / "input.fasta", entries)
+        answer = script("embed", *again(reusing, model), *flags)
         assert answer.status == 0, answer.err
         return answer
 
     return call
+
+
+def again(place: Place, model: Path) -> list[object]:
+    """Return the flags of an `embed` of what lies in the input file."""
+    return ["--esm-model", model, "--input", place.folder / "input.fasta", *QUICK]
 
 
 def said(answer: Answer, word: str = "reused: ") -> list[str]:
@@ -624,8 +629,8 @@ def test_without_a_sequence_to_compute_no_tensor_is_read(
     embed(REAL[:15])
     assert loads == [small_model]
     embed(REAL[:15])
-    killed = ["embed", "--esm-model", small_model, "--input", reusing.folder / "input.fasta"]
-    killed_at(reusing, "lib.ledger.commit._row", 2, *map(str, killed), *QUICK)
+    flags = again(reusing, small_model)
+    killed_at(reusing, "lib.ledger.commit._row", 2, "embed", *flags)
     assert script("resume", "--run", "3").status == 0
     assert loads == [small_model]
     model = "SELECT DISTINCT m.sha256 FROM runs JOIN models AS m ON m.id = model_id"
@@ -670,7 +675,7 @@ def test_a_resumed_run_loads_weights_again_where_memory_is_short(
 ) -> None:
     embed(REAL[:15])
     write_fasta(reusing.folder / "input.fasta", REAL[:20])
-    flags = ["--esm-model", small_model, "--input", reusing.folder / "input.fasta", *QUICK]
+    flags = again(reusing, small_model)
     killed_at(reusing, "lib.ledger.commit._row", 2, "embed", *flags)
     loads.clear()
     monkeypatch.setattr("lib.jobs.embedding.available_bytes", lambda *_: 0)
@@ -682,7 +687,7 @@ def test_a_resumed_run_loads_weights_again_where_memory_is_short(
 def test_what_is_copied_does_not_drive_code_out_of_memory(
     reusing: Place, embed: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files that are read or written once are not kept in memory as if they were in use."""
+    """Input, sources and new files are not kept in memory as if they were in use."""
     asked: list[str] = []
     true = os.posix_fadvise
 
@@ -725,7 +730,7 @@ def test_weights_that_change_before_they_are_needed_are_refused(
         raise LostSourceError("gone after it was planned to be copied")
 
     monkeypatch.setattr(SourceFiles, "verified", verified)
-    flags = ["--esm-model", model, "--input", reusing.folder / "input.fasta", *QUICK]
+    flags = again(reusing, model)
     answer = script("embed", *flags)
     assert (answer.status, answer.error) == (2, f"{model}: changed while it was being read")
     assert ask(reusing, "SELECT status FROM runs WHERE id = 2") == [("failed",)]
@@ -805,7 +810,7 @@ def test_a_signal_while_copying_commits_what_is_copied(
     script: Script, reusing: Place, small_model: Path, embed: Callable[..., Answer]
 ) -> None:
     embed(REAL[:15])
-    flags = ["--esm-model", small_model, "--input", reusing.folder / "input.fasta", *QUICK]
+    flags = again(reusing, small_model)
     gate = reusing.folder / "gate"
     target = "lib.jobs.stretches.CheckpointWriter.finish"
     prepare = partial(processes.stop_at, target, 2, gate)

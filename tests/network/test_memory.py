@@ -142,24 +142,35 @@ def test_vectors_that_are_kept_take_the_memory_of_the_cpu(
         vectors.launch(network, pack, PER_TOK, "float32")
 
 
+@pytest.fixture
+def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The tokens and the sequences of each pack that went through a network."""
+    packs: list[tuple[int, int]] = []
+    true_forward = Network.forward
+
+    def forward(self: Network, tokens: torch.Tensor, lengths: list[int], *others: Any) -> object:  # noqa: ANN401
+        packs.append((len(tokens), len(lengths)))
+        return true_forward(self, tokens, lengths, *others)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    return packs
+
+
 def test_a_pack_that_does_not_fit_is_halved(
-    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script,
+    place: Place,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwarded: list[tuple[int, int]],
 ) -> None:
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
     flags += ["--include", "mean", "bos", "per_tok"]
     assert script("embed", *flags).status == 0
-    packs: list[int] = []
-    true_forward = Network.forward
-
-    def forward(self: Network, tokens: torch.Tensor, *others: Any) -> object:  # noqa: ANN401
-        packs.append(len(tokens))
-        return true_forward(self, tokens, *others)
-
-    monkeypatch.setattr(Network, "forward", forward)
+    forwarded.clear()
     enough = pack_bytes(400, 64) + kept_bytes(400, 64, 1, torch.device("cpu"))
     monkeypatch.setattr(vectors, "available_bytes", lambda *_, **__: enough)
     assert script("embed", *flags).status == 0
-    assert max(packs) <= 400
+    assert max(tokens for tokens, _ in forwarded) <= 400
     whole, halved = (read_run(place.output / f"run-00000{n}") for n in (1, 2))
     assert sorted(whole) == sorted(halved)
     for number, row in whole.items():
@@ -204,25 +215,23 @@ def test_only_a_lack_of_memory_is_called_one(error: Exception, lacks: bool) -> N
 
 
 def test_before_a_protein_is_refused_code_may_leave_the_memory(
-    script: Script, place: Place, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script,
+    place: Place,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwarded: list[tuple[int, int]],
 ) -> None:
     """What the kernel frees last lets each protein in by itself, and no pack of several."""
     flags = ["--esm-model", small_model, "--input", SOME_PROTEINS]
     assert script("embed", *flags).status == 0
-    packs: list[int] = []
-    true_forward = Network.forward
-
-    def forward(self: Network, tokens: torch.Tensor, lengths: list[int], *others: Any) -> object:  # noqa: ANN401
-        packs.append(len(lengths))
-        return true_forward(self, tokens, lengths, *others)
+    forwarded.clear()
 
     def available(*_: object, at_most: bool) -> int:
         return 10**9 if at_most else 0
 
-    monkeypatch.setattr(Network, "forward", forward)
     monkeypatch.setattr(vectors, "available_bytes", available)
     assert script("embed", *flags).status == 0
-    assert packs == [1] * 15
+    assert [sequences for _, sequences in forwarded] == [1] * 15
     assert_near(place.output / "run-000002", place.output / "run-000001")
 
 
